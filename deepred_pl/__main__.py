@@ -1,0 +1,5 @@
+"""`python -m deepred_pl` is `deepred`."""
+
+from deepred_pl.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""The x- and u-updates of DeepRED, as pure functions of tensors.
+
+DeepRED (Mataev, Elad, Milanfar 2019, arXiv:1903.10176, Eq. 4) solves
+
+    min_{θ,x}  D(A T_θ(z), y) + λ/2 · xᵀ(x − f(x))   subject to  x = T_θ(z)
+
+by ADMM with the scaled dual u. With v = T_θ(z) + u the updates are
+
+    θ-update   Adam steps on  D(A T_θ(z), y) + μ/2 · ‖x − T_θ(z) − u‖²     (model.py)
+    x-update   x ← (λ f(x) + μ v) / (λ + μ)                                 `fixed_point`
+               x ← x − c [λ (x − f(x)) + μ (x − v)]                         `gradient_step`
+    u-update   u ← u + T_θ(z) − x                                           `dual_update`
+
+Images are float tensors of shape (1, C, H, W) in [0, 1]; λ and μ are 0-dim tensors or
+numbers and enter the fixed point only by their ratio. Nothing here waits for a GPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Weight = Tensor | float
+XUpdate = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
+
+
+def fixed_point(x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight) -> Tensor:
+    """The fixed-point x-update, (λ f(x) + μ v) / (λ + μ), clipped to [0, 1].
+
+    It sets the gradient of λ/2 · xᵀ(x − f(x)) + μ/2 · ‖x − v‖² to zero with f(x) held
+    (RED, Romano et al. 2017, arXiv:1611.02862); `x` itself enters only by f(x).
+
+    Args:
+        x: The current x, (1, C, H, W).
+        f_x: The denoised x.
+        v: T_θ(z) + u.
+        lam: λ > 0, weight of the RED prior.
+        mu: μ > 0, penalty of the constraint.
+    """
+    return ((lam * f_x + mu * v) / (lam + mu)).clamp(0, 1)
+
+
+def gradient_step(
+    x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight, step_size: float = 0.5
+) -> Tensor:
+    """One steepest-descent step of the x-update, clipped to [0, 1].
+
+    x − c [λ (x − f(x)) + μ (x − v)] with c = step_size / (λ + μ). Measured against the
+    curvature λ + μ, a step below 2 stays stable however far λ and μ rise, and a step of 1
+    is the fixed point.
+
+    Args:
+        x: The current x, (1, C, H, W).
+        f_x: The denoised x.
+        v: T_θ(z) + u.
+        lam: λ > 0, weight of the RED prior.
+        mu: μ > 0, penalty of the constraint.
+        step_size: In (0, 2).
+    """
+    c = step_size / (lam + mu)
+    return (x - c * (lam * (x - f_x) + mu * (x - v))).clamp(0, 1)
+
+
+def dual_update(u: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    """Scaled dual ascent, u + T_θ(z) − x; all of shape (1, C, H, W)."""
+    return u + out - x
+
+
+def inner_iterations(
+    denoise: Callable[[Tensor], Tensor],
+    update: XUpdate,
+    x: Tensor,
+    v: Tensor,
+    lam: Weight,
+    mu: Weight,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """`count` denoiser calls with `count` − 1 x-updates between them, at a frozen v.
+
+    Returns:
+        The last x and its f(x). With `count` = 1 these are the given x and f(x).
+    """
+    f_x = denoise(x)
+    for _ in range(count - 1):
+        x = update(x, f_x, v, lam, mu)
+        f_x = denoise(x)
+    return x, f_x
+
+
+def red_prior(x: Tensor, f_x: Tensor) -> Tensor:
+    """The RED prior per value, mean(x · (x − f(x))), 0-dim (Eq. 4 without λ/2)."""
+    return (x * (x - f_x)).mean()
+
+
+def gap(out: Tensor, x: Tensor) -> Tensor:
+    """How far the constraint x = T_θ(z) is from holding: ‖x − T_θ(z)‖₂, 0-dim (Figure 3)."""
+    return torch.linalg.vector_norm(x - out)
+
+
+def rise(
+    lam: Tensor, mu: Tensor, threshold: Tensor, psnr: Tensor, step: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The released code's rise of λ and μ, without a branch and so without a device sync.
+
+    When T_θ(z) explains the measurement better than `threshold`, it begins to explain the
+    noise: then λ and μ grow by `step` and the threshold by 0.01 dB.
+
+    Args:
+        lam: λ, 0-dim.
+        mu: μ, 0-dim.
+        threshold: dB, 0-dim.
+        psnr: PSNR(A T_θ(z), y) in dB, 0-dim.
+        step: What λ and μ grow by.
+
+    Returns:
+        The new λ, μ and threshold.
+    """
+    above = (psnr > threshold).to(lam.dtype)
+    return lam + step * above, mu + step * above, threshold + 0.01 * above

@@ -1,0 +1,46 @@
+"""The checkpoint a fit goes on from."""
+
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+
+from deepred_pl.callbacks.directory import run_directory
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `checkpoints/last.ckpt` in the run directory: every n θ-steps and at the end.
+
+    There is one image and no better or worse epoch, so one file is enough. It is replaced only
+    by a complete one.
+
+    Args:
+        every_n_steps: θ-steps between two saves, at least 1.
+
+    Raises:
+        ValueError: every_n_steps below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:
+            path = run_directory(trainer) / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(path, weights_only=False)

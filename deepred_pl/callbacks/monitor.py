@@ -1,0 +1,189 @@
+"""Curves and a progress bar for DIP and DeepRED."""
+
+import math
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from deepred_pl import admm
+from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.metrics import psnr, ssim
+from deepred_pl.model import DeepImagePrior, DeepRED
+
+
+class Monitor(Callback):
+    """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
+
+    Every `trainer.log_every_n_steps` θ-steps:
+        objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, on an x and its f(x)
+        data_term           D(A T_θ(z), y)
+        gap                 ‖x − T_θ(z)‖₂
+        psnr/…              PSNR of out, average and x in dB, where the ground truth is known
+        residual_to_sigma   the residual's root mean square over the noise's σ, where σ is
+                            known: at 1 the network explains all but the noise, below it the noise
+        lam, mu             λ and μ
+        denoiser_wait       seconds waited for the denoiser so far
+    A `DeepImagePrior` has data_term, psnr and residual_to_sigma. `test` logs PSNR and SSIM of
+    the restored image.
+
+    Args:
+        submodule: Dotted name of the restoration inside the trained module; "" is the module.
+            It becomes the prefix of the names logged.
+    """
+
+    def __init__(self, submodule: str = "") -> None:
+        self.submodule = submodule
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            curves = measure(self._restoration(pl_module))
+            if waits := wait_seconds(trainer):
+                curves["denoiser_wait"] = torch.tensor(sum(waits))
+            self._log(pl_module, curves)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        model = self._restoration(pl_module)
+        truth = None if model.problem is None else model.problem.ground_truth
+        if truth is None:
+            raise ValueError(
+                "expected a ground truth to score against, got none; give --data.ground_truth"
+            )
+        restored = model.restored
+        self._log(pl_module, {"psnr": psnr(restored, truth), "ssim": ssim(restored, truth)})
+
+    def _restoration(self, pl_module: LightningModule) -> DeepImagePrior:
+        model = pl_module.get_submodule(self.submodule)
+        if not isinstance(model, DeepImagePrior):
+            raise ValueError(
+                f"Monitor needs a DeepImagePrior or DeepRED at submodule={self.submodule!r}, "
+                f"got {type(model).__name__}"
+            )
+        return model
+
+    def _log(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        prefix = f"{self.submodule}/" if self.submodule else ""
+        pl_module.log_dict({prefix + name: value for name, value in values.items()})
+
+
+@torch.no_grad()
+def measure(model: DeepImagePrior) -> dict[str, Tensor]:
+    """The curves of `Monitor` at this step, 0-dim tensors on the model's device."""
+    problem = model.problem
+    assert problem is not None
+    data_term = problem.data_term(model.out)
+    curves = {"data_term": data_term}
+    images = {"out": model.out, "average": model.average}
+    if isinstance(model, DeepRED):
+        curves["objective"] = data_term + model.lam * model.prior
+        curves["gap"] = admm.gap(model.out, model.x)
+        curves["lam"], curves["mu"] = model.lam, model.mu
+        images["x"] = model.x
+    if problem.ground_truth is not None:
+        for name, image in images.items():
+            curves[f"psnr/{name}"] = psnr(image, problem.ground_truth)
+    variance = problem.noise_variance()
+    if variance is not None:
+        curves["residual_to_sigma"] = (problem.residual(model.out) / variance).sqrt()
+    return curves
+
+
+def wait_seconds(trainer: Trainer) -> list[float]:
+    """Seconds waited for the denoiser, one number per `REDUpdate`."""
+    return [c.wait_seconds for c in trainer.callbacks if isinstance(c, REDUpdate)]
+
+
+class RestorationBar(ProgressBar):
+    """A progress bar over θ-steps with PSNR, gap and the time left.
+
+    It shows what `Monitor` logged last. Where the output is no terminal, it prints a line at
+    every tenth of the fit instead.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._progress: Progress | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+        )
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._task = self._progress.add_task("restoring", total=total, numbers="")
+        self._progress.update(self._task, completed=trainer.global_step)
+        self._progress.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._progress is None:
+            return
+        step = trainer.global_step
+        self._progress.update(self._task, completed=step)
+        if step % trainer.log_every_n_steps == 0:
+            self._progress.update(self._task, numbers=_numbers(trainer.callback_metrics))
+        tenth = max(1, trainer.max_steps // 10)
+        if not self._progress.console.is_terminal and step % tenth == 0:
+            numbers = self._progress.tasks[0].fields["numbers"]
+            self._progress.console.print(f"step {step} of {trainer.max_steps} {numbers}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _numbers(logged: dict[str, Tensor]) -> str:
+    shown = {"PSNR": ("psnr/average", ".2f", " dB"), "gap": ("gap", ".3g", "")}
+    values = {label: float(logged.get(name, math.nan)) for label, (name, _, _) in shown.items()}
+    return "  ".join(
+        f"{label} {value:{shown[label][1]}}{shown[label][2]}"
+        for label, value in values.items()
+        if math.isfinite(value)
+    )

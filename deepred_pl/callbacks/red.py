@@ -1,0 +1,246 @@
+"""The RED x-update and the u-update, with the denoiser in the background."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from deepred_pl import admm
+from deepred_pl.background import Background
+from deepred_pl.denoisers import Denoiser
+from deepred_pl.model import DeepImagePrior, DeepRED
+
+
+class REDUpdate(Callback):
+    """Updates x, then u, every k θ-steps, while the denoiser works beside them.
+
+    The paper's Figure 1 (arXiv:1903.10176). A round ends every `every_n_steps` θ-steps: the
+    denoised image is collected, x and u are updated, and the new x is handed to the denoiser,
+    which has the whole next round for it. So round r uses f(x_{r−1}), the paper's iteration.
+    The schedule is fixed and waits for the denoiser, so the result does not depend on timing.
+
+    With `rounds_per_denoising` > 1 the rounds in between reuse f(x), and a denoiser round hands
+    over x before its update: every_n_steps=1, rounds_per_denoising=10 is the released schedule.
+
+    With `inner_iterations` J > 1 the x-update is made J times: J − 1 times in the background,
+    with v = T_θ(z) + u of the round's start and a denoiser call after each, and the last time
+    at the round's end with the v of that moment. J = 1 is the same rule, not another.
+
+    On a plain `DeepImagePrior` the callback does nothing.
+
+    Args:
+        denoiser: f, a callable from (1, C, H, W) to (1, C, H, W) in [0, 1]; see
+            `deepred_pl.denoisers`. It is called on a thread, one call at a time.
+        every_n_steps: θ-steps per round of x- and u-update, at least 1.
+        rounds_per_denoising: Rounds per denoiser call, at least 1.
+        x_update: "fixed_point", "gradient" (steepest descent), or "mixed": fixed point in the
+            first half of the trainer's max_steps, then gradient.
+        step_size: Of the gradient step, in (0, 2), in units of 1 / (λ + μ).
+        inner_iterations: J, x-updates and denoiser calls per round, at least 1.
+        submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
+
+    Attributes:
+        wait_seconds: Seconds the fit has waited for the denoiser.
+
+    Raises:
+        ValueError: An argument out of range, or no DeepRED where `submodule` says.
+        RuntimeError: The denoiser raised, or returned NaN or another shape; the message names it
+            and the step.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser | Callable[[Tensor], Tensor],
+        every_n_steps: int = 10,
+        rounds_per_denoising: int = 1,
+        x_update: Literal["fixed_point", "gradient", "mixed"] = "fixed_point",
+        step_size: float = 0.5,
+        inner_iterations: int = 1,
+        submodule: str = "",
+    ) -> None:
+        counts = {
+            "every_n_steps": every_n_steps,
+            "rounds_per_denoising": rounds_per_denoising,
+            "inner_iterations": inner_iterations,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if not 0 < step_size < 2:
+            raise ValueError(f"step_size must be in (0, 2), got {step_size}; beyond it diverges")
+        if x_update not in ("fixed_point", "gradient", "mixed"):
+            raise ValueError(
+                f"x_update must be 'fixed_point', 'gradient' or 'mixed', got {x_update!r}"
+            )
+        if not callable(denoiser):
+            raise ValueError(f"denoiser must be callable, image to image, got {denoiser!r}")
+        self.denoiser = denoiser
+        self.every_n_steps = every_n_steps
+        self.rounds_per_denoising = rounds_per_denoising
+        self.x_update = x_update
+        self.step_size = step_size
+        self.inner_iterations = inner_iterations
+        self.submodule = submodule
+        self._model: DeepRED | None = None
+        self._background: Background | None = None
+        self._round_at = 0
+        self._waited_before = 0.0  # by the parts of this fit that ended
+
+    @property
+    def wait_seconds(self) -> float:
+        running = 0.0 if self._background is None else self._background.wait_seconds
+        return self._waited_before + running
+
+    # Lightning's hooks
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(submodule=self.submodule)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wait_seconds": self.wait_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._waited_before = state_dict["wait_seconds"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._waited_before = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._model = _find(pl_module, self.submodule)
+        if self._model is None:
+            return
+        if self.x_update == "mixed" and trainer.max_steps < 1:
+            raise ValueError(
+                "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="
+                f"{trainer.max_steps}; give it max_steps"
+            )
+        self._model.driven = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._model is not None:
+            self._background = Background()
+            self._round_at = self._model.step
+            self._start_job(self._model, trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        model = self._model
+        if model is None or model.step % self.every_n_steps or model.step == self._round_at:
+            return
+        self._round_at = model.step  # a parent may train other parts for a while
+        self._round(model, trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    # The updates
+
+    @torch.no_grad()
+    def _round(self, model: DeepRED, trainer: Trainer) -> None:
+        reusing = self.rounds_per_denoising > 1
+        denoised = model.step % (self.every_n_steps * self.rounds_per_denoising) == 0
+        x = model.x
+        if denoised:
+            assert self._background is not None
+            denoised_x, model.f_x = self._background.result()
+            model.prior = admm.red_prior(denoised_x, model.f_x)
+            if reusing:
+                self._submit(model, trainer)
+            else:
+                x = denoised_x  # the same x, or with J > 1 the last inner iterate
+        v = model.out + model.u
+        model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)
+        model.u = admm.dual_update(model.u, model.out, model.x)
+        if model.rise_step > 0:
+            assert model.problem is not None
+            psnr = -10 * torch.log10(model.problem.residual(model.out))
+            model.lam, model.mu, model.threshold = admm.rise(
+                model.lam, model.mu, model.threshold, psnr, model.rise_step
+            )
+        if denoised and not reusing:
+            self._submit(model, trainer)
+
+    def _update_at(self, step: int, trainer: Trainer) -> admm.XUpdate:
+        second_half = 2 * step > trainer.max_steps
+        if self.x_update == "gradient" or (self.x_update == "mixed" and second_half):
+            return partial(admm.gradient_step, step_size=self.step_size)
+        return admm.fixed_point
+
+    def _submit(self, model: DeepRED, trainer: Trainer) -> None:
+        # Clones: loading a checkpoint writes into buffers, and a denoiser may into its input.
+        model.x_pending = model.x.clone()
+        model.v_pending = model.out + model.u
+        model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
+        self._start_job(model, trainer)
+
+    def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
+        """Denoise the pending snapshot; a resumed fit starts the job it was saved with."""
+        step = model.step - model.step % (self.every_n_steps * self.rounds_per_denoising)
+        assert self._background is not None
+        self._background.submit(
+            f"denoiser {_name(self.denoiser)} on the x of step {step}",
+            admm.inner_iterations,
+            partial(_denoise, self.denoiser),
+            self._update_at(step, trainer),
+            model.x_pending,
+            model.v_pending,
+            model.lam_pending,
+            model.mu_pending,
+            self.inner_iterations,
+        )
+
+    def _close(self) -> None:
+        if self._background is not None:
+            self._background.close()
+            self._waited_before += self._background.wait_seconds
+            self._background = None
+        if self._model is not None:
+            self._model.driven = False
+            self._model = None
+
+
+def _find(module: LightningModule, submodule: str) -> DeepRED | None:
+    """The DeepRED to act on; None where there is only a DeepImagePrior."""
+    model = dict(module.named_modules()).get(submodule)
+    if isinstance(model, DeepRED):
+        return model
+    if isinstance(model, DeepImagePrior):
+        return None
+    inside = [name for name, child in module.named_modules() if isinstance(child, DeepRED)]
+    raise ValueError(
+        f"REDUpdate needs a DeepRED, and {type(module).__name__} has none at "
+        f"submodule={submodule!r}; it has them at {inside}"
+    )
+
+
+@torch.no_grad()
+def _denoise(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    f_x = denoiser(x.clone())
+    if not isinstance(f_x, Tensor) or f_x.shape != x.shape:
+        got = tuple(f_x.shape) if hasattr(f_x, "shape") else type(f_x).__name__
+        raise ValueError(f"it must return a tensor of {tuple(x.shape)} like its input, got {got}")
+    if not f_x.isfinite().all():
+        raise ValueError("it must return finite values, got NaN or infinity")
+    return f_x.to(x)
+
+
+def _name(denoiser: Callable[[Tensor], Tensor]) -> str:
+    return getattr(denoiser, "__name__", type(denoiser).__name__)

@@ -1,0 +1,139 @@
+"""What a run leaves behind: the restored image, a comparison, and the figures."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from deepred_pl.callbacks.directory import check_writable, run_directory
+from deepred_pl.callbacks.monitor import wait_seconds
+from deepred_pl.images import ImageFormat, write_bytes, write_image
+from deepred_pl.metrics import psnr, scored_on, ssim
+from deepred_pl.model import DeepImagePrior, DeepRED
+
+
+class Writer(Callback):
+    """Writes into the run directory when a fit ends.
+
+    `restored.png` (at the input's depth; `.tif` for float input), `comparison.png` and
+    `result.json`. `predict` writes the first alone. That the directory can be written is
+    found out before the fit.
+
+    Raises:
+        OSError: The run directory cannot be written.
+    """
+
+    def __init__(self) -> None:
+        self._seconds_before = 0.0
+        self._start = math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._seconds_before, self._start = 0.0, math.nan
+        if not trainer.fast_dev_run:
+            check_writable(run_directory(trainer))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
+            return
+        directory = run_directory(trainer)
+        result = summarise(pl_module, trainer, self._seconds())
+        path = self._write_restored(pl_module, trainer)
+        picture = compare(pl_module)
+        write_image(directory / "comparison.png", picture)
+        write_bytes(directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        before, after = result["psnr"]["measurement"], result["psnr"]["restored"]
+        gain = "" if after is None else f" ({after:.2f} dB; the measurement had {before:.2f})"
+        rank_zero_info(f"restored image{gain}: {path}")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, DeepImagePrior):
+            rank_zero_info(f"restored image: {self._write_restored(pl_module, trainer)}")
+
+    def _write_restored(self, model: DeepImagePrior, trainer: Trainer) -> Path:
+        image_format = getattr(trainer.datamodule, "image_format", ImageFormat())
+        restored = model.restored
+        name = "restored" + image_format.suffix(restored.shape[1])
+        write_image(run_directory(trainer) / name, restored, image_format)
+        return run_directory(trainer) / name
+
+    def _seconds(self) -> float:
+        running = 0.0 if math.isnan(self._start) else time.perf_counter() - self._start
+        return self._seconds_before + running
+
+
+def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[str, Any]:
+    """The contents of `result.json`; metrics are None without a ground truth."""
+    problem = model.problem
+    assert problem is not None
+    truth = problem.ground_truth
+    images: dict[str, Tensor | None] = {
+        "measurement": problem.first_guess(),
+        "restored": model.restored,
+        "out": model.out,
+        "average": model.average,
+        "x": model.x if isinstance(model, DeepRED) else None,
+    }
+
+    def scores(metric: Any) -> dict[str, float | None]:
+        known = {
+            k: None if truth is None or v is None else metric(v, truth) for k, v in images.items()
+        }
+        return {k: None if v is None or not v.isfinite() else float(v) for k, v in known.items()}
+
+    stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
+    return {
+        "psnr": scores(psnr),
+        "ssim": scores(ssim),
+        "metric_on": scored_on(problem.image_shape[1]),
+        "steps": model.step,
+        "seconds": round(seconds, 3),
+        "denoiser_wait_seconds": round(sum(wait_seconds(trainer)), 3),
+        "stop_reason": "stopped early" if stopped else "max_steps",
+        "seed": model.seed,
+    }
+
+
+def compare(model: DeepImagePrior) -> Tensor:
+    """Measurement, restored and (where known) true image side by side, (1, 3, H', W').
+
+    Small images are enlarged by whole factors; each panel says what it is, and its PSNR.
+    """
+    problem = model.problem
+    assert problem is not None
+    truth = problem.ground_truth
+    panels = {"measurement": problem.first_guess(), "restored": model.restored}
+    if truth is not None:
+        panels = {f"{name}, {psnr(v, truth):.2f} dB": v for name, v in panels.items()}
+        panels["ground truth"] = truth
+    scale = max(1, 256 // min(problem.image_shape[-2:]))
+    return torch.cat([_panel(name, image.cpu(), scale) for name, image in panels.items()], dim=-1)
+
+
+def _panel(caption: str, image: Tensor, scale: int) -> Tensor:
+    channels = image.shape[1]
+    colour = image[:, :3] if channels >= 3 else image[:, :1].expand(-1, 3, -1, -1)
+    colour = F.interpolate(colour, scale_factor=scale, mode="nearest")
+    margin, header = 4, 24  # pixels
+    framed = F.pad(colour, (margin, margin, header, margin), value=1.0)
+    strip = Image.new("L", (framed.shape[-1], header), 255)
+    font = ImageFont.load_default(14)
+    ImageDraw.Draw(strip).text((margin, 4), caption, fill=0, font=font)
+    framed[..., :header, :] = torch.tensor(list(strip.getdata())).view(header, -1) / 255
+    return framed

@@ -1,0 +1,31 @@
+"""The `deepred` command."""
+
+import os
+import pickle
+import sys
+import warnings
+
+from pytorch_lightning.cli import ArgsType
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from deepred_pl.run import RestorationCLI
+
+EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, pickle.UnpicklingError)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run `deepred fit|test|predict`; a user's mistake ends it with one line and status 1.
+
+    With the environment variable JSONARGPARSE_DEBUG set, the traceback is shown instead.
+
+    Args:
+        args: Command-line arguments as a list; None takes sys.argv.
+    """
+    # Lightning calls what torch has deprecated.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    try:
+        RestorationCLI(args)
+    except EXPECTED as error:
+        if os.environ.get("JSONARGPARSE_DEBUG"):
+            raise
+        sys.exit(f"deepred: error: {' '.join(str(error).split())}")

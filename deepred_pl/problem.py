@@ -1,0 +1,102 @@
+"""The inverse problem: what was measured, how, and how noisily."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepred_pl.noise import NoiseModel
+from deepred_pl.operators import Identity, Operator
+
+
+class InverseProblem(nn.Module):
+    """y = A x + noise, for one image x.
+
+    Args:
+        y: The measurement; for an image (1, C, H, W), float, in [0, 1] but for noise.
+        operator: A, called as `operator(x)` (see `deepred_pl.operators`); None is the identity.
+        noise: The noise model; None means the mean squared residual as data term. What it
+            leaves open (sigma=None) is estimated from y.
+        ground_truth: The true x where it is known, of the image's shape. It reaches the
+            metrics and nothing else, and is not saved with the problem.
+
+    Raises:
+        ValueError: y or ground_truth is not a finite float tensor of a fitting shape.
+
+    >>> problem = InverseProblem(torch.rand(1, 3, 33, 47))
+    >>> problem.image_shape
+    (1, 3, 33, 47)
+    """
+
+    operator: Operator
+    noise: NoiseModel | None
+    y: Tensor
+    ground_truth: Tensor | None
+
+    def __init__(
+        self,
+        y: Tensor,
+        operator: Operator | None = None,
+        noise: NoiseModel | None = None,
+        ground_truth: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_image("y", y)
+        self.operator = Identity() if operator is None else operator
+        self.noise = None if noise is None else noise.fitted(y)
+        self.image_shape: tuple[int, ...] = self.operator.image_shape(tuple(y.shape))
+        if ground_truth is not None:
+            _check_image("ground_truth", ground_truth)
+            if tuple(ground_truth.shape) != self.image_shape:
+                raise ValueError(
+                    f"ground_truth must be {self.image_shape} like the image behind the "
+                    f"measurement, got {tuple(ground_truth.shape)}; give two files of one scene"
+                )
+        self.register_buffer("y", y.detach().clone().float())
+        truth = None if ground_truth is None else ground_truth.detach().clone().float()
+        self.register_buffer("ground_truth", truth, persistent=False)
+
+    def data_term(self, out: Tensor) -> Tensor:
+        """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W)."""
+        if self.noise is None:
+            return self.residual(out)
+        return self.noise.data_term(self.operator(out), self.y)
+
+    def residual(self, out: Tensor) -> Tensor:
+        """mean((A out − y)²), 0-dim: σ² in expectation where out is the true x."""
+        return F.mse_loss(self.operator(out), self.y)
+
+    def noise_variance(self) -> float | None:
+        """The noise's mean variance on the [0, 1] scale, None without a noise model."""
+        return None if self.noise is None else self.noise.variance()
+
+    @torch.no_grad()
+    def first_guess(self) -> Tensor:
+        """A first image, (1, C, H, W) in [0, 1]."""
+        return self.operator.first_guess(self.y).clamp(0, 1)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # A fit continued on another measurement would go on without a word to a wrong picture.
+        saved = state_dict.get(prefix + "y")
+        if saved is not None and (
+            saved.shape != self.y.shape or not torch.allclose(saved.to(self.y), self.y, atol=1e-4)
+        ):
+            raise ValueError(
+                f"the checkpoint's measurement, {tuple(saved.shape)}, is not this problem's, "
+                f"{tuple(self.y.shape)}; resume with the image, noise and data seed it began with"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_image(name: str, image: Tensor) -> None:
+    if image.ndim != 4 or image.shape[0] != 1 or image.numel() == 0:
+        raise ValueError(f"{name} must be (1, C, H, W), one image, got {tuple(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"{name} must be float in [0, 1], got {image.dtype}; divide by 255")
+    if not image.isfinite().all():
+        bad = int((~image.isfinite()).sum())
+        raise ValueError(
+            f"{name} must be finite, but {bad} of its {image.numel()} values are NaN or infinite; "
+            "replace them first"
+        )

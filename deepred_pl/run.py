@@ -1,0 +1,87 @@
+"""The one place that assembles a fit: settings to trainer, module and data."""
+
+from typing import Any
+
+from jsonargparse import Namespace
+from pytorch_lightning import Trainer
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+
+import deepred_pl.denoisers  # noqa: F401  their short names
+from deepred_pl.callbacks import LastCheckpoint, Monitor, REDUpdate, RestorationBar, Writer
+from deepred_pl.callbacks.directory import check_writable, run_directory
+from deepred_pl.data import RestorationDataModule
+from deepred_pl.model import DeepImagePrior
+
+
+class RestorationCLI(LightningCLI):
+    """Parses settings and builds trainer, module and data; with `run`, runs a subcommand.
+
+    Beside Lightning's sections `trainer`, `model` and `data` there are `red` (`REDUpdate`) and
+    `checkpoint` (`LastCheckpoint`): sections, because an overlay that sets `trainer.callbacks`
+    would replace callbacks listed there.
+
+    It lives here and not with the command line, for everything that runs a fit uses this parser.
+
+    Args:
+        args: Command-line arguments as a list, or settings as a dict; None takes sys.argv.
+        run: Run the subcommand (fit, test or predict) that the arguments begin with.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            model_class=DeepImagePrior,
+            datamodule_class=RestorationDataModule,
+            subclass_mode_model=True,
+            trainer_defaults={"enable_model_summary": False},
+            seed_everything_default=False,  # model.seed and data.seed own all randomness
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # plain hparams: load with your own `network`
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """fit, test and predict; there is nothing to validate."""
+        inherited = LightningCLI.subcommands()
+        return {name: inherited[name] for name in ("fit", "test", "predict")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections `red` and `checkpoint`."""
+        parser.add_lightning_class_args(REDUpdate, "red")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.set_defaults({"red.denoiser": {"class_path": "deepred_pl.denoisers.NonLocalMeans"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; unlike Lightning's, without a warning when a program's own arguments exist."""
+        if isinstance(args, dict | Namespace):
+            self.config = parser.parse_object(args)
+        else:
+            self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line as given: Lightning would let the checkpoint override it.
+
+        `DeepImagePrior.on_load_checkpoint` refuses what a resumed fit cannot change.
+        """
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks every run has, and TensorBoard unless another logger is set."""
+        settings = self._get(self.config_init, "trainer")
+        callbacks = [Monitor(), Writer()]
+        if settings.get("enable_progress_bar") is not False:
+            callbacks.insert(1, RestorationBar())
+        self.trainer_defaults["callbacks"] = callbacks
+        if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
+            kwargs["logger"] = TensorBoardLogger(
+                settings.get("default_root_dir") or ".", default_hp_metric=False
+            )
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Find bad input before anything is written."""
+        assert self.datamodule is not None
+        self.datamodule.setup("fit")
+        if not self.trainer.fast_dev_run:
+            check_writable(run_directory(self.trainer))

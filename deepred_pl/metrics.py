@@ -21,7 +21,8 @@ def psnr(image: Tensor, truth: Tensor) -> Tensor:
 def ssim(image: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004), mean over the channels, 0-dim; peak 1.
 
-    The image is clipped to [0, 1] first. Its window has 11 pixels: NaN for smaller images.
+    The image is clipped to [0, 1] first. The mean is over all pixels, images mirrored at their
+    borders. The Gaussian window (σ = 1.5) has 11 pixels: NaN for smaller images.
     """
     if min(truth.shape[-2:]) < SSIM_WINDOW:
         return torch.tensor(float("nan"))

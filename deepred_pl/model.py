@@ -22,6 +22,11 @@ from deepred_pl.problem import InverseProblem
 NOISE_MARGIN = 0.17
 
 
+def adam(parameters: Iterable) -> Optimizer:
+    """Adam at a learning rate of 0.01."""
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
 class DeepImagePrior(LightningModule):
     """Fits an untrained network to one measurement (Ulyanov et al. 2018, arXiv:1711.10925).
 
@@ -33,7 +38,7 @@ class DeepImagePrior(LightningModule):
 
     Args:
         network: Called with the image's number of channels, gives T_θ (`deepred_pl.networks`).
-        optimizer: Called with the network's parameters.
+        optimizer: Called with the network's parameters, gives the optimizer; default `adam`.
         lr_scheduler: Called with the optimizer, or None; stepped after every θ-step.
         input_scale: z is drawn once from U(0, input_scale).
         input_noise_std: σ_p, std of the fresh noise added to z at every step.
@@ -58,9 +63,7 @@ class DeepImagePrior(LightningModule):
     def __init__(
         self,
         network: Callable[[int], nn.Module] = SkipNet,
-        optimizer: Callable[[Iterable], Optimizer] = lambda parameters: torch.optim.Adam(
-            parameters, lr=0.01
-        ),
+        optimizer: Callable[[Iterable], Optimizer] = adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         input_scale: float = 0.1,
         input_noise_std: float = 0.033,
@@ -259,8 +262,8 @@ class DeepImagePrior(LightningModule):
         for name, value in self.hparams.items():
             if name != "result" and name in saved and saved[name] != value:
                 raise ValueError(
-                    f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; a resumed "
-                    "fit keeps its settings: give the same, or start without a checkpoint"
+                    f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; a fit "
+                    "that goes on keeps its settings: give the same, or start without a checkpoint"
                 )
 
 

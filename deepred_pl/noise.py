@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from skimage.restoration import estimate_sigma
 from torch import Tensor, nn
 
+LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits alone is 0.29
+
 
 class NoiseModel(nn.Module, ABC):
     """The distribution of y given A x."""
@@ -75,9 +77,9 @@ class GaussianNoise(NoiseModel):
             return self
         image = y[0].detach().cpu().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
         sigma = 255 * float(estimate_sigma(image, channel_axis=-1, average_sigmas=True))
-        if not 0 < sigma <= 255:
+        if not sigma >= LEAST_ESTIMATE:
             raise ValueError(
-                f"expected noise in the measurement, but its sigma was estimated as {sigma:g}; "
+                f"expected noise in the measurement, but its sigma was estimated as {sigma:.3f}; "
                 "give noise.sigma in grey levels"
             )
         return GaussianNoise(sigma)

@@ -58,8 +58,8 @@ class Writer(Callback):
         picture = compare(pl_module)
         write_image(directory / "comparison.png", picture)
         write_bytes(directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-        before, after = result["psnr"]["measurement"], result["psnr"]["restored"]
-        gain = "" if after is None else f" ({after:.2f} dB; the measurement had {before:.2f})"
+        scores = [result["psnr"][name] for name in ("measurement", "restored")]
+        gain = "" if None in scores else " (PSNR {:.2f} -> {:.2f} dB)".format(*scores)
         rank_zero_info(f"restored image{gain}: {path}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

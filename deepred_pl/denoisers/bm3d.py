@@ -8,7 +8,8 @@ from torch import Tensor
 
 from deepred_pl.denoisers.denoiser import Denoiser, each_channel, grey_levels, through_numpy
 
-BLOCK = 8  # the side of BM3D's blocks, and so of the smallest image it takes
+# Blocks are 8×8: smaller images are refused by the package, and 8×8 itself crashes the process.
+LEAST_SIDE = 16
 
 # Its C library keeps one thread pool for the process and is not re-entrant.
 _LOCK = threading.Lock()
@@ -44,7 +45,7 @@ class BM3D(Denoiser):
 
     def _denoise(self, image: np.ndarray) -> np.ndarray:
         height, width, channels = image.shape
-        short = [(0, max(0, BLOCK - side)) for side in (height, width)]
+        short = [(0, max(0, LEAST_SIDE - side)) for side in (height, width)]
         padded = np.pad(image, [*short, (0, 0)], mode="symmetric")
         if channels != 3:
             denoised = each_channel(self._grey, padded)

@@ -1,0 +1,119 @@
+import bm3d
+import numpy as np
+import pytest
+import torch
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
+
+from deepred_pl.denoisers import BM3D, NonLocalMeans, TotalVariation
+from tests.conftest import noisy_problem, picture
+
+ALL = [NonLocalMeans(10), TotalVariation(0.05), BM3D(10, profile="lc")]
+
+
+def name(denoiser):
+    return type(denoiser).__name__
+
+
+def to_numpy(x):
+    return x[0].movedim(0, -1).double().numpy()
+
+
+@pytest.mark.parametrize("denoiser", ALL, ids=name)
+@pytest.mark.parametrize("shape", [(1, 33, 47), (2, 16, 9), (3, 33, 47), (3, 5, 6), (5, 9, 9)])
+def test_any_size_and_channel_count_keeps_shape_and_dtype(denoiser, shape):
+    x = picture(*shape)
+    before = x.clone()
+    denoised = denoiser(x)
+    assert denoised.shape == x.shape and denoised.dtype == x.dtype
+    assert denoised.isfinite().all()
+    assert torch.equal(x, before)  # the input is left alone
+
+
+@pytest.mark.parametrize("denoiser", ALL, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_comes_back(denoiser, dtype):
+    assert denoiser(picture(1, 12, 13).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("denoiser", ALL, ids=name)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_noise_is_taken_away(denoiser, channels):
+    problem = noisy_problem(channels, 40, 51)
+    error = lambda x: ((x - problem.ground_truth) ** 2).mean()  # noqa: E731
+    strong = type(denoiser)(0.1) if isinstance(denoiser, TotalVariation) else type(denoiser)(25)
+    assert error(strong(problem.y)) < 0.6 * error(problem.y)
+
+
+@pytest.mark.parametrize("denoiser", ALL, ids=name)
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_flat_image_stays_flat(denoiser, value, channels):
+    x = torch.full((1, channels, 12, 13), value)
+    torch.testing.assert_close(denoiser(x), x, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("denoiser", ALL, ids=name)
+def test_one_image_is_expected(denoiser):
+    with pytest.raises(ValueError, match=r"one image \(1, C, H, W\)"):
+        denoiser(torch.rand(3, 12, 13))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_nlm_is_scikit_images_per_channel_with_the_papers_cut_off(fast):
+    x = noisy_problem(3, 21, 34).y
+    level = 10 / 255
+    want = [
+        denoise_nl_means(
+            channel,
+            patch_size=5,
+            patch_distance=6,
+            h=(0.6 if fast else 0.8) * level,
+            sigma=level,
+            fast_mode=fast,
+        )
+        for channel in x[0].double().numpy()
+    ]
+    got = NonLocalMeans(10, fast=fast)(x)[0].numpy()
+    np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
+
+
+def test_tv_is_scikit_images_over_all_channels():
+    x = noisy_problem(3, 21, 34).y
+    want = denoise_tv_chambolle(to_numpy(x), weight=0.07, channel_axis=-1)
+    np.testing.assert_allclose(to_numpy(TotalVariation(0.07)(x)), want, atol=1e-6)
+
+
+def test_bm3d_is_the_packages_colour_and_grey_denoiser():
+    colour, grey = noisy_problem(3, 21, 34).y, noisy_problem(1, 21, 34).y
+    want = bm3d.bm3d_rgb(to_numpy(colour), 10 / 255)
+    np.testing.assert_allclose(to_numpy(BM3D(10)(colour)), want, atol=1e-6)
+    want = bm3d.bm3d(to_numpy(grey)[..., 0], 10 / 255, bm3d.BM3DProfileLC())
+    np.testing.assert_allclose(to_numpy(BM3D(10, profile="lc")(grey))[..., 0], want, atol=1e-6)
+
+
+def test_bm3d_takes_grey_stored_as_colour_for_grey():
+    grey = noisy_problem(1, 21, 34).y
+    got = BM3D(10)(grey.expand(1, 3, 21, 34))
+    torch.testing.assert_close(got, BM3D(10)(grey).expand(1, 3, 21, 34))
+
+
+def test_bm3d_survives_colours_without_contrast():
+    x = picture(3, 16, 17)
+    x[:, 2] = x[:, 0]  # red is blue: one opponent channel is constant
+    assert BM3D(10)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [NonLocalMeans, BM3D])
+@pytest.mark.parametrize("sigma", [0, -3, 256, float("nan")])
+def test_impossible_sigma_is_refused(kind, sigma):
+    with pytest.raises(ValueError, match="grey levels"):
+        kind(sigma)
+
+
+def test_other_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="weight"):
+        TotalVariation(0)
+    with pytest.raises(ValueError, match="patch"):
+        NonLocalMeans(patch_size=0)
+    with pytest.raises(ValueError, match="profile"):
+        BM3D(profile="fast")

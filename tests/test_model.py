@@ -1,0 +1,294 @@
+import copy
+import functools
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
+from deepred_pl.model import WarmupCosine
+from deepred_pl.networks import SkipNet
+from deepred_pl.noise import GaussianNoise
+from tests.conftest import TinyNet, noisy_problem, picture, smooth
+
+
+def make(kind=DeepImagePrior, **settings):
+    settings = {"network": TinyNet, "problem": noisy_problem(), **settings}
+    model = kind(**settings)
+    if kind is DeepRED:
+        model.driven = True  # as a REDUpdate would
+    return model
+
+
+def test_the_loss_of_dip_is_the_data_term_of_the_networks_output():
+    model = make()
+    loss = model.training_step()
+    want = ((model.out.double() - model.problem.y) ** 2).mean().item()
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.network.parameters())
+
+
+def test_the_loss_of_deepred_adds_the_proximity_term():
+    model = make(DeepRED, mu=0.7)
+    model.x = picture(3, 9, 11)
+    model.u = 0.1 * picture(3, 9, 11).flip(-1)
+    loss = model.training_step().item()
+    out, x, u, y = (t.double().numpy() for t in (model.out, model.x, model.u, model.problem.y))
+    want = ((out - y) ** 2).mean() + 0.7 * ((out - (x - u)) ** 2).mean()
+    assert loss == pytest.approx(want, rel=1e-5)
+
+
+def test_average_is_the_exponential_average_that_starts_at_the_measurement():
+    model = make(average_decay=0.8)
+    want = model.problem.y.double()
+    for _ in range(4):
+        model.training_step()
+        want = 0.8 * want + 0.2 * model.out
+    torch.testing.assert_close(model.average.double(), want, atol=1e-6, rtol=0)
+
+
+def test_the_input_noise_is_a_function_of_seed_and_step():
+    noises = {}
+    for seed in (0, 1):
+        model = make(seed=seed)
+        for model.step in (0, 1, 7):
+            noises[seed, model.step] = model._input_noise()
+            torch.rand(3)  # whatever else the process draws
+            assert torch.equal(noises[seed, model.step], model._input_noise())
+    assert len({tuple(n.flatten()[:5].tolist()) for n in noises.values()}) == 6
+    noise = torch.cat([n.flatten() for n in noises.values()])
+    assert noise.mean().item() == pytest.approx(0, abs=0.05)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_input_noise_has_the_std_asked_for():
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+        def forward(self, z):
+            seen.append(z)
+            return self.weight + 0 * z[:, :1]
+
+    model = make(network=Spy, input_noise_std=0.05, problem=noisy_problem(3, 33, 47))
+    model.training_step()
+    assert (seen[0] - model.z).std().item() == pytest.approx(0.05, rel=0.02)
+    quiet = make(network=Spy, input_noise_std=0)
+    quiet.training_step()
+    assert torch.equal(seen[1], quiet.z)
+
+
+def test_model_seed_owns_weights_and_z_and_the_processes_seed_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, same, other = make(seed=3), make(seed=3), make(seed=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in first.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, same.state_dict()[name])
+    assert not torch.equal(first.z, other.z)
+    assert not torch.equal(first.network.head.weight, other.network.head.weight)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_z_is_uniform_up_to_the_input_scale(scale):
+    z = make(input_scale=scale, problem=noisy_problem(1, 33, 47)).z
+    assert z.shape == (1, 32, 33, 47)
+    assert z.min() >= 0 and scale * 0.99 < z.max() <= scale
+    assert z.mean().item() == pytest.approx(scale / 2, rel=0.02)
+
+
+def test_a_network_may_prepare_its_own_input():
+    class Own(TinyNet.func):
+        def prepare(self, problem):
+            return torch.full((1, 32, *problem.image_shape[-2:]), 0.25)
+
+    model = make(network=functools.partial(Own, width=4, scales=2))
+    assert (model.z == 0.25).all()
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, (33, 47)), (2, (5, 5)), (5, (9, 6))])
+def test_any_size_and_number_of_channels(channels, size):
+    problem = InverseProblem(picture(channels, *size), noise=GaussianNoise(25))
+    model = make(DeepRED, problem=problem)
+    model.training_step().backward()
+    assert model.restored.shape == (1, channels, *size)
+
+
+def test_an_image_too_small_for_the_network_is_refused():
+    problem = noisy_problem(3, 20, 40)
+    with pytest.raises(ValueError, match=r"at least 33×33 pixels, got 20×40; .*fewer scales"):
+        DeepImagePrior(network=functools.partial(SkipNet, width=4), problem=problem)
+
+
+def test_a_network_of_another_size_is_refused():
+    class Half(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = nn.Conv2d(32, channels, 2, stride=2)
+
+        def forward(self, z):
+            return self.conv(z)
+
+    with pytest.raises(ValueError, match=r"must give \(1, 3, 9, 11\).*got \(1, 3, 4, 5\)"):
+        make(network=Half).training_step()
+
+
+@pytest.mark.parametrize("result", ["average", "out", "x", "x-u"])
+def test_the_result_asked_for_is_returned_clipped(result):
+    model = make(DeepRED, result=result)
+    model.average, model.out, model.x, model.u = (
+        torch.full_like(model.x, value) for value in (0.1, 0.2, 0.3, -0.9)
+    )
+    want = {"average": 0.1, "out": 0.2, "x": 0.3, "x-u": 1.0}[result]
+    torch.testing.assert_close(model.restored, torch.full_like(model.x, want))
+
+
+@pytest.mark.parametrize("noise_sigma", [10, 25, 50])
+def test_the_rise_starts_at_the_noises_own_psnr(noise_sigma):
+    problem = InverseProblem(picture(1, 9, 9), noise=GaussianNoise(noise_sigma))
+    threshold = make(DeepRED, problem=problem, rise_step=0.1).threshold.item()
+    assert threshold == pytest.approx(-20 * math.log10(noise_sigma / 255) - 0.17, abs=1e-3)
+    released = make(DeepRED, problem=problem, rise_step=0.1, rise_start=20.0)
+    assert released.threshold.item() == 20
+
+
+def test_the_rise_needs_a_noise_level():
+    plain = InverseProblem(picture(1, 9, 9))
+    with pytest.raises(ValueError, match="needs a noise model"):
+        make(DeepRED, problem=plain, rise_step=0.1)
+    assert make(DeepRED, problem=plain).lam == 0.5
+    assert make(DeepRED, problem=plain, rise_step=0.1, rise_start=20.0).threshold == 20
+
+
+@pytest.mark.parametrize("wrong", [{"lam": 0}, {"mu": -0.1}, {"lam": math.nan}])
+def test_weights_must_be_positive_and_the_message_names_dip(wrong):
+    with pytest.raises(ValueError, match=r"must be > 0.*DeepImagePrior, or .*methods/dip\.yaml"):
+        DeepRED(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input_scale": 0},
+        {"input_noise_std": -1},
+        {"average_decay": 1.0},
+        {"seed": -1},
+        {"rise_step": -0.1},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DeepRED(**wrong)
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(RuntimeError, match="give it problem="):
+        DeepImagePrior().training_step()
+    with pytest.raises(RuntimeError, match="nothing is restored yet"):
+        _ = DeepImagePrior().restored
+    undriven = DeepRED(network=TinyNet, problem=noisy_problem())
+    with pytest.raises(RuntimeError, match=r"add REDUpdate\(denoiser\)"):
+        undriven.training_step()
+
+
+def test_one_module_restores_one_image():
+    model = make()
+    model.build(model.problem)  # nothing happens
+    with pytest.raises(ValueError, match="another image"):
+        model.build(noisy_problem())
+
+
+def test_a_true_precision_is_refused(make_trainer):
+    for precision in ("bf16-true", "64-true"):
+        model = make(DeepRED)
+        trainer = make_trainer(max_steps=1, precision=precision, callbacks=[REDUpdate(smooth)])
+        with pytest.raises(ValueError, match="bf16-mixed"):
+            trainer.fit(model)
+
+
+def test_a_fit_without_an_end_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer().fit(make())
+    make_trainer(max_time={"seconds": 0}).fit(make())
+
+
+def test_mixed_precision_keeps_the_state_in_float32(make_trainer):
+    model = make(DeepRED)
+    update = REDUpdate(smooth, every_n_steps=2)
+    make_trainer(max_steps=5, precision="bf16-mixed", callbacks=[update]).fit(model)
+    tensors = {n: v for n, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    assert {v.dtype for v in tensors.values()} == {torch.float32}
+    assert all(v.isfinite().all() for v in tensors.values())
+
+
+def test_the_schedule_is_stepped_after_every_step(make_trainer):
+    rates = []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    model = make(
+        optimizer=functools.partial(Optimizer, lr=0.4),
+        lr_scheduler=functools.partial(WarmupCosine, total_steps=11, warmup_steps=3),
+    )
+    make_trainer(max_steps=14).fit(model)
+    cosine = 0.2 * (1 + np.cos(np.pi * np.arange(8) / 8))
+    want = [0.1, 0.2, 0.3, *cosine, 0, 0, 0]
+    np.testing.assert_allclose(rates, want, atol=1e-9)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(-1, 5), (5, 5)])
+def test_an_impossible_schedule_is_refused(warmup, total):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    with pytest.raises(ValueError, match="warmup_steps"):
+        WarmupCosine(optimizer, total, warmup)
+
+
+@pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
+def test_a_checkpoint_alone_gives_the_restored_image(kind, make_trainer, tmp_path):
+    model = make(kind, problem=noisy_problem(1, 9, 11), seed=4)
+    trainer = make_trainer(max_steps=5, callbacks=[REDUpdate(smooth, every_n_steps=2)])
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "last.ckpt", network=TinyNet)
+    assert torch.equal(loaded.restored, model.restored)
+    assert loaded.step == 5 and loaded.seed == 4
+    with pytest.raises(RuntimeError, match="give it problem="):
+        make_trainer(max_steps=1).fit(loaded) if kind is DeepImagePrior else loaded._checked()
+    # With its problem it is complete, with another it is refused.
+    whole = kind.load_from_checkpoint(
+        tmp_path / "last.ckpt", network=TinyNet, problem=noisy_problem(1, 9, 11)
+    )
+    assert torch.equal(whole.restored, model.restored)
+    with pytest.raises(ValueError, match="is not this problem's"):
+        kind.load_from_checkpoint(
+            tmp_path / "last.ckpt", network=TinyNet, problem=noisy_problem(1, 9, 12)
+        )
+
+
+def test_a_resumed_fit_keeps_its_settings(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2, callbacks=[REDUpdate(smooth)])
+    trainer.fit(make(DeepRED))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    longer = make_trainer(max_steps=4, callbacks=[REDUpdate(smooth)])
+    with pytest.raises(ValueError, match=r"made with lam=0\.5, got 0\.3"):
+        longer.fit(make(DeepRED, lam=0.3), ckpt_path=tmp_path / "last.ckpt")
+    out = DeepRED.load_from_checkpoint(tmp_path / "last.ckpt", network=TinyNet, result="out")
+    assert torch.equal(out.restored, out.out)  # which image is returned may be chosen later
+
+
+def test_a_module_can_be_copied_and_pickled():
+    model = make(DeepRED)
+    model.training_step()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.training_step(), copy.deepcopy(model).training_step())

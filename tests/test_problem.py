@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+
+from deepred_pl import InverseProblem
+from deepred_pl.noise import GaussianNoise
+from tests.conftest import noisy_problem, picture
+
+
+def test_residual_and_data_term_are_the_mean_squared_residual():
+    problem, out = noisy_problem(), picture(3, 9, 11).flip(-1)
+    want = ((out.double() - problem.y.double()) ** 2).mean().item()
+    assert problem.residual(out).item() == pytest.approx(want, rel=1e-5)
+    assert problem.data_term(out).item() == pytest.approx(want, rel=1e-5)
+    assert InverseProblem(problem.y).data_term(out).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_an_open_sigma_is_estimated_without_touching_the_model_given():
+    given = GaussianNoise(None)
+    y = GaussianNoise(25).sample(picture(3, 64, 64), torch.Generator().manual_seed(0))
+    problem = InverseProblem(y, noise=given)
+    assert problem.noise.sigma == pytest.approx(25, rel=0.2)
+    assert given.sigma is None
+
+
+def test_first_guess_is_the_measurement_clipped():
+    y = torch.tensor([[[[-0.2, 0.5, 1.3]]]])
+    assert torch.equal(InverseProblem(y).first_guess(), y.clamp(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.rand(3, 5, 5), r"\(1, C, H, W\)"),
+        (torch.rand(2, 3, 5, 5), r"\(1, C, H, W\)"),
+        (torch.zeros(1, 3, 0, 5), r"\(1, C, H, W\)"),
+        (torch.zeros(1, 3, 5, 5, dtype=torch.uint8), "float"),
+        (torch.tensor([[[[0.0, np.nan, np.inf]]]]), "2 of its 3 values"),
+    ],
+)
+def test_a_measurement_that_is_no_image_is_refused(y, message):
+    with pytest.raises(ValueError, match=message):
+        InverseProblem(y)
+
+
+def test_a_ground_truth_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(1, 3, 9, 11\).*got \(1, 3, 9, 12\)"):
+        InverseProblem(picture(3, 9, 11), ground_truth=picture(3, 9, 12))
+
+
+def test_the_ground_truth_is_not_saved():
+    assert list(noisy_problem().state_dict()) == ["y"]
+
+
+def test_a_checkpoint_of_another_measurement_is_refused():
+    state = InverseProblem(picture(3, 9, 11)).state_dict()
+    for other in (picture(3, 9, 12), picture(3, 9, 11).flip(-1)):
+        with pytest.raises(ValueError, match="is not this problem's"):
+            InverseProblem(other).load_state_dict(state)
+    InverseProblem(picture(3, 9, 11)).load_state_dict(state)

@@ -16,7 +16,7 @@ EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, pickle
 def main(args: ArgsType = None) -> None:
     """Run `deepred fit|test|predict`; a user's mistake ends it with one line and status 1.
 
-    With the environment variable JSONARGPARSE_DEBUG set, the traceback is shown instead.
+    With the environment variable JSONARGPARSE_DEBUG=true the traceback is shown instead.
 
     Args:
         args: Command-line arguments as a list; None takes sys.argv.
@@ -26,6 +26,6 @@ def main(args: ArgsType = None) -> None:
     try:
         RestorationCLI(args)
     except EXPECTED as error:
-        if os.environ.get("JSONARGPARSE_DEBUG"):
+        if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         sys.exit(f"deepred: error: {' '.join(str(error).split())}")

@@ -69,7 +69,7 @@ def test_the_inputs_format_is_known(tmp_path):
 
 
 def test_an_unknown_sample_is_refused():
-    with pytest.raises(ValueError, match="expected one of the samples astronaut.*sample:house"):
+    with pytest.raises(ValueError, match=r"expected one of the samples astronaut.*sample:house"):
         set_up(ground_truth="sample:house")
 
 

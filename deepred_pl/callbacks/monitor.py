@@ -82,7 +82,8 @@ class Monitor(Callback):
 
     def _log(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         prefix = f"{self.submodule}/" if self.submodule else ""
-        pl_module.log_dict({prefix + name: value for name, value in values.items()})
+        named = {prefix + name: value for name, value in values.items()}
+        pl_module.log_dict(named, batch_size=1)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -135,5 +136,5 @@ def _panel(caption: str, image: Tensor, scale: int) -> Tensor:
     strip = Image.new("L", (framed.shape[-1], header), 255)
     font = ImageFont.load_default(14)
     ImageDraw.Draw(strip).text((margin, 4), caption, fill=0, font=font)
-    framed[..., :header, :] = torch.tensor(list(strip.getdata())).view(header, -1) / 255
+    framed[..., :header, :] = torch.from_numpy(np.asarray(strip) / 255)
     return framed

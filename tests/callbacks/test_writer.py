@@ -1,0 +1,84 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate, RestorationDataModule
+from deepred_pl.callbacks import LastCheckpoint, Writer
+from deepred_pl.callbacks.writer import compare
+from deepred_pl.noise import GaussianNoise
+from tests.conftest import TinyNet, noisy_problem, picture, smooth
+
+
+def run(make_trainer, model, data=None, steps=5, **settings):
+    callbacks = [REDUpdate(smooth, every_n_steps=2), Writer(), LastCheckpoint()]
+    trainer = make_trainer(
+        max_steps=steps, callbacks=callbacks, enable_checkpointing=True, **settings
+    )
+    trainer.fit(model, data)
+    return trainer
+
+
+def test_a_run_leaves_its_pictures_figures_and_checkpoint(make_trainer, tmp_path):
+    model = DeepRED(network=TinyNet, problem=noisy_problem(3, 12, 13), seed=3)
+    run(make_trainer, model)
+    result = json.loads((tmp_path / "result.json").read_text())
+    truth = model.problem.ground_truth.double().numpy()
+    for name in ("out", "average", "x"):
+        mse = ((getattr(model, name).double().numpy() - truth) ** 2).mean()
+        assert result["psnr"][name] == pytest.approx(-10 * math.log10(mse), abs=1e-3)
+    assert result["psnr"]["restored"] == result["psnr"]["average"]
+    assert 0 < result["ssim"]["measurement"] < 1
+    assert result["metric_on"] == "rgb"
+    assert (result["steps"], result["seed"], result["stop_reason"]) == (5, 3, "max_steps")
+    assert result["seconds"] > 0 and result["denoiser_wait_seconds"] >= 0
+    restored = np.asarray(Image.open(tmp_path / "restored.png"))
+    want = np.rint(model.restored[0].movedim(0, -1).numpy() * 255)
+    np.testing.assert_array_equal(restored, want)
+    assert Image.open(tmp_path / "comparison.png").size[1] > 12
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_without_a_ground_truth_metrics_are_null(make_trainer, tmp_path):
+    np.save(tmp_path / "y.npy", picture(1, 12, 13)[0, 0].numpy())
+    data = RestorationDataModule(measurement=tmp_path / "y.npy", noise=GaussianNoise(25))
+    run(make_trainer, DeepImagePrior(network=TinyNet), data)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["psnr"].values()) == {None} and set(result["ssim"].values()) == {None}
+    assert result["metric_on"] == "grey"
+    assert tifffile.imread(tmp_path / "restored.tif").dtype == np.float32
+
+
+def test_sixteen_bits_are_written_back(make_trainer, tmp_path):
+    values = (picture(3, 12, 13)[0].movedim(0, -1).numpy() * 65535).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "y.tif", values)
+    data = RestorationDataModule(measurement=tmp_path / "y.tif")
+    run(make_trainer, DeepRED(network=TinyNet), data)
+    assert (tmp_path / "restored.png").read_bytes()[24] == 16  # PNG's bit depth
+
+
+def test_a_perfect_measurement_does_not_stop_the_writing(make_trainer, tmp_path):
+    data = RestorationDataModule(ground_truth="sample:camera")  # no noise: infinite PSNR
+    run(make_trainer, DeepImagePrior(network=TinyNet), data, steps=1)
+    assert json.loads((tmp_path / "result.json").read_text())["psnr"]["measurement"] is None
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    with pytest.raises(OSError, match=r"expected to write the run directory .*default_root_dir"):
+        run(make_trainer, model, default_root_dir=tmp_path / "file" / "run")
+    assert model.step == 0
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_the_comparison_shows_three_panels(make_trainer, channels):
+    model = DeepRED(network=TinyNet, problem=noisy_problem(channels, 12, 30))
+    shown = compare(model)
+    assert shown.shape[:2] == (1, 3)
+    scale = 256 // 12
+    assert shown.shape[-2:] == (12 * scale + 28, 3 * (30 * scale + 8))
+    assert shown.min() >= 0 and shown.max() <= 1

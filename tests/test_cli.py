@@ -1,0 +1,235 @@
+"""The command line, as a user calls it."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepred_pl.cli import main
+from deepred_pl.images import write_image
+from tests.conftest import picture
+
+ROOT = Path(__file__).parents[1]
+TASKS = [ROOT / "configs" / name for name in ("quickstart.yaml", "denoising.yaml")]
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+TINY = ["--model.network.init_args.width=4"]
+
+
+@pytest.fixture
+def deepred(tmp_path, capsys):
+    """Call `deepred fit` for a few steps of a small network; give its run directory."""
+
+    def call(*args, command="fit", tiny=True, **overrides):
+        settings = {"trainer.default_root_dir": tmp_path, "trainer.accelerator": "cpu"}
+        if command == "fit":
+            settings["trainer.max_steps"] = 4
+        settings |= {name.replace("__", "."): value for name, value in overrides.items()}
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        main([command, *map(str, args), *(TINY if tiny else []), *options])
+        runs = tmp_path.glob("lightning_logs/version_*")
+        return max(runs, key=lambda path: int(path.name.split("_")[1]))
+
+    return call
+
+
+@pytest.fixture
+def refused(deepred, capsys):
+    """Call `deepred` with a mistake; give the one line it says."""
+
+    def call(*args, **overrides):
+        with pytest.raises(SystemExit) as stop:
+            deepred(*args, **overrides)
+        assert stop.value.code not in (0, None)
+        said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+        assert "Traceback" not in said
+        return said.strip().splitlines()[-1]
+
+    return call
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    write_image(path, picture(3, 35, 41))
+    return path
+
+
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("method", [None, *METHODS], ids=lambda p: p.stem if p else "as it is")
+@pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)
+def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, channels):
+    image = tmp_path / "image.png"
+    write_image(image, picture(channels, 35, 41))
+    overlay = ["--config", method] if method else []
+    run = deepred("--config", task, *overlay, data__ground_truth=image)
+    result = result_of(run)
+    assert result["psnr"]["restored"] > 0 and result["steps"] == 4
+    assert (result["psnr"]["x"] is None) == (method is not None and method.stem == "dip")
+    assert {"config.yaml", "restored.png", "comparison.png", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert list(run.glob("events.out.tfevents.*"))
+    assert Image.open(run / "restored.png").mode == {1: "L", 3: "RGB"}[channels]
+
+
+def test_the_shipped_settings_are_the_released_ones(deepred, photo):
+    from pytorch_lightning import Trainer
+
+    from deepred_pl.run import RestorationCLI
+
+    cli = RestorationCLI(["--config", str(TASKS[1])], run=False)
+    assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
+    model = cli.model
+    assert (model.initial_lam, model.initial_mu, model.rise_step) == (0.5, 0.5, 0.03)
+    assert (model.rise_start, model.input_scale, model.input_noise_std) == (20.0, 0.1, 0.033)
+    assert model.make_optimizer([torch.zeros(1)]).defaults["lr"] == 0.008
+    assert model.result == "average" and model.average_decay == 0.99
+    assert sum(p.numel() for p in model.make_network(3).parameters()) == pytest.approx(2.22e6, 0.01)
+    assert cli.datamodule.noise.sigma == 25
+
+
+def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
+    run = deepred("--config", TASKS[1], data__measurement=photo, data__noise__sigma="null")
+    result = result_of(run)
+    assert set(result["psnr"].values()) == {None}
+    assert Image.open(run / "comparison.png").size[0] > 2 * 41
+
+
+def test_methods_share_the_measurement(deepred, photo):
+    scores = []
+    for more in ([], ["--config", METHODS[0]], ["--model.seed=5"]):
+        run = deepred("--config", TASKS[0], *more, data__ground_truth=photo)
+        scores.append(result_of(run)["psnr"]["measurement"])
+    assert len(set(scores)) == 1
+
+
+def test_parts_are_swapped_by_their_short_names(deepred, photo):
+    run = deepred(
+        *("--config", TASKS[0], "--red.denoiser=TotalVariation", "--red.denoiser.weight=0.05"),
+        *("--red.every_n_steps=2", "--model.result=x-u", "--model.lam=0.1"),
+        data__ground_truth=photo,
+    )
+    config = (run / "config.yaml").read_text()
+    assert "deepred_pl.denoisers.TotalVariation" in config and "weight: 0.05" in config
+    result = result_of(run)
+    assert result["psnr"]["restored"] != result["psnr"]["average"]
+
+
+def test_test_and_predict_take_the_runs_config_and_checkpoint(deepred, photo, capsys):
+    run = deepred("--config", TASKS[0], data__ground_truth=photo)
+    result = result_of(run)
+    again = ["--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
+    capsys.readouterr()
+    deepred(*again, command="test", tiny=False)
+    said = capsys.readouterr().out
+    assert f"{result['psnr']['restored']:.4f}" in said and "ssim" in said
+    predicted = deepred(*again, command="predict", tiny=False)
+    assert predicted != run
+    assert (predicted / "restored.png").read_bytes() == (run / "restored.png").read_bytes()
+
+
+def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused, photo):
+    run = deepred("--config", TASKS[0], data__ground_truth=photo)
+    again = ["--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
+    longer = deepred(*again, tiny=False, trainer__max_steps=6)
+    assert result_of(longer)["steps"] == 6
+    assert "lam=0.5, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
+    assert "is not this problem's" in refused(*again, "--data.seed=1", tiny=False)
+
+
+def test_alpha_and_depth_survive(deepred, tmp_path):
+    values = (np.random.default_rng(0).random((35, 41, 4)) * 255).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "alpha.png")
+    run = deepred("--config", TASKS[0], data__measurement=tmp_path / "alpha.png")
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(run / "restored.png"))[..., 3], values[..., 3]
+    )
+
+
+def test_a_run_can_be_quiet_and_unlogged(deepred, tmp_path, photo):
+    args = ["fit", "--config", str(TASKS[0]), *TINY, f"--data.ground_truth={photo}"]
+    args += ["--trainer.max_steps=2", "--trainer.logger=false"]
+    args += ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
+    main(args)
+    assert (tmp_path / "restored.png").is_file() and (tmp_path / "result.json").is_file()
+
+
+def test_the_process_is_left_as_it_was(deepred, photo):
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        deepred("--config", TASKS[0], data__ground_truth=photo)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# A user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__measurement": "nowhere.png"}, "found none at nowhere.png"),
+        ({"data__noise__sigma": 0}, "sigma must be in (0, 255]"),
+        ({"data__noise__sigma": 256}, "sigma must be in (0, 255]"),
+        ({"data__noise__sigma": "null"}, "to simulate a measurement"),
+        ({"data__ground_truth": "sample:nothing"}, "expected one of the samples"),
+        ({"model__lam": 0}, "DeepImagePrior, or --config configs/methods/dip.yaml"),
+        ({"model__mu": -1}, "DeepImagePrior, or --config configs/methods/dip.yaml"),
+        ({"red__every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"red__inner_iterations": 0}, "inner_iterations must be at least 1"),
+        ({"red__denoiser": "Unknown"}, "Unknown"),
+        ({"red__denoiser__sigma": 0}, "(0, 255] grey levels"),
+        ({"checkpoint__every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"trainer__precision": "bf16-true"}, "bf16-mixed"),
+        ({"trainer__max_steps": -1}, "max_steps"),
+        ({"model__lamda": 1}, "lamda"),
+        ({"ckpt_path": "nowhere.ckpt"}, "nowhere.ckpt"),
+    ],
+)
+def test_mistakes_get_one_clear_line(refused, settings, message):
+    assert message in refused("--config", TASKS[0], **settings)
+
+
+@pytest.mark.parametrize("name", ["empty.png", "text.png", "cut.png", "nan.npy"])
+def test_files_that_are_no_images_get_one_clear_line(refused, tmp_path, photo, name):
+    path = tmp_path / name
+    if name == "nan.npy":
+        np.save(path, np.full((40, 40), np.nan))
+    else:
+        data = {"empty.png": b"", "text.png": b"text", "cut.png": photo.read_bytes()[:500]}
+        path.write_bytes(data[name])
+    said = refused("--config", TASKS[0], data__measurement=path)
+    assert name in said and said.startswith("deepred: error: expected")
+    assert not list(tmp_path.glob("lightning_logs/version_*/config.yaml"))
+
+
+def test_an_image_too_small_or_of_two_sizes_gets_one_clear_line(refused, tmp_path, photo):
+    write_image(tmp_path / "small.png", picture(3, 20, 40))
+    small = {"data__measurement": tmp_path / "small.png"}
+    assert "at least 33×33 pixels, got 20×40" in refused("--config", TASKS[0], **small)
+    said = refused("--config", TASKS[0], data__ground_truth=photo, **small)
+    assert "ground_truth must be (1, 3, 20, 40)" in said
+
+
+def test_a_run_directory_that_cannot_be_written_is_found_before_the_fit(refused, tmp_path, photo):
+    (tmp_path / "file").write_text("in the way")
+    said = refused(
+        *("--config", TASKS[0]),
+        data__ground_truth=photo,
+        trainer__default_root_dir=tmp_path / "file" / "run",
+    )
+    assert "expected to write the run directory" in said and "default_root_dir" in said
+
+
+def test_a_traceback_can_be_asked_for(deepred, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(FileNotFoundError):
+        deepred("--config", TASKS[0], data__measurement="nowhere.png")

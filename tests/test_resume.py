@@ -1,0 +1,151 @@
+"""A fit that was cut off goes on as if it had not been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from deepred_pl import DeepRED, REDUpdate
+from deepred_pl.callbacks import LastCheckpoint
+from deepred_pl.model import WarmupCosine
+from tests.conftest import TinyNet, noisy_problem, smooth
+
+SCHEDULES = {
+    "paper": {"every_n_steps": 5},
+    "released": {"every_n_steps": 1, "rounds_per_denoising": 4},
+    "released, J = 2": {"every_n_steps": 2, "rounds_per_denoising": 3, "inner_iterations": 2},
+    "mixed, J = 3": {"every_n_steps": 4, "x_update": "mixed", "inner_iterations": 3},
+}
+
+
+def assert_same_checkpoint(first, second):
+    """Every tensor in two checkpoints is equal, the optimizer's and the schedule's too."""
+    saved = [torch.load(path, weights_only=True) for path in (first, second)]
+    compared = 0
+
+    def walk(a, b, where):
+        nonlocal compared
+        assert type(a) is type(b), where
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+            compared += 1
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                walk(a[key], b[key], f"{where}/{key}")
+        elif isinstance(a, (list, tuple)):
+            for i, pair in enumerate(zip(a, b, strict=True)):
+                walk(*pair, f"{where}/{i}")
+        else:
+            assert a == b, where
+
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        walk(saved[0][part], saved[1][part], part)
+    assert compared > 30
+    for name in ("x", "u", "f_x", "x_pending", "average", "lam", "threshold", "z"):
+        assert name in saved[0]["state_dict"]
+
+
+def new_model():
+    from functools import partial
+
+    return DeepRED(
+        network=TinyNet,
+        problem=noisy_problem(),
+        rise_step=0.1,
+        rise_start=10.0,
+        lr_scheduler=partial(WarmupCosine, total_steps=100, warmup_steps=10),
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("cut", [1, 13, 20])
+def test_a_fit_resumed_at_any_step_ends_like_an_uninterrupted_one(
+    make_trainer, tmp_path, schedule, cut
+):
+    def trainer(steps, folder, every=1000):
+        callbacks = [REDUpdate(smooth, **schedule), LastCheckpoint(every_n_steps=every)]
+        return make_trainer(
+            max_steps=steps,
+            callbacks=callbacks,
+            enable_checkpointing=True,
+            default_root_dir=tmp_path / folder,
+        )
+
+    class Cut(Exception):
+        pass
+
+    class Scissors(LastCheckpoint):  # a checkpoint callback, so behind the one that saves
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == cut:
+                raise Cut
+
+        def on_train_end(self, *args):
+            pass
+
+    trainer(29, "whole").fit(new_model())
+    interrupted = trainer(29, "cut", every=cut)
+    interrupted.callbacks.append(Scissors())
+    with pytest.raises(Cut):
+        interrupted.fit(new_model())
+    saved = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == cut
+    trainer(29, "cut").fit(new_model(), ckpt_path=saved)
+    assert_same_checkpoint(saved, tmp_path / "whole" / "checkpoints" / "last.ckpt")
+
+
+def test_a_finished_fit_is_extended_by_resuming_with_more_steps(make_trainer, tmp_path):
+    def fit(steps, folder, ckpt_path=None):
+        callbacks = [REDUpdate(smooth, every_n_steps=5), LastCheckpoint()]
+        make_trainer(
+            max_steps=steps,
+            callbacks=callbacks,
+            enable_checkpointing=True,
+            default_root_dir=tmp_path / folder,
+        ).fit(new_model(), ckpt_path=ckpt_path)
+        return tmp_path / folder / "checkpoints" / "last.ckpt"
+
+    whole = fit(29, "whole")
+    finished = fit(13, "finished")
+    extended = fit(29, "extended", ckpt_path=finished)
+    assert_same_checkpoint(extended, whole)
+
+
+def deepred(tmp_path, folder, *more):
+    return [
+        *(sys.executable, "-m", "deepred_pl", "fit"),
+        *("--config", "configs/quickstart.yaml", "--trainer.max_steps", "150"),
+        *("--model.network.init_args.width", "4", "--model.network.init_args.scales", "3"),
+        *("--data.ground_truth", str(tmp_path / "truth.png"), "--checkpoint.every_n_steps", "3"),
+        *("--trainer.default_root_dir", str(tmp_path / folder), *more),
+    ]
+
+
+def test_a_killed_fit_resumes_to_the_same_checkpoint(tmp_path, pytestconfig):
+    from deepred_pl.images import write_image
+    from tests.conftest import picture
+
+    write_image(tmp_path / "truth.png", picture(3, 33, 47))
+    version = "lightning_logs/version_0"
+    where = {"cwd": pytestconfig.rootpath, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    subprocess.run(deepred(tmp_path, "whole"), check=True, capture_output=True, **where)
+    process = subprocess.Popen(
+        deepred(tmp_path, "cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **where
+    )
+    last = tmp_path / "cut" / version / "checkpoints" / "last.ckpt"
+    while not last.is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < torch.load(last, weights_only=True)["global_step"] < 150
+    resume = deepred(tmp_path, "resumed", "--ckpt_path", str(last))
+    subprocess.run(resume, check=True, capture_output=True, **where)
+    ends = [tmp_path / f / version / "checkpoints" / "last.ckpt" for f in ("resumed", "whole")]
+    assert_same_checkpoint(*ends)

@@ -1,16 +1,17 @@
 """The `deepred` command."""
 
 import os
-import pickle
 import sys
 import warnings
+from textwrap import shorten
 
 from pytorch_lightning.cli import ArgsType
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from deepred_pl.run import RestorationCLI
 
-EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, pickle.UnpicklingError)
+EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException)
+LONGEST = 600  # characters; a checkpoint of another network lists all its parameters
 
 
 def main(args: ArgsType = None) -> None:
@@ -28,4 +29,4 @@ def main(args: ArgsType = None) -> None:
     except EXPECTED as error:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
-        sys.exit(f"deepred: error: {' '.join(str(error).split())}")
+        sys.exit(f"deepred: error: {shorten(str(error), LONGEST)}")

@@ -1,5 +1,7 @@
 """The one place that assembles a fit: settings to trainer, module and data."""
 
+import zipfile
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -65,6 +67,15 @@ class RestorationCLI(LightningCLI):
 
         `DeepImagePrior.on_load_checkpoint` refuses what a resumed fit cannot change.
         """
+
+    def before_instantiate_classes(self) -> None:
+        """Find a checkpoint that is none; torch would advise to load it unsafely."""
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise ValueError(
+                f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
+                "give another, or start without"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks every run has, and TensorBoard unless another logger is set."""

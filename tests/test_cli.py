@@ -229,6 +229,19 @@ def test_a_run_directory_that_cannot_be_written_is_found_before_the_fit(refused,
     assert "expected to write the run directory" in said and "default_root_dir" in said
 
 
+def test_a_file_that_is_no_checkpoint_gets_one_clear_line(refused, tmp_path):
+    (tmp_path / "last.ckpt").write_text("text")
+    said = refused("--config", TASKS[0], ckpt_path=tmp_path / "last.ckpt")
+    assert "expected a run's checkpoints/last.ckpt" in said and "weights_only" not in said
+
+
+def test_a_checkpoint_of_another_network_gets_one_line_of_bearable_length(deepred, refused, photo):
+    run = deepred("--config", TASKS[0], data__ground_truth=photo)
+    last = {"ckpt_path": run / "checkpoints" / "last.ckpt", "data__ground_truth": photo}
+    said = refused("--config", TASKS[0], "--model.network.init_args.scales=3", **last)
+    assert "loading state_dict" in said and len(said) < 700
+
+
 def test_a_traceback_can_be_asked_for(deepred, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(FileNotFoundError):

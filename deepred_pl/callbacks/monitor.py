@@ -19,21 +19,21 @@ from deepred_pl.model import DeepImagePrior, DeepRED
 class Monitor(Callback):
     """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
 
-    Every `trainer.log_every_n_steps` θ-steps:
+    Every `trainer.log_every_n_steps` θ-steps, in the group "curves":
         objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, on an x and its f(x)
         data_term           D(A T_θ(z), y)
         gap                 ‖x − T_θ(z)‖₂
-        psnr/…              PSNR of out, average and x in dB, where the ground truth is known
+        psnr_…              PSNR of out, average and x in dB, where the ground truth is known
         residual_to_sigma   the residual's root mean square over the noise's σ, where σ is
                             known: at 1 the network explains all but the noise, below it the noise
         lam, mu             λ and μ
         denoiser_wait       seconds waited for the denoiser so far
-    A `DeepImagePrior` has data_term, psnr and residual_to_sigma. `test` logs PSNR and SSIM of
+    A `DeepImagePrior` has data_term, psnr_… and residual_to_sigma. `test` logs PSNR and SSIM of
     the restored image.
 
     Args:
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
-            It becomes the prefix of the names logged.
+            Otherwise it names the group.
     """
 
     def __init__(self, submodule: str = "") -> None:
@@ -51,7 +51,7 @@ class Monitor(Callback):
             curves = measure(self._restoration(pl_module))
             if waits := wait_seconds(trainer):
                 curves["denoiser_wait"] = torch.tensor(sum(waits))
-            self._log(pl_module, curves)
+            self._log(pl_module, curves, group=self.submodule or "curves")
 
     def on_test_batch_end(
         self,
@@ -69,7 +69,8 @@ class Monitor(Callback):
                 "expected a ground truth to score against, got none; give --data.ground_truth"
             )
         restored = model.restored
-        self._log(pl_module, {"psnr": psnr(restored, truth), "ssim": ssim(restored, truth)})
+        scores = {"psnr": psnr(restored, truth), "ssim": ssim(restored, truth)}
+        self._log(pl_module, scores, group=self.submodule)
 
     def _restoration(self, pl_module: LightningModule) -> DeepImagePrior:
         model = pl_module.get_submodule(self.submodule)
@@ -80,9 +81,8 @@ class Monitor(Callback):
             )
         return model
 
-    def _log(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
-        prefix = f"{self.submodule}/" if self.submodule else ""
-        named = {prefix + name: value for name, value in values.items()}
+    def _log(self, pl_module: LightningModule, values: dict[str, Tensor], group: str) -> None:
+        named = {f"{group}/{name}".lstrip("/"): value for name, value in values.items()}
         pl_module.log_dict(named, batch_size=1)
 
 
@@ -101,7 +101,7 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
         images["x"] = model.x
     if problem.ground_truth is not None:
         for name, image in images.items():
-            curves[f"psnr/{name}"] = psnr(image, problem.ground_truth)
+            curves[f"psnr_{name}"] = psnr(image, problem.ground_truth)
     variance = problem.noise_variance()
     if variance is not None:
         curves["residual_to_sigma"] = (problem.residual(model.out) / variance).sqrt()
@@ -181,7 +181,7 @@ class RestorationBar(ProgressBar):
 
 
 def _numbers(logged: dict[str, Tensor]) -> str:
-    shown = {"PSNR": ("psnr/average", ".2f", " dB"), "gap": ("gap", ".3g", "")}
+    shown = {"PSNR": ("curves/psnr_average", ".2f", " dB"), "gap": ("curves/gap", ".3g", "")}
     values = {label: float(logged.get(name, math.nan)) for label, (name, _, _) in shown.items()}
     return "  ".join(
         f"{label} {value:{shown[label][1]}}{shown[label][2]}"

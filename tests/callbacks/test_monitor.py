@@ -39,14 +39,14 @@ def test_the_curves_are_those_of_the_paper(make_trainer, channels):
     assert curves["gap"] == pytest.approx(np.sqrt(((x - out) ** 2).sum()), rel=1e-4)
     for name, image in {"out": out, "average": average, "x": x}.items():
         psnr = -10 * np.log10(((image - truth) ** 2).mean())
-        assert curves[f"psnr/{name}"] == pytest.approx(psnr, abs=1e-3)
+        assert curves[f"psnr_{name}"] == pytest.approx(psnr, abs=1e-3)
     assert curves["residual_to_sigma"] == pytest.approx(np.sqrt(data_term) / (25 / 255), rel=1e-4)
     assert (curves["lam"], curves["mu"]) == (0.5, 0.5)
 
 
 def test_dip_has_its_own_curves(make_trainer):
     model, _ = fitted(make_trainer, noisy_problem(), DeepImagePrior)
-    assert set(measure(model)) == {"data_term", "psnr/out", "psnr/average", "residual_to_sigma"}
+    assert set(measure(model)) == {"data_term", "psnr_out", "psnr_average", "residual_to_sigma"}
 
 
 def test_without_truth_or_noise_level_there_are_no_such_curves(make_trainer):
@@ -60,8 +60,8 @@ def test_curves_are_logged_every_n_steps_through_the_logger(make_trainer, tmp_pa
     with open(f"{logger.log_dir}/metrics.csv") as file:
         logged = list(csv.DictReader(file))
     assert [row["step"] for row in logged] == ["2", "5"]  # Lightning counts steps from 0
-    assert {"objective", "psnr/average", "denoiser_wait"} <= set(logged[0])
-    assert "psnr/average" in trainer.callback_metrics  # for callbacks that monitor a metric
+    assert {"curves/objective", "curves/psnr_average", "curves/denoiser_wait"} <= set(logged[0])
+    assert "curves/psnr_average" in trainer.callback_metrics  # for callbacks that monitor a metric
 
 
 def test_a_child_is_logged_under_its_name(make_trainer, tmp_path):

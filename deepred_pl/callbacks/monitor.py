@@ -39,29 +39,14 @@ class Monitor(Callback):
     def __init__(self, submodule: str = "") -> None:
         self.submodule = submodule
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:
             curves = measure(self._restoration(pl_module))
             if waits := wait_seconds(trainer):
                 curves["denoiser_wait"] = torch.tensor(sum(waits))
             self._log(pl_module, curves, group=self.submodule or "curves")
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         model = self._restoration(pl_module)
         truth = None if model.problem is None else model.problem.ground_truth
         if truth is None:
@@ -147,14 +132,7 @@ class RestorationBar(ProgressBar):
         self._progress.update(self._task, completed=trainer.global_step)
         self._progress.start()
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if self._progress is None:
             return
         step = trainer.global_step

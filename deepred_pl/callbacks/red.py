@@ -126,14 +126,7 @@ class REDUpdate(Callback):
             self._round_at = self._model.step
             self._start_job(self._model, trainer)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         model = self._model
         if model is None or model.step % self.every_n_steps or model.step == self._round_at:
             return

@@ -93,6 +93,7 @@ class DeepImagePrior(LightningModule):
         self.step = 0
         self.network: nn.Module | None = None
         self.problem: InverseProblem | None = None
+        self._saved_problem: dict[str, Tensor] = {}  # of a checkpoint loaded without a problem
         if problem is not None:
             self.build(problem)
 
@@ -104,7 +105,8 @@ class DeepImagePrior(LightningModule):
         A module loaded from a checkpoint keeps the state it has.
 
         Raises:
-            ValueError: The module has another problem, or the image does not fit the network.
+            ValueError: The module, or the checkpoint it was loaded from, has another problem, or
+                the image does not fit the network.
         """
         if self.problem is problem:
             return
@@ -118,11 +120,8 @@ class DeepImagePrior(LightningModule):
             self.network = network.to(problem.y.device)
             for name, tensor in {"z": z, **self._initial_state(problem)}.items():
                 self.register_buffer(name, tensor.to(problem.y.device))
-        elif tuple(self.average.shape) != problem.image_shape:
-            raise ValueError(
-                f"this module was loaded with an image of {tuple(self.average.shape)}, but the "
-                f"problem's image is {problem.image_shape}; give the problem it was fitted to"
-            )
+        else:
+            problem.load_state_dict(self._saved_problem)  # refuses another measurement
         self.problem = problem
 
     def _new_network(self, channels: int) -> nn.Module:
@@ -253,6 +252,7 @@ class DeepImagePrior(LightningModule):
                 if isinstance(value, Tensor) and "." not in name:
                     self.register_buffer(name, torch.empty_like(value))
                 elif name.startswith("problem."):
+                    self._saved_problem[name.removeprefix("problem.")] = value
                     del state_dict[prefix + name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 

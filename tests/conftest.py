@@ -1,7 +1,6 @@
 """What the tests share: small pictures, small networks, a quiet trainer."""
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,12 +57,3 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**{**defaults, **kwargs})
 
     return make
-
-
-@pytest.fixture
-def house() -> Path:
-    """A colour photograph as a file, from DEEPRED_DATA."""
-    path = Path(os.environ.get("DEEPRED_DATA", "")) / "cbm3d9" / "image_House256rgb.png"
-    if not path.is_file():
-        path = Path(skimage.data.__file__).parent / "chelsea.png"
-    return path

@@ -265,7 +265,11 @@ def test_a_checkpoint_alone_gives_the_restored_image(kind, make_trainer, tmp_pat
     assert loaded.step == 5 and loaded.seed == 4
     with pytest.raises(RuntimeError, match="give it problem="):
         make_trainer(max_steps=1).fit(loaded) if kind is DeepImagePrior else loaded._checked()
-    # With its problem it is complete, with another it is refused.
+    # With its problem it is complete, be it given now or later; with another it is refused.
+    with pytest.raises(ValueError, match="is not this problem's"):
+        loaded.build(noisy_problem(1, 9, 12))
+    loaded.build(noisy_problem(1, 9, 11))
+    assert torch.equal(loaded.restored, model.restored)
     whole = kind.load_from_checkpoint(
         tmp_path / "last.ckpt", network=TinyNet, problem=noisy_problem(1, 9, 11)
     )

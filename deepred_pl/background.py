@@ -9,31 +9,38 @@ from typing import Any
 
 import torch
 
+THREAD_NAME = "deepred-denoiser"
+
 
 class Background:
     """Runs one function at a time on a daemon thread, beside the caller.
 
     A daemon, because a thread that hangs in foreign code must not keep the process alive.
-    The thread lives until `close`, so that thread-bound resources are set up once.
+    The thread lives until `close`, so that thread-bound resources are set up once. Torch uses
+    one core on it; other libraries as many as they like.
 
     Attributes:
         wait_seconds: Total time `result` has waited, in seconds.
     """
 
-    def __init__(self, name: str = "deepred-denoiser") -> None:
+    def __init__(self) -> None:
         self.wait_seconds = 0.0
         self._jobs: queue.SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None]
         self._jobs = queue.SimpleQueue()
         self._pending: tuple[Future, str] | None = None
-        self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
-        self._thread.start()
-        # The worker computes on one thread: a second OpenMP team beside the caller's makes both
-        # sleep and wake at every parallel region, which doubled the time of a θ-step on two cores.
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=_work, args=(self._jobs, ready), name=THREAD_NAME, daemon=True
+        )
         threads = torch.get_num_threads()
-        self.submit("the first job", _use_one_core)
-        self.result()
+        self._thread.start()
+        ready.wait()
         torch.set_num_threads(threads)  # of threads made from now on; the caller's never changed
-        self.wait_seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job was submitted and not collected yet."""
+        return self._pending is not None
 
     def submit(self, label: str, function: Callable[..., Any], *args: Any) -> None:
         """Start `function(*args)`; `label` names it should it fail. One job at a time."""
@@ -59,19 +66,22 @@ class Background:
             raise RuntimeError(f"{label} failed: {type(error).__name__}: {error}") from error
         return future.result()
 
-    def close(self, timeout: float = 5.0) -> None:
-        """End the thread; a job still running after `timeout` seconds is abandoned."""
+    def close(self, timeout: float | None = None) -> None:
+        """End the thread; a job still running after `timeout` seconds is abandoned.
+
+        None waits for the job, however long it takes.
+        """
         self._pending = None
         self._jobs.put(None)
         self._thread.join(timeout)
 
 
-def _use_one_core() -> None:
+def _work(jobs: queue.SimpleQueue, ready: threading.Event) -> None:
+    # Torch computes on one core here: a second OpenMP team beside the caller's makes both sleep
+    # and wake at every parallel region, which doubled the time of a θ-step on two cores.
     torch.get_num_threads()  # a thread's first call takes the process's setting; then ours holds
     torch.set_num_threads(1)
-
-
-def _work(jobs: queue.SimpleQueue) -> None:
+    ready.set()
     while (job := jobs.get()) is not None:
         future, function, args = job
         try:

@@ -1,5 +1,6 @@
 """The `deepred` command."""
 
+import argparse
 import os
 import sys
 import warnings
@@ -10,8 +11,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from deepred_pl.run import RestorationCLI
 
-EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException)
+EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, argparse.ArgumentError)
 LONGEST = 600  # characters; a checkpoint of another network lists all its parameters
+
+# What a parser error says beside its reason: how it tried every member of a type.
+BESIDE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType")
 
 
 def main(args: ArgsType = None) -> None:
@@ -22,11 +26,14 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Command-line arguments as a list; None takes sys.argv.
     """
-    # Lightning calls what torch has deprecated.
+    # Lightning calls what torch and jsonargparse have deprecated.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
     try:
         RestorationCLI(args)
     except EXPECTED as error:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
-        sys.exit(f"deepred: error: {shorten(str(error), LONGEST)}")
+        lines = [line.strip(" -") for line in str(error).splitlines()]
+        reason = " ".join(line for line in lines if line and not line.startswith(BESIDE))
+        sys.exit(f"deepred: error: {shorten(reason, LONGEST)}")

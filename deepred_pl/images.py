@@ -12,6 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+PLAIN_TIFF = (
+    tifffile.PHOTOMETRIC.MINISBLACK,
+    tifffile.PHOTOMETRIC.RGB,
+    tifffile.PHOTOMETRIC.YCBCR,
+)
 # The 25th byte of a PNG file is its bit depth.
 PNG_DEPTH_AT = 24
 
@@ -56,6 +61,7 @@ def read_image(path: str | os.PathLike) -> tuple[Tensor, ImageFormat]:
         raise ValueError(
             f"expected a PNG, JPEG, TIFF or NPY image, cannot read {path}: {reason}"
         ) from error
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
@@ -88,6 +94,9 @@ def write_image(
     """Write an image (1, C, H, W) in [0, 1] as PNG or TIFF, by the suffix of `path`.
 
     The file appears under its name only when it is complete.
+
+    Raises:
+        OSError: It cannot be written.
     """
     image_format = image_format or ImageFormat()
     array = image[0].detach().cpu().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
@@ -96,19 +105,30 @@ def write_image(
         array = np.rint(array.clip(0, 1) * peak).astype(image_format.dtype)
     photometric = "rgb" if array.shape[-1] == 3 else "minisblack"
     alpha = image_format.alpha
-    if alpha is not None and alpha.shape == array.shape[:2]:
+    has_alpha = alpha is not None and alpha.shape == array.shape[:2]
+    if alpha is not None and has_alpha:
         array = np.concatenate([array, alpha[..., None]], axis=-1)
     array = array[..., 0] if array.shape[-1] == 1 else array
     if Path(path).suffix == ".png":
         write_bytes(path, bytes(imagecodecs.png_encode(np.ascontiguousarray(array))))
     else:
         buffer = io.BytesIO()
-        tifffile.imwrite(buffer, array, photometric=photometric)
+        tifffile.imwrite(
+            buffer,
+            array,
+            photometric=photometric,
+            planarconfig="contig" if array.ndim == 3 else None,
+            extrasamples=["unassalpha"] if has_alpha else None,
+        )
         write_bytes(path, buffer.getvalue())
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file so that it is never seen half-written under its name."""
+    """Write a file so that it is never seen half-written under its name.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -120,16 +140,20 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 def _decode(path: Path) -> tuple[np.ndarray, bool]:
     """The values as stored, (H, W) or (H, W, C), and whether the last channel is alpha."""
-    if path.suffix.lower() == ".npy":
-        return np.load(path, allow_pickle=False), False
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return _decode_tiff(path)
     data = path.read_bytes()
     if not data:
         raise ValueError("the file is empty")
+    if path.suffix.lower() == ".npy":
+        return np.load(io.BytesIO(data), allow_pickle=False), False
+    if path.suffix.lower() in (".tif", ".tiff"):
+        return _decode_tiff(data)
     if data.startswith(b"\x89PNG") and data[PNG_DEPTH_AT : PNG_DEPTH_AT + 1] == b"\x10":
         array = imagecodecs.png_decode(data)  # Pillow would round 16-bit colour to 8 bits
         return array, array.ndim == 3 and array.shape[-1] in (2, 4)
+    return _decode_with_pillow(data)
+
+
+def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, bool]:
     with Image.open(io.BytesIO(data)) as file:
         picture = ImageOps.exif_transpose(file)
         transparent = picture.has_transparency_data
@@ -140,11 +164,19 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
         return np.asarray(picture.convert(mode)), transparent
 
 
-def _decode_tiff(path: Path) -> tuple[np.ndarray, bool]:
-    with tifffile.TiffFile(path) as file:
+def _decode_tiff(data: bytes) -> tuple[np.ndarray, bool]:
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
         if len(file.pages) != 1:
             raise ValueError(f"it has {len(file.pages)} pages; save one of them")
         page = file.pages.first
+        orientation = page.tags.get("Orientation")
+        turned = orientation is not None and orientation.value != 1
+        if turned or page.photometric not in PLAIN_TIFF:
+            if page.dtype != np.uint8:
+                raise ValueError(
+                    "its orientation or colour layout is not supported; save it as RGB"
+                )
+            return _decode_with_pillow(data)  # palettes, CMYK, inverted grey, cameras held upright
         array = page.asarray()
         if page.axes.startswith("S"):  # planes apart: (C, H, W) -> (H, W, C)
             array = np.moveaxis(array, 0, -1)

@@ -14,6 +14,9 @@ def psnr(image: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB over all channels, 0-dim; (1, C, H, W), peak 1.
 
     The image is clipped to [0, 1] first.
+
+    Raises:
+        RuntimeError: Two shapes.
     """
     return peak_signal_noise_ratio(image.clamp(0, 1), truth, data_range=1.0)
 
@@ -23,6 +26,9 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
 
     The image is clipped to [0, 1] first. The mean is over all pixels, images mirrored at their
     borders. The Gaussian window (σ = 1.5) has 11 pixels: NaN for smaller images.
+
+    Raises:
+        RuntimeError: Two shapes.
     """
     if min(truth.shape[-2:]) < SSIM_WINDOW:
         return torch.tensor(float("nan"))

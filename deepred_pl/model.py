@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class DeepImagePrior(LightningModule):
         ValueError: An argument out of range, or an image smaller than the network can take.
     """
 
+    RESULTS: ClassVar[tuple[str, ...]] = ("average", "out")
     z: Tensor
     out: Tensor
     average: Tensor
@@ -74,14 +75,16 @@ class DeepImagePrior(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["network", "optimizer", "lr_scheduler", "problem"])
-        if input_scale <= 0:
+        if not 0 < input_scale < math.inf:
             raise ValueError(f"input_scale must be > 0, got {input_scale}")
-        if input_noise_std < 0:
+        if not 0 <= input_noise_std < math.inf:
             raise ValueError(f"input_noise_std must be >= 0, got {input_noise_std}")
         if not 0 <= average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
+        if result not in self.RESULTS:
+            raise ValueError(f"result must be one of {self.RESULTS}, got {result!r}")
         self.make_network = network
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -122,6 +125,7 @@ class DeepImagePrior(LightningModule):
                 self.register_buffer(name, tensor.to(problem.y.device))
         else:
             problem.load_state_dict(self._saved_problem)  # refuses another measurement
+            self._saved_problem = {}
         self.problem = problem
 
     def _new_network(self, channels: int) -> nn.Module:
@@ -216,9 +220,15 @@ class DeepImagePrior(LightningModule):
 
     @property
     def restored(self) -> Tensor:
-        """The restored image, (1, C, H, W) in [0, 1]; which one, `result` says."""
-        if self.network is None:
-            raise RuntimeError("nothing is restored yet; fit this module, or load a checkpoint")
+        """The restored image, (1, C, H, W) in [0, 1]; which one, `result` says.
+
+        Raises:
+            RuntimeError: No step was made yet.
+        """
+        if self.step == 0:
+            raise RuntimeError(
+                "nothing is restored yet; fit this module, or give a checkpoint (--ckpt_path)"
+            )
         return self._result().detach().clamp(0, 1)
 
     def _result(self) -> Tensor:
@@ -283,7 +293,8 @@ class DeepRED(DeepImagePrior):
         rise_start: The first threshold in dB, 20 as released, or "noise": the noise's own PSNR
             less 0.17 dB, which is 20 dB at σ = 25 and holds for other noise levels too.
         result: What `restored` returns: "average", "out", "x" or "x-u".
-        kwargs: The other arguments of `DeepImagePrior`: network, optimizer, problem, ...
+        kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
+            input_scale, input_noise_std, average_decay, seed and problem.
 
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.
@@ -296,6 +307,7 @@ class DeepRED(DeepImagePrior):
         ValueError: λ or μ not above 0, or another argument out of range.
     """
 
+    RESULTS: ClassVar[tuple[str, ...]] = ("average", "out", "x", "x-u")
     x: Tensor
     u: Tensor
     f_x: Tensor
@@ -318,13 +330,15 @@ class DeepRED(DeepImagePrior):
         **kwargs: Any,
     ) -> None:
         for name, value in {"lam (λ)": lam, "mu (μ)": mu}.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(
                     f"{name} must be > 0, got {value}; without the RED prior use the DIP method: "
                     "DeepImagePrior, or --config configs/methods/dip.yaml"
                 )
-        if not rise_step >= 0:
+        if not 0 <= rise_step < math.inf:
             raise ValueError(f"rise_step must be >= 0, got {rise_step}; 0 keeps λ and μ constant")
+        if isinstance(rise_start, str) and rise_start != "noise":
+            raise ValueError(f"rise_start must be a number of dB or 'noise', got {rise_start!r}")
         self.initial_lam, self.initial_mu = lam, mu
         self.rise_step = rise_step
         self.rise_start = rise_start

@@ -13,11 +13,11 @@ class Operator(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """A x, for x of shape (1, C, H, W)."""
+        """A x, of the measurement's shape, for x of shape (1, C, H, W)."""
 
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y, so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
+        """Aᵀ y, (1, C, H, W), so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
 
     @abstractmethod
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,6 +21,9 @@ class InverseProblem(nn.Module):
         ground_truth: The true x where it is known, of the image's shape. It reaches the
             metrics and nothing else, and is not saved with the problem.
 
+    Attributes:
+        image_shape: (1, C, H, W) of x.
+
     Raises:
         ValueError: y or ground_truth is not a finite float tensor of a fitting shape.
 

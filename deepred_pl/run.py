@@ -1,9 +1,9 @@
 """The one place that assembles a fit: settings to trainer, module and data."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -11,9 +11,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 import deepred_pl.denoisers  # noqa: F401  their short names
 from deepred_pl.callbacks import LastCheckpoint, Monitor, REDUpdate, RestorationBar, Writer
-from deepred_pl.callbacks.directory import check_writable, run_directory
 from deepred_pl.data import RestorationDataModule
+from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.model import DeepImagePrior
+
+SUBCOMMANDS = ("fit", "test", "predict")
 
 
 class RestorationCLI(LightningCLI):
@@ -31,6 +33,7 @@ class RestorationCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        quiet = {"exit_on_error": False}  # errors are raised, for the caller to tell
         super().__init__(
             model_class=DeepImagePrior,
             datamodule_class=RestorationDataModule,
@@ -38,6 +41,7 @@ class RestorationCLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=False,  # model.seed and data.seed own all randomness
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "deepred", **quiet, **dict.fromkeys(SUBCOMMANDS, quiet)},
             load_from_checkpoint_support=False,  # plain hparams: load with your own `network`
             args=args,
             run=run,
@@ -47,7 +51,7 @@ class RestorationCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """fit, test and predict; there is nothing to validate."""
         inherited = LightningCLI.subcommands()
-        return {name: inherited[name] for name in ("fit", "test", "predict")}
+        return {name: inherited[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections `red` and `checkpoint`."""
@@ -71,11 +75,15 @@ class RestorationCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find a checkpoint that is none; torch would advise to load it unsafely."""
         path = self._get(self.config, "ckpt_path")
-        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
+        if path is None or not Path(path).is_file():
+            return
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+        except Exception as error:  # unpicklers raise what they like
             raise ValueError(
                 f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
                 "give another, or start without"
-            )
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks every run has, and TensorBoard unless another logger is set."""
@@ -96,3 +104,13 @@ class RestorationCLI(LightningCLI):
         self.datamodule.setup("fit")
         if not self.trainer.fast_dev_run:
             check_writable(run_directory(self.trainer))
+
+    def after_fit(self) -> None:
+        """Say so where a fit had no step left to make, and so wrote nothing."""
+        trainer = self.trainer
+        if not trainer.fast_dev_run and not (run_directory(trainer) / "result.json").exists():
+            raise ValueError(
+                f"no step was left to make: the fit is at step {trainer.global_step} of "
+                f"{trainer.max_steps}; give a larger --trainer.max_steps, or let `deepred predict` "
+                "write the checkpoint's image"
+            )

@@ -1,7 +1,7 @@
 """The command line, as a user calls it."""
 
 import json
-import warnings
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from deepred_pl import REDUpdate
 from deepred_pl.cli import main
+from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.images import write_image
 from tests.conftest import picture
 
@@ -43,10 +45,12 @@ def refused(deepred, capsys):
     def call(*args, **overrides):
         with pytest.raises(SystemExit) as stop:
             deepred(*args, **overrides)
-        assert stop.value.code not in (0, None)
-        said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
-        assert "Traceback" not in said
-        return said.strip().splitlines()[-1]
+        said = stop.value.code  # Python prints it, and ends with status 1
+        assert isinstance(said, str) and said.startswith("deepred: error: ")
+        assert len(said.splitlines()) == 1
+        printed = "".join(capsys.readouterr())
+        assert "usage:" not in printed and "Traceback" not in printed
+        return said
 
     return call
 
@@ -80,7 +84,7 @@ def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, chan
     assert Image.open(run / "restored.png").mode == {1: "L", 3: "RGB"}[channels]
 
 
-def test_the_shipped_settings_are_the_released_ones(deepred, photo):
+def test_the_shipped_settings_are_the_released_ones():
     from pytorch_lightning import Trainer
 
     from deepred_pl.run import RestorationCLI
@@ -94,6 +98,9 @@ def test_the_shipped_settings_are_the_released_ones(deepred, photo):
     assert model.result == "average" and model.average_decay == 0.99
     assert sum(p.numel() for p in model.make_network(3).parameters()) == pytest.approx(2.22e6, 0.01)
     assert cli.datamodule.noise.sigma == 25
+    red = next(c for c in cli.trainer.callbacks if isinstance(c, REDUpdate))
+    assert isinstance(red.denoiser, NonLocalMeans) and red.denoiser.sigma == 3
+    assert (red.every_n_steps, red.x_update) == (10, "fixed_point")
 
 
 def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
@@ -141,6 +148,7 @@ def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused,
     again = ["--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
     longer = deepred(*again, tiny=False, trainer__max_steps=6)
     assert result_of(longer)["steps"] == 6
+    assert "no step was left to make: the fit is at step 4 of 4" in refused(*again, tiny=False)
     assert "lam=0.5, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
     assert "is not this problem's" in refused(*again, "--data.seed=1", tiny=False)
 
@@ -162,12 +170,11 @@ def test_a_run_can_be_quiet_and_unlogged(deepred, tmp_path, photo):
     assert (tmp_path / "restored.png").is_file() and (tmp_path / "result.json").is_file()
 
 
-def test_the_process_is_left_as_it_was(deepred, photo):
-    torch.manual_seed(1)
-    before = torch.random.get_rng_state()
-    with warnings.catch_warnings():
-        deepred("--config", TASKS[0], data__ground_truth=photo)
-    assert torch.equal(torch.random.get_rng_state(), before)
+def test_the_processes_random_numbers_are_left_alone(deepred, photo):
+    before = torch.random.get_rng_state(), str(np.random.get_state()), random.getstate()
+    deepred("--config", TASKS[0], data__ground_truth=photo)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (str(np.random.get_state()), random.getstate()) == before[1:]
 
 
 # A user's mistakes
@@ -185,12 +192,14 @@ def test_the_process_is_left_as_it_was(deepred, photo):
         ({"model__mu": -1}, "DeepImagePrior, or --config configs/methods/dip.yaml"),
         ({"red__every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"red__inner_iterations": 0}, "inner_iterations must be at least 1"),
-        ({"red__denoiser": "Unknown"}, "Unknown"),
+        ({"red__denoiser": "Unknown"}, "Expected a path but Unknown"),
         ({"red__denoiser__sigma": 0}, "(0, 255] grey levels"),
         ({"checkpoint__every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"trainer__precision": "bf16-true"}, "bf16-mixed"),
         ({"trainer__max_steps": -1}, "max_steps"),
-        ({"model__lamda": 1}, "lamda"),
+        ({"model__lamda": 1}, "Option 'lamda' is not accepted"),
+        ({"trainer__max_steps": "many"}, "Expected a <class 'int'>"),
+        ({"config": "nowhere.yaml"}, "File does not exist"),
         ({"ckpt_path": "nowhere.ckpt"}, "nowhere.ckpt"),
     ],
 )
@@ -231,8 +240,16 @@ def test_a_run_directory_that_cannot_be_written_is_found_before_the_fit(refused,
 
 def test_a_file_that_is_no_checkpoint_gets_one_clear_line(refused, tmp_path):
     (tmp_path / "last.ckpt").write_text("text")
-    said = refused("--config", TASKS[0], ckpt_path=tmp_path / "last.ckpt")
-    assert "expected a run's checkpoints/last.ckpt" in said and "weights_only" not in said
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
+    for name in ("last.ckpt", "other.ckpt"):
+        said = refused("--config", TASKS[0], ckpt_path=tmp_path / name)
+        assert "expected a run's checkpoints/last.ckpt" in said and "weights_only" not in said
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_there_is_nothing_to_score_or_write_without_a_checkpoint(refused, command):
+    said = refused("--config", TASKS[0], command=command)
+    assert "nothing is restored yet" in said and "--ckpt_path" in said
 
 
 def test_a_checkpoint_of_another_network_gets_one_line_of_bearable_length(deepred, refused, photo):

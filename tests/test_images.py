@@ -105,7 +105,46 @@ def test_any_number_of_channels_fits_a_tiff(tmp_path, channels):
     image, image_format = read_image(tmp_path / "image.npy")
     assert image.shape == (1, channels, 5, 7)
     write_image(tmp_path / f"back{image_format.suffix(channels)}", image, image_format)
-    np.testing.assert_array_equal(tifffile.imread(tmp_path / "back.tif").squeeze(), array.squeeze())
+    with tifffile.TiffFile(tmp_path / "back.tif") as file:
+        assert len(file.pages) == 1
+    assert torch.equal(read_image(tmp_path / "back.tif")[0], image)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_is_written_into_a_tiff(tmp_path, channels):
+    array = values(np.uint8, 6, 5, channels)
+    alpha = ImageFormat("uint8", array[..., -1])
+    image = expected(array[..., :-1]).float()[None]
+    write_image(tmp_path / "image.tif", image, alpha)
+    again, again_format = read_image(tmp_path / "image.tif")
+    assert torch.equal(again, image)
+    np.testing.assert_array_equal(again_format.alpha, array[..., -1])
+
+
+def test_unusual_tiffs_look_as_other_programs_show_them(tmp_path):
+    array = values(np.uint8, 8, 16)
+    tifffile.imwrite(tmp_path / "inverted.tif", 255 - array, photometric="miniswhite")
+    torch.testing.assert_close(
+        read_image(tmp_path / "inverted.tif")[0][0].double(), expected(array), atol=1e-7, rtol=0
+    )
+    colours = values(np.uint8, 8, 16, 3)
+    Image.fromarray(colours).convert("P").save(tmp_path / "palette.tif")
+    assert read_image(tmp_path / "palette.tif")[0].shape == (1, 3, 8, 16)
+    Image.fromarray(colours).convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert read_image(tmp_path / "cmyk.tif")[0].shape == (1, 3, 8, 16)
+    Image.fromarray(colours).save(tmp_path / "turned.tif", tiffinfo={274: 6})
+    assert read_image(tmp_path / "turned.tif")[0].shape == (1, 3, 16, 8)
+    tifffile.imwrite(tmp_path / "white16.tif", array.astype(np.uint16), photometric="miniswhite")
+    with pytest.raises(ValueError, match="save it as RGB"):
+        read_image(tmp_path / "white16.tif")
+
+
+def test_byte_order_does_not_matter(tmp_path):
+    array = values(np.uint16, 5, 7)
+    np.save(tmp_path / "big.npy", array.astype(">u2"))
+    torch.testing.assert_close(
+        read_image(tmp_path / "big.npy")[0][0].double(), expected(array), atol=1e-7, rtol=0
+    )
 
 
 def test_jpeg_palette_cmyk_and_rotation(tmp_path):
@@ -138,8 +177,8 @@ def png_bytes():
     ("name", "data", "message"),
     [
         ("empty.png", b"", "the file is empty"),
-        ("empty.tif", b"", "cannot read"),
-        ("empty.npy", b"", "cannot read"),
+        ("empty.tif", b"", "the file is empty"),
+        ("empty.npy", b"", "the file is empty"),
         ("text.png", b"I am no picture", "cannot read"),
         ("text.tif", b"I am no picture", "cannot read"),
         ("cut.png", png_bytes()[:300], "cannot read"),

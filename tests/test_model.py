@@ -144,6 +144,7 @@ def test_a_network_of_another_size_is_refused():
 @pytest.mark.parametrize("result", ["average", "out", "x", "x-u"])
 def test_the_result_asked_for_is_returned_clipped(result):
     model = make(DeepRED, result=result)
+    model.step = 1
     model.average, model.out, model.x, model.u = (
         torch.full_like(model.x, value) for value in (0.1, 0.2, 0.3, -0.9)
     )
@@ -182,6 +183,11 @@ def test_weights_must_be_positive_and_the_message_names_dip(wrong):
         {"average_decay": 1.0},
         {"seed": -1},
         {"rise_step": -0.1},
+        {"rise_start": "nosie"},
+        {"input_scale": math.nan},
+        {"input_noise_std": math.nan},
+        {"lam": math.inf},
+        {"result": "best"},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
@@ -192,8 +198,11 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_what_is_missing_is_said():
     with pytest.raises(RuntimeError, match="give it problem="):
         DeepImagePrior().training_step()
-    with pytest.raises(RuntimeError, match="nothing is restored yet"):
-        _ = DeepImagePrior().restored
+    for unfitted in (DeepImagePrior(), make(DeepRED)):
+        with pytest.raises(RuntimeError, match="nothing is restored yet"):
+            _ = unfitted.restored
+    with pytest.raises(ValueError, match="result must be one of"):
+        DeepImagePrior(result="x")
     undriven = DeepRED(network=TinyNet, problem=noisy_problem())
     with pytest.raises(RuntimeError, match=r"add REDUpdate\(denoiser\)"):
         undriven.training_step()
@@ -264,7 +273,7 @@ def test_a_checkpoint_alone_gives_the_restored_image(kind, make_trainer, tmp_pat
     assert torch.equal(loaded.restored, model.restored)
     assert loaded.step == 5 and loaded.seed == 4
     with pytest.raises(RuntimeError, match="give it problem="):
-        make_trainer(max_steps=1).fit(loaded) if kind is DeepImagePrior else loaded._checked()
+        make_trainer(max_steps=1, callbacks=[REDUpdate(smooth)]).fit(loaded)
     # With its problem it is complete, be it given now or later; with another it is refused.
     with pytest.raises(ValueError, match="is not this problem's"):
         loaded.build(noisy_problem(1, 9, 12))

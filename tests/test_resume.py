@@ -12,6 +12,7 @@ import torch
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import LastCheckpoint
+from deepred_pl.denoisers import TotalVariation
 from deepred_pl.model import WarmupCosine
 from tests.conftest import TinyNet, noisy_problem, smooth
 
@@ -20,6 +21,7 @@ SCHEDULES = {
     "released": {"every_n_steps": 1, "rounds_per_denoising": 4},
     "released, J = 2": {"every_n_steps": 2, "rounds_per_denoising": 3, "inner_iterations": 2},
     "mixed, J = 3": {"every_n_steps": 4, "x_update": "mixed", "inner_iterations": 3},
+    "a shipped denoiser": {"denoiser": TotalVariation(0.05), "every_n_steps": 5},
 }
 
 
@@ -64,12 +66,13 @@ def new_model():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("cut", [1, 13, 20])
+@pytest.mark.parametrize("cut", [1, 13, 20, 26])
 def test_a_fit_resumed_at_any_step_ends_like_an_uninterrupted_one(
     make_trainer, tmp_path, schedule, cut
 ):
     def trainer(steps, folder, every=1000):
-        callbacks = [REDUpdate(smooth, **schedule), LastCheckpoint(every_n_steps=every)]
+        update = REDUpdate(**{"denoiser": smooth, **schedule})
+        callbacks = [update, LastCheckpoint(every_n_steps=every)]
         return make_trainer(
             max_steps=steps,
             callbacks=callbacks,
@@ -141,10 +144,13 @@ def test_a_killed_fit_resumes_to_the_same_checkpoint(tmp_path, pytestconfig):
     while not last.is_file():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
+    kill_at = random.randrange(3, 100)
+    while torch.load(last, weights_only=True)["global_step"] < kill_at:
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 0 < torch.load(last, weights_only=True)["global_step"] < 150
+    print(f"killed behind step {kill_at}")
+    assert kill_at <= torch.load(last, weights_only=True)["global_step"] < 150
     resume = deepred(tmp_path, "resumed", "--ckpt_path", str(last))
     subprocess.run(resume, check=True, capture_output=True, **where)
     ends = [tmp_path / f / version / "checkpoints" / "last.ckpt" for f in ("resumed", "whole")]

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from deepred_pl import admm
-from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.callbacks.red import wait_seconds
 from deepred_pl.metrics import psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
 
@@ -40,10 +40,11 @@ class Monitor(Callback):
         self.submodule = submodule
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            curves = measure(self._restoration(pl_module))
-            if waits := wait_seconds(trainer):
-                curves["denoiser_wait"] = torch.tensor(sum(waits))
+        if logs_now(trainer):
+            model = self._restoration(pl_module)
+            curves = measure(model)
+            if isinstance(model, DeepRED):
+                curves["denoiser_wait"] = torch.tensor(wait_seconds(trainer, self.submodule))
             self._log(pl_module, curves, group=self.submodule or "curves")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -93,16 +94,17 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     return curves
 
 
-def wait_seconds(trainer: Trainer) -> list[float]:
-    """Seconds waited for the denoiser, one number per `REDUpdate`."""
-    return [c.wait_seconds for c in trainer.callbacks if isinstance(c, REDUpdate)]
+def logs_now(trainer: Trainer) -> bool:
+    """Whether this step is one of `trainer.log_every_n_steps`; 0 logs none."""
+    every = trainer.log_every_n_steps
+    return bool(every) and trainer.global_step % every == 0
 
 
 class RestorationBar(ProgressBar):
     """A progress bar over θ-steps with PSNR, gap and the time left.
 
-    It shows what `Monitor` logged last. Where the output is no terminal, it prints a line at
-    every tenth of the fit instead.
+    It shows what `Monitor` logged last: the PSNR of the average where the true image is known,
+    and the gap. Where the output is no terminal, it prints a line at every tenth of the fit.
     """
 
     def __init__(self) -> None:
@@ -135,14 +137,15 @@ class RestorationBar(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if self._progress is None:
             return
-        step = trainer.global_step
+        step, total = trainer.global_step, trainer.max_steps
         self._progress.update(self._task, completed=step)
-        if step % trainer.log_every_n_steps == 0:
+        if logs_now(trainer):
             self._progress.update(self._task, numbers=_numbers(trainer.callback_metrics))
-        tenth = max(1, trainer.max_steps // 10)
-        if not self._progress.console.is_terminal and step % tenth == 0:
+        due = step % max(1, total // 10) == 0 if total > 0 else logs_now(trainer)
+        if due and not self._progress.console.is_terminal:
             numbers = self._progress.tasks[0].fields["numbers"]
-            self._progress.console.print(f"step {step} of {trainer.max_steps} {numbers}")
+            of = f" of {total}" if total > 0 else ""
+            self._progress.console.print(f"step {step}{of} {numbers}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -159,7 +162,10 @@ class RestorationBar(ProgressBar):
 
 
 def _numbers(logged: dict[str, Tensor]) -> str:
-    shown = {"PSNR": ("curves/psnr_average", ".2f", " dB"), "gap": ("curves/gap", ".3g", "")}
+    shown = {
+        "PSNR average": ("curves/psnr_average", ".2f", " dB"),
+        "gap": ("curves/gap", ".3g", ""),
+    }
     values = {label: float(logged.get(name, math.nan)) for label, (name, _, _) in shown.items()}
     return "  ".join(
         f"{label} {value:{shown[label][1]}}{shown[label][2]}"

@@ -27,17 +27,21 @@ class REDUpdate(Callback):
 
     With `inner_iterations` J > 1 the x-update is made J times: J − 1 times in the background,
     with v = T_θ(z) + u of the round's start and a denoiser call after each, and the last time
-    at the round's end with the v of that moment. J = 1 is the same rule, not another.
+    at the round's end with the v of that moment, so that x never lags behind T_θ(z) by a whole
+    round; J = 1 is the same rule, not another. With `rounds_per_denoising` > 1 x has moved on
+    meanwhile: the inner x serves f(x) alone, and the update goes out from the current x.
 
     On a plain `DeepImagePrior` the callback does nothing.
 
     Args:
         denoiser: f, a callable from (1, C, H, W) to (1, C, H, W) in [0, 1]; see
-            `deepred_pl.denoisers`. It is called on a thread, one call at a time.
+            `deepred_pl.denoisers`. It is called on a thread on which torch uses one core, one
+            call at a time.
         every_n_steps: θ-steps per round of x- and u-update, at least 1.
         rounds_per_denoising: Rounds per denoiser call, at least 1.
         x_update: "fixed_point", "gradient" (steepest descent), or "mixed": fixed point in the
-            first half of the trainer's max_steps, then gradient.
+            first half of the trainer's max_steps, then gradient (so a fit resumed with more
+            steps is not the longer fit).
         step_size: Of the gradient step, in (0, 2), in units of 1 / (λ + μ).
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
@@ -86,7 +90,7 @@ class REDUpdate(Callback):
         self.submodule = submodule
         self._model: DeepRED | None = None
         self._background: Background | None = None
-        self._round_at = 0
+        self._rounds = 0  # rounds made
         self._waited_before = 0.0  # by the parts of this fit that ended
 
     @property
@@ -123,36 +127,36 @@ class REDUpdate(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._model is not None:
             self._background = Background()
-            self._round_at = self._model.step
+            self._rounds = self._model.step // self.every_n_steps
             self._start_job(self._model, trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        model = self._model
-        if model is None or model.step % self.every_n_steps or model.step == self._round_at:
-            return
-        self._round_at = model.step  # a parent may train other parts for a while
-        self._round(model, trainer)
+        if self._model is not None and self._model.step // self.every_n_steps > self._rounds:
+            self._round(self._model, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        self._close(timeout=None)  # torch aborts a process that ends in the middle of its work
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._close()
+        self._close(timeout=5.0)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close()
+        self._close(timeout=5.0)
 
     # The updates
 
     @torch.no_grad()
     def _round(self, model: DeepRED, trainer: Trainer) -> None:
+        before, self._rounds = self._rounds, model.step // self.every_n_steps
+        denoised = self._rounds // self.rounds_per_denoising > before // self.rounds_per_denoising
         reusing = self.rounds_per_denoising > 1
-        denoised = model.step % (self.every_n_steps * self.rounds_per_denoising) == 0
         x = model.x
         if denoised:
             assert self._background is not None
+            if not self._background.busy:
+                self._start_job(model, trainer)
             denoised_x, model.f_x = self._background.result()
             model.prior = admm.red_prior(denoised_x, model.f_x)
             if reusing:
@@ -178,11 +182,14 @@ class REDUpdate(Callback):
         return admm.fixed_point
 
     def _submit(self, model: DeepRED, trainer: Trainer) -> None:
-        # Clones: loading a checkpoint writes into buffers, and a denoiser may into its input.
-        model.x_pending = model.x.clone()
-        model.v_pending = model.out + model.u
+        # Clones, as loading a checkpoint writes into buffers; contiguous, as loaded buffers are,
+        # for the memory layout decides the last bits of a sum.
+        model.x_pending = model.x.clone(memory_format=torch.contiguous_format)
+        model.v_pending = (model.out + model.u).contiguous()
         model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
-        self._start_job(model, trainer)
+        collected_at = model.step + self.every_n_steps * self.rounds_per_denoising
+        if trainer.max_steps < 1 or collected_at <= trainer.max_steps:
+            self._start_job(model, trainer)  # else a resumed fit starts it
 
     def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
         """Denoise the pending snapshot; a resumed fit starts the job it was saved with."""
@@ -200,14 +207,20 @@ class REDUpdate(Callback):
             self.inner_iterations,
         )
 
-    def _close(self) -> None:
+    def _close(self, timeout: float | None) -> None:
         if self._background is not None:
-            self._background.close()
+            self._background.close(timeout)
             self._waited_before += self._background.wait_seconds
             self._background = None
         if self._model is not None:
             self._model.driven = False
             self._model = None
+
+
+def wait_seconds(trainer: Trainer, submodule: str | None = None) -> float:
+    """Seconds the trainer's fit has waited for denoisers; for one submodule's, or for all."""
+    updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate)]
+    return sum(c.wait_seconds for c in updates if submodule in (None, c.submodule))
 
 
 def _find(module: LightningModule, submodule: str) -> DeepRED | None:
@@ -226,13 +239,14 @@ def _find(module: LightningModule, submodule: str) -> DeepRED | None:
 
 @torch.no_grad()
 def _denoise(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    f_x = denoiser(x.clone())
+    f_x = denoiser(x.clone())  # it may write into its input
     if not isinstance(f_x, Tensor) or f_x.shape != x.shape:
         got = tuple(f_x.shape) if hasattr(f_x, "shape") else type(f_x).__name__
         raise ValueError(f"it must return a tensor of {tuple(x.shape)} like its input, got {got}")
     if not f_x.isfinite().all():
         raise ValueError("it must return finite values, got NaN or infinity")
-    return f_x.to(x)
+    # A copy: the denoiser may use its memory again, or have made an inference tensor.
+    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(f_x)
 
 
 def _name(denoiser: Callable[[Tensor], Tensor]) -> str:

@@ -14,8 +14,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from deepred_pl.callbacks.directory import check_writable, run_directory
-from deepred_pl.callbacks.monitor import wait_seconds
+from deepred_pl.callbacks.red import wait_seconds
+from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.images import ImageFormat, write_bytes, write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
@@ -105,7 +105,7 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         "metric_on": scored_on(problem.image_shape[1]),
         "steps": model.step,
         "seconds": round(seconds, 3),
-        "denoiser_wait_seconds": round(sum(wait_seconds(trainer)), 3),
+        "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
         "stop_reason": "stopped early" if stopped else "max_steps",
         "seed": model.seed,
     }

@@ -61,7 +61,7 @@ class BM3D(Denoiser):
         return self._run("bm3d", channel)
 
     def _run(self, function: str, image: np.ndarray) -> np.ndarray:
-        import bm3d  # here, so that the package works without it
+        import bm3d  # only where it is chosen, for its licence
 
         profiles = {"np": bm3d.BM3DProfile, "lc": bm3d.BM3DProfileLC, "high": bm3d.BM3DProfileHigh}
         with _LOCK:

@@ -85,9 +85,29 @@ def test_the_bar_shows_psnr_and_gap_and_stops(make_trainer, capsys):
     )
     trainer.fit(model)
     shown = capsys.readouterr().err
-    assert "step 20 of 20 PSNR" in shown and "gap" in shown
+    assert "step 20 of 20 PSNR average" in shown and "gap" in shown
     assert "20/20" in shown
     assert "Epoch" not in shown
+
+
+def test_the_bar_of_a_timed_fit_counts_without_an_end(make_trainer, capsys):
+    model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
+    trainer = make_trainer(
+        max_steps=-1,
+        max_time={"seconds": 1},
+        callbacks=[Monitor(), RestorationBar()],
+        enable_progress_bar=True,
+        log_every_n_steps=10,
+    )
+    trainer.fit(model)
+    shown = capsys.readouterr().err
+    assert "step 10 PSNR average" in shown
+    assert "step 9 " not in shown and "of -1" not in shown
+
+
+def test_logging_can_be_turned_off(make_trainer):
+    _, trainer = fitted(make_trainer, noisy_problem(), log_every_n_steps=0)
+    assert not trainer.callback_metrics
 
 
 def test_the_bar_stops_when_a_fit_fails(make_trainer):

@@ -1,9 +1,9 @@
 """REDUpdate in real fits, against a transcription that knows nothing of this package."""
 
 import itertools
+import itertools
 import threading
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -131,7 +131,6 @@ def test_the_denoiser_has_the_whole_round_and_is_never_joined_where_it_was_submi
     update = REDUpdate(NonLocalMeans(10), every_n_steps=k)
     model = DeepRED(network=TinyNet, problem=noisy_problem())
     make_trainer(max_steps=3 * k + 2, callbacks=[update, Steps()]).fit(model)
-    events = events[2:]  # the worker's own first job
     assert events[0] == "submit"
     assert events.count("join") == 3
     for at in (i for i, event in enumerate(events) if event == "join"):
@@ -288,6 +287,70 @@ def test_mixed_needs_the_length_of_the_fit(make_trainer):
         make_trainer(max_steps=-1, max_time={"seconds": 1}, callbacks=[update]).fit(model)
 
 
+def test_a_job_that_no_round_would_collect_is_not_started(make_trainer):
+    calls = []
+
+    def counting(x):
+        calls.append(x)
+        return smooth(x)
+
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    make_trainer(max_steps=9, callbacks=[REDUpdate(counting, every_n_steps=2)]).fit(model)
+    assert len(calls) == 4  # collected at steps 2, 4, 6 and 8
+
+
+def test_a_fit_that_ends_early_waits_for_its_denoiser(make_trainer):
+    ended = threading.Event()
+
+    def slow(x):
+        time.sleep(0.2)
+        ended.set()
+        return smooth(x)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    make_trainer(max_steps=99, callbacks=[REDUpdate(slow), Stop()]).fit(model)
+    assert model.step == 1
+    assert ended.is_set()
+
+
+def test_a_denoiser_may_use_its_memory_again(make_trainer):
+    memory = torch.empty(1, 3, 9, 11)
+
+    @torch.inference_mode()
+    def economical(x):
+        return memory.copy_(0.5 * x)
+
+    states = []
+    for denoiser in (economical, lambda x: x * 0.5):
+        model = DeepRED(network=TinyNet, problem=noisy_problem())
+        update = REDUpdate(denoiser, every_n_steps=2, rounds_per_denoising=2)
+        make_trainer(max_steps=9, callbacks=[update]).fit(model)
+        states.append(tensors(model))
+        model.load_state_dict(model.state_dict())
+    assert_same(*states)
+
+
+def test_no_round_is_lost_where_a_batch_makes_several_steps(make_trainer):
+    class Twice(Parent):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+
+    parent, updates = Twice(), []
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            updates.append(module.single.u.clone())
+
+    callbacks = [*parent_callbacks()[:2], REDUpdate(smooth, 3, submodule="single"), Count()]
+    make_trainer(max_steps=6, callbacks=callbacks).fit(parent)
+    changes = sum(not torch.equal(a, b) for a, b in itertools.pairwise(updates))
+    assert parent.single.step == 12 and changes == 4  # at steps 4, 6, 10 and 12
+
+
 def test_a_plain_deep_image_prior_is_left_alone(make_trainer):
     states = []
     for callbacks in ([], [REDUpdate(raises)]):
@@ -418,6 +481,6 @@ def test_an_inverse_problem_with_another_operator_drives_the_same_updates(make_t
             return 2 * y
 
     problem = InverseProblem(0.5 * picture(1, 9, 11), operator=Half())
-    model = DeepRED(network=partial(TinyNet), problem=problem, result="x-u")
+    model = DeepRED(network=TinyNet, problem=problem, result="x-u")
     make_trainer(max_steps=60, callbacks=[REDUpdate(smooth, every_n_steps=5)]).fit(model)
     torch.testing.assert_close(model.out.mean(), picture(1, 9, 11).mean(), atol=0.1, rtol=0)

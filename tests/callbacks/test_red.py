@@ -1,7 +1,6 @@
 """REDUpdate in real fits, against a transcription that knows nothing of this package."""
 
 import itertools
-import itertools
 import threading
 import time
 

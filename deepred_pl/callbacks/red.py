@@ -155,8 +155,8 @@ class REDUpdate(Callback):
         x = model.x
         if denoised:
             assert self._background is not None
-            if not self._background.busy:
-                self._start_job(model, trainer)
+            if not self._background.busy:  # _submit took it for beyond max_steps, which counts
+                self._start_job(model, trainer)  # batches where a batch makes several steps
             denoised_x, model.f_x = self._background.result()
             model.prior = admm.red_prior(denoised_x, model.f_x)
             if reusing:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import skimage.data
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl.images import ImageFormat, read_image
@@ -85,6 +86,8 @@ class RestorationDataModule(LightningDataModule):
                 y = simulate(truth, operator, self.noise, self.seed)
         assert y is not None
         self.problem = InverseProblem(y, operator, self.noise, truth)
+        if self.problem.noise is not self.noise:
+            rank_zero_info(f"estimated from the measurement: {self.problem.noise}")
 
     def train_dataloader(self) -> Iterable[int]:
         """One endless epoch of θ-steps; y is on the device already."""

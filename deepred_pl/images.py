@@ -9,7 +9,7 @@ import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 PLAIN_TIFF = (
@@ -154,7 +154,11 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
 
 
 def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, bool]:
-    with Image.open(io.BytesIO(data)) as file:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("its contents are none of these") from None
+    with opened as file:
         picture = ImageOps.exif_transpose(file)
         transparent = picture.has_transparency_data
         grey = picture.mode in ("1", "L", "LA")

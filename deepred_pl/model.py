@@ -430,7 +430,7 @@ def _check_size(network: nn.Module, problem: InverseProblem) -> None:
     if min(height, width) < smallest:
         raise ValueError(
             f"{type(network).__name__} needs images of at least {smallest}×{smallest} pixels, "
-            f"got {height}×{width}; give it fewer scales"
+            f"got {height}×{width}; take a larger part, or fewer scales (init_args.scales)"
         )
 
 

@@ -85,4 +85,4 @@ class GaussianNoise(NoiseModel):
         return GaussianNoise(sigma)
 
     def extra_repr(self) -> str:
-        return f"sigma={self.sigma}"
+        return f"sigma={self.sigma:.2f}" if self.sigma is not None else "sigma=None"

@@ -15,7 +15,12 @@ from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.model import DeepImagePrior
 
-SUBCOMMANDS = ("fit", "test", "predict")
+ABOUT = "Restore one degraded image without training data, by DeepRED or Deep Image Prior."
+SUBCOMMANDS = {
+    "fit": "Fit a network to one image, and write what it restores into the run directory.",
+    "test": "Score the restored image of a checkpoint (--ckpt_path) against its ground truth.",
+    "predict": "Write the restored image of a checkpoint (--ckpt_path).",
+}
 
 
 class RestorationCLI(LightningCLI):
@@ -33,7 +38,8 @@ class RestorationCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        quiet = {"exit_on_error": False}  # errors are raised, for the caller to tell
+        raising = {"exit_on_error": False}  # for the caller to tell
+        commands = {name: {"description": text, **raising} for name, text in SUBCOMMANDS.items()}
         super().__init__(
             model_class=DeepImagePrior,
             datamodule_class=RestorationDataModule,
@@ -41,7 +47,7 @@ class RestorationCLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=False,  # model.seed and data.seed own all randomness
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "deepred", **quiet, **dict.fromkeys(SUBCOMMANDS, quiet)},
+            parser_kwargs={"prog": "deepred", "description": ABOUT, **raising, **commands},
             load_from_checkpoint_support=False,  # plain hparams: load with your own `network`
             args=args,
             run=run,
@@ -100,8 +106,8 @@ class RestorationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find bad input before anything is written."""
-        assert self.datamodule is not None
         self.datamodule.setup("fit")
+        self.model.build(self.datamodule.problem)
         if not self.trainer.fast_dev_run:
             check_writable(run_directory(self.trainer))
 

@@ -107,6 +107,7 @@ def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
     run = deepred("--config", TASKS[1], data__measurement=photo, data__noise__sigma="null")
     result = result_of(run)
     assert set(result["psnr"].values()) == {None}
+    assert 0 < result["noise_sigma"] < 255
     assert Image.open(run / "comparison.png").size[0] > 2 * 41
 
 
@@ -226,6 +227,7 @@ def test_an_image_too_small_or_of_two_sizes_gets_one_clear_line(refused, tmp_pat
     assert "at least 33×33 pixels, got 20×40" in refused("--config", TASKS[0], **small)
     said = refused("--config", TASKS[0], data__ground_truth=photo, **small)
     assert "ground_truth must be (1, 3, 20, 40)" in said
+    assert not list(tmp_path.glob("lightning_logs/version_*/config.yaml"))
 
 
 def test_a_run_directory_that_cannot_be_written_is_found_before_the_fit(refused, tmp_path, photo):

@@ -121,13 +121,15 @@ class RestorationBar(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._task = self._progress.add_task("restoring", total=total, numbers="")
@@ -142,10 +144,10 @@ class RestorationBar(ProgressBar):
         if logs_now(trainer):
             self._progress.update(self._task, numbers=_numbers(trainer.callback_metrics))
         due = step % max(1, total // 10) == 0 if total > 0 else logs_now(trainer)
-        if due and not self._progress.console.is_terminal:
-            numbers = self._progress.tasks[0].fields["numbers"]
+        numbers = self._progress.tasks[0].fields["numbers"]
+        if due and numbers and not self._progress.console.is_terminal:
             of = f" of {total}" if total > 0 else ""
-            self._progress.console.print(f"step {step}{of} {numbers}")
+            self._progress.console.print(f"step {step}{of}: {numbers}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

@@ -98,11 +98,13 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         }
         return {k: None if v is None or not v.isfinite() else float(v) for k, v in known.items()}
 
+    variance = problem.noise_variance()
     stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
     return {
         "psnr": scores(psnr),
         "ssim": scores(ssim),
         "metric_on": scored_on(problem.image_shape[1]),
+        "noise_sigma": None if variance is None else 255 * math.sqrt(variance),
         "steps": model.step,
         "seconds": round(seconds, 3),
         "denoiser_wait_seconds": round(wait_seconds(trainer), 3),

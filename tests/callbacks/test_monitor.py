@@ -85,8 +85,8 @@ def test_the_bar_shows_psnr_and_gap_and_stops(make_trainer, capsys):
     )
     trainer.fit(model)
     shown = capsys.readouterr().err
-    assert "step 20 of 20 PSNR average" in shown and "gap" in shown
-    assert "20/20" in shown
+    assert "step 20 of 20: PSNR average" in shown and "gap" in shown
+    assert "step 2 of 20" not in shown  # nothing was measured yet
     assert "Epoch" not in shown
 
 
@@ -101,7 +101,7 @@ def test_the_bar_of_a_timed_fit_counts_without_an_end(make_trainer, capsys):
     )
     trainer.fit(model)
     shown = capsys.readouterr().err
-    assert "step 10 PSNR average" in shown
+    assert "step 10: PSNR average" in shown
     assert "step 9 " not in shown and "of -1" not in shown
 
 

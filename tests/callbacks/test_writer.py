@@ -32,7 +32,7 @@ def test_a_run_leaves_its_pictures_figures_and_checkpoint(make_trainer, tmp_path
         assert result["psnr"][name] == pytest.approx(-10 * math.log10(mse), abs=1e-3)
     assert result["psnr"]["restored"] == result["psnr"]["average"]
     assert 0 < result["ssim"]["measurement"] < 1
-    assert result["metric_on"] == "rgb"
+    assert result["metric_on"] == "rgb" and result["noise_sigma"] == pytest.approx(25)
     assert (result["steps"], result["seed"], result["stop_reason"]) == (5, 3, "max_steps")
     assert result["seconds"] > 0 and result["denoiser_wait_seconds"] >= 0
     restored = np.asarray(Image.open(tmp_path / "restored.png"))

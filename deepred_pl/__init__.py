@@ -8,6 +8,14 @@ from deepred_pl.callbacks import REDUpdate
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.problem import InverseProblem
+from deepred_pl.run import restore
 
-__all__ = ["DeepImagePrior", "DeepRED", "InverseProblem", "REDUpdate", "RestorationDataModule"]
+__all__ = [
+    "DeepImagePrior",
+    "DeepRED",
+    "InverseProblem",
+    "REDUpdate",
+    "RestorationDataModule",
+    "restore",
+]
 __version__ = "0.1.0"

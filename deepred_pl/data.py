@@ -3,16 +3,20 @@
 import itertools
 import os
 from collections.abc import Iterable
+from typing import Literal
 
+import numpy as np
 import skimage.data
 import torch
+from PIL import Image
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from deepred_pl.images import ImageFormat, read_image
+from deepred_pl.images import ImageFormat, IntensityRange, read_image, to_tensor
+from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Identity, Operator
+from deepred_pl.operators import Downsample, Identity, Operator
 from deepred_pl.problem import InverseProblem
 
 # Crops of images that ship inside scikit-image: rows, columns.
@@ -24,6 +28,8 @@ SAMPLES = {
     "rocket": (slice(60, 188), slice(250, 378)),
 }
 DEFAULT_SAMPLE = "sample:astronaut"
+
+Degrade = Literal["operator", "antialiased_resize"]
 
 
 class RestorationDataModule(LightningDataModule):
@@ -39,6 +45,14 @@ class RestorationDataModule(LightningDataModule):
         measurement: Image file of what was observed.
         operator: The forward operator A; None is the identity.
         noise: The noise model; None means the mean squared residual as data term.
+        degrade: What simulates A: the "operator", or "antialiased_resize", Pillow's Lanczos-3
+            resize to 8 bits, the test data of super-resolution (then A is a model of it).
+        clip: Clip a simulated measurement to [0, 1], as a camera does.
+        intensity_range: Which stored values are 0 and 1, for all images: "dtype" (0 and 255, or
+            65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
+            [lo, hi]. Every sigma is in 255ths of it. The restored image is stored in it, too.
+        page: Which page of a TIFF file with several, from 0.
+        metric_on: What PSNR and SSIM of colour images compare: "rgb", or "luminance".
         seed: Seed of the simulated degradation.
 
     Attributes:
@@ -56,15 +70,29 @@ class RestorationDataModule(LightningDataModule):
         measurement: str | os.PathLike | None = None,
         operator: Operator | None = None,
         noise: NoiseModel | None = None,
+        degrade: Degrade = "operator",
+        clip: bool = True,
+        intensity_range: IntensityRange = "dtype",
+        page: int | None = None,
+        metric_on: MetricOn = "rgb",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if seed < 0:
             raise ValueError(f"data seed must be >= 0, got {seed}")
+        if degrade not in ("operator", "antialiased_resize"):
+            raise ValueError(f"degrade must be 'operator' or 'antialiased_resize', got {degrade!r}")
+        if metric_on not in ("rgb", "luminance"):
+            raise ValueError(f"metric_on must be 'rgb' or 'luminance', got {metric_on!r}")
         self.ground_truth = ground_truth
         self.measurement = measurement
         self.operator = operator
         self.noise = noise
+        self.degrade = degrade
+        self.clip = clip
+        self.intensity_range = intensity_range
+        self.page = page
+        self.metric_on = metric_on
         self.seed = seed
         self.problem: InverseProblem | None = None
         self.image_format = ImageFormat()
@@ -75,17 +103,30 @@ class RestorationDataModule(LightningDataModule):
             return
         operator = self.operator or Identity()
         truth_from, y, truth = self.ground_truth, None, None
+        truth_range = self.intensity_range
         if self.measurement is not None:
-            y, self.image_format = read_image(self.measurement)
+            y, self.image_format = read_image(self.measurement, self.intensity_range, self.page)
+            if not operator.keeps_units:
+                self.image_format, truth_range = ImageFormat("float32"), "dtype"
+            elif self.intensity_range != "dtype":
+                truth_range = (self.image_format.low, self.image_format.high)
         elif truth_from is None:
             truth_from = DEFAULT_SAMPLE
         if truth_from is not None:
-            truth, truth_format = _read(truth_from)
+            original, truth_format = _read(truth_from, truth_range, self.page)
+            truth = operator.admissible(original)
+            if truth.shape != original.shape:
+                rank_zero_info(
+                    f"ground truth: {_size(original)} made {_size(truth)} for {operator}"
+                )
             if y is None:
                 self.image_format = truth_format
-                y = simulate(truth, operator, self.noise, self.seed)
+                generator = torch.Generator().manual_seed(self.seed)
+                operator = operator.drawn(tuple(truth.shape), generator)
+                y = simulate(truth, operator, self.noise, generator, self.degrade)
+                y = y.clamp(0, 1) if self.clip else y
         assert y is not None
-        self.problem = InverseProblem(y, operator, self.noise, truth)
+        self.problem = InverseProblem(y, operator, self.noise, truth, self.metric_on)
         if self.problem.noise is not self.noise:
             rank_zero_info(f"estimated from the measurement: {self.problem.noise}")
 
@@ -103,20 +144,48 @@ class RestorationDataModule(LightningDataModule):
 
 
 @torch.no_grad()
-def simulate(truth: Tensor, operator: Operator, noise: NoiseModel | None, seed: int) -> Tensor:
-    """A measurement of `truth`, (1, C, H, W): A x + noise, clipped to [0, 1], not rounded."""
-    y = operator(truth)
-    if noise is not None:
-        y = noise.sample(y, torch.Generator().manual_seed(seed))
-    return y.clamp(0, 1)
+def simulate(
+    truth: Tensor,
+    operator: Operator,
+    noise: NoiseModel | None,
+    generator: torch.Generator,
+    degrade: Degrade = "operator",
+) -> Tensor:
+    """A measurement of `truth`, (1, C, H, W): A x + noise, neither clipped nor rounded.
+
+    Raises:
+        ValueError: "antialiased_resize" with an operator that is no `Downsample`.
+    """
+    if degrade == "operator":
+        y = operator(truth)
+    elif isinstance(operator, Downsample):
+        y = antialiased_resize(truth, operator.factor)
+    else:
+        raise ValueError(
+            f"degrade='antialiased_resize' needs a Downsample, got {type(operator).__name__}; "
+            "give degrade='operator'"
+        )
+    return y if noise is None else noise.sample(y, generator)
 
 
-def _read(path: str | os.PathLike) -> tuple[Tensor, ImageFormat]:
+def antialiased_resize(image: Tensor, factor: int) -> Tensor:
+    """The image (1, C, H, W), `factor` times smaller, by Pillow's Lanczos-3 filter in 8 bits."""
+    levels = image[0].clamp(0, 1).mul(255).round().byte().numpy()  # (C, H, W)
+    size = (image.shape[-1] // factor, image.shape[-2] // factor)  # width, height
+    small = [Image.fromarray(c).resize(size, Image.Resampling.LANCZOS) for c in levels]
+    return torch.from_numpy(np.stack([np.asarray(c) for c in small]))[None].float() / 255
+
+
+def _read(
+    path: str | os.PathLike, intensity_range: IntensityRange, page: int | None
+) -> tuple[Tensor, ImageFormat]:
     kind, _, name = str(path).partition(":")
     if kind != "sample":
-        return read_image(path)
+        return read_image(path, intensity_range, page)
     if name not in SAMPLES:
         raise ValueError(f"expected one of the samples {', '.join(SAMPLES)}, got {path}")
-    picture = torch.from_numpy(getattr(skimage.data, name)()[SAMPLES[name]]).float() / 255
-    picture = picture[..., None] if picture.ndim == 2 else picture
-    return picture.movedim(-1, 0)[None].contiguous(), ImageFormat()  # (H, W, C) -> (1, C, H, W)
+    return to_tensor(getattr(skimage.data, name)()[SAMPLES[name]], intensity_range, str(path))
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-2]}×{image.shape[-1]}"

@@ -1,24 +1,36 @@
-"""Image files to tensors and back, at the file's depth."""
+"""Image files to tensors and back, at the file's depth and range, with what the file says."""
 
 import io
+import math
 import os
-from dataclasses import dataclass
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo, putchunk
 from torch import Tensor
 
-PLAIN_TIFF = (
-    tifffile.PHOTOMETRIC.MINISBLACK,
-    tifffile.PHOTOMETRIC.RGB,
-    tifffile.PHOTOMETRIC.YCBCR,
-)
-# The 25th byte of a PNG file is its bit depth.
-PNG_DEPTH_AT = 24
+IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float]
+
+WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value of 1 under "dtype"
+PERCENTILES = {"minmax": (0, 100), "percentile": (0.1, 99.9)}  # the stored values of 0 and 1
+PLAIN_TIFF = (1, 2, 6)  # photometric interpretations: black is zero, RGB, YCbCr
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_UNITS = {1: "none", 2: "inch", 3: "centimeter"}
+PER_METRE = {"inch": 1 / 0.0254, "centimeter": 100}
+ICC_TAG, ORIENTATION_TAG = 34675, 274
+# Texts to keep: TIFF tag and PNG keyword.
+TEXTS = {270: "Description", 306: "Creation Time", 315: "Author", 33432: "Copyright"}
+# A PNG file's signature and IHDR chunk end at byte 33; byte 24 is the bit depth.
+PNG_HEADER, PNG_DEPTH_AT = 33, 24
 
 
 @dataclass(frozen=True)
@@ -26,23 +38,45 @@ class ImageFormat:
     """How an image was stored: what it takes to store a restored image alike.
 
     Attributes:
-        dtype: "uint8", "uint16" or "float32".
+        dtype: The type of the stored values: "uint8", "uint16", "int16", ... or "float32".
         alpha: The transparency kept aside, (H, W) of that dtype, or None.
+        low: The stored value of 0.
+        high: The stored value of 1; by default 255, 65535, 1 for floats, after the dtype.
+        icc_profile: The colour profile, if the file has one for its grey or RGB values.
+        resolution: Pixels per unit along x and y, and the unit: "inch", "centimeter", or "none"
+            where only their ratio is known. None: the file does not tell.
+        texts: "Description", "Author", "Copyright" and "Creation Time", as far as they are known.
     """
 
     dtype: str = "uint8"
     alpha: np.ndarray | None = None
+    low: float = 0.0
+    high: float = math.nan
+    icc_profile: bytes | None = None
+    resolution: tuple[float, float, str] | None = None
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.high):
+            high = WHITE.get(self.dtype) or float(np.iinfo(self.dtype).max)
+            object.__setattr__(self, "high", high)
 
     def suffix(self, channels: int) -> str:
         """The file suffix for images of this format: ".png", or ".tif" where PNG cannot."""
-        return ".png" if self.dtype != "float32" and channels in (1, 3) else ".tif"
+        return ".png" if self.dtype in ("uint8", "uint16") and channels in (1, 3) else ".tif"
 
 
-def read_image(path: str | os.PathLike) -> tuple[Tensor, ImageFormat]:
+def read_image(
+    path: str | os.PathLike, intensity_range: IntensityRange = "dtype", page: int | None = None
+) -> tuple[Tensor, ImageFormat]:
     """Read a PNG, JPEG, TIFF or NPY image.
 
-    8 and 16 bits are divided by 255 and 65535; floats must be in [0, 1] already, give or take
-    noise. Orientation noted in the file is applied.
+    Orientation noted in the file is applied. Transparency is kept aside.
+
+    Args:
+        path: The file.
+        intensity_range: Which stored values become 0 and 1, as in `to_tensor`.
+        page: Page of a TIFF file that has several, from 0.
 
     Returns:
         The image, float32 (1, C, H, W), and its format.
@@ -55,37 +89,86 @@ def read_image(path: str | os.PathLike) -> tuple[Tensor, ImageFormat]:
     if not path.is_file():
         raise FileNotFoundError(f"expected an image file, found none at {path}; check the path")
     try:
-        array, has_alpha = _decode(path)
+        array, has_alpha, metadata = _decode(path, page)
     except Exception as error:  # decoders raise what they like at a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"expected a PNG, JPEG, TIFF or NPY image, cannot read {path}: {reason}"
         ) from error
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    alpha = None
+    if has_alpha:
+        array, alpha = array[..., :-1], array[..., -1]
+    image, values = to_tensor(array, intensity_range, str(path))
+    return image, replace(
+        metadata,
+        dtype=values.dtype,
+        alpha=None if alpha is None else alpha.astype(values.dtype),
+        low=values.low,
+        high=values.high,
+        icc_profile=_profile_for(image.shape[1], metadata.icc_profile),
+    )
+
+
+def to_tensor(
+    array: np.ndarray, intensity_range: IntensityRange = "dtype", name: str = "the image"
+) -> tuple[Tensor, ImageFormat]:
+    """An array of stored values, (H, W) or (H, W, C), as an image.
+
+    Args:
+        array: Integers or floats.
+        intensity_range: Which stored values become 0 and 1. "dtype": 0 and 255 or 65535 for 8 and
+            16 bits; floats are in [0, 1] already, give or take noise. "minmax": the least and the
+            greatest; "percentile": the 0.1 and 99.9 percentiles. `[lo, hi]`: these, in stored
+            units. Values beyond are not clipped.
+        name: What error messages call it.
+
+    Returns:
+        The image, float32 (1, C, H, W), and its format.
+
+    Raises:
+        ValueError: Not an image, or not one that can be scaled so; the message says why.
+
+    >>> image, image_format = to_tensor(np.array([[100, 300]], np.uint16), [0, 400])
+    >>> image.flatten(), image_format.high
+    (tensor([0.2500, 0.7500]), 400.0)
+    """
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.size == 0:
         raise ValueError(
             f"expected one image, (height, width) or (height, width, channels), got {array.shape} "
-            f"in {path}; save one page of it"
+            f"in {name}; save one page of it"
         )
-    alpha = None
-    if has_alpha:
-        array, alpha = array[..., :-1], array[..., -1]
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    if array.dtype in (np.uint8, np.uint16):
-        image = array.astype(np.float32) / np.iinfo(array.dtype).max
-        dtype = str(array.dtype)
-    elif np.issubdtype(array.dtype, np.floating):
-        image, dtype = array.astype(np.float32), "float32"
-        _check_floats(image, path)
-    else:
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"expected integers or floats, got {array.dtype} in {name}; convert it")
+    dtype = "float32" if array.dtype.kind == "f" else array.dtype.name
+    values = array.astype(np.float64)
+    finite = np.isfinite(values)
+    if not finite.all():
         raise ValueError(
-            f"expected 8-bit, 16-bit or float values, got {array.dtype} in {path}; convert it"
+            f"expected finite values, but {(~finite).sum()} of {values.size} in {name} are NaN or "
+            "infinite; replace them first"
         )
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)[None]
-    return tensor.contiguous(), ImageFormat(dtype, alpha)
+    low, high = _stored_range(values, dtype, intensity_range, name)
+    image = ((values - low) / (high - low)).astype(np.float32)
+    tensor = torch.from_numpy(image).movedim(-1, 0)[None]  # (H, W, C) -> (1, C, H, W)
+    return tensor.contiguous(), ImageFormat(dtype, None, low, high)
+
+
+def to_array(image: Tensor, image_format: ImageFormat) -> np.ndarray:
+    """An image (1, C, H, W) as an array (H, W, C) of stored values: `to_tensor` undone.
+
+    Integers are rounded, and clipped to what their type holds.
+    """
+    scaled = image[0].detach().cpu().double().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
+    values = image_format.low + scaled * (image_format.high - image_format.low)
+    if image_format.dtype != "float32":
+        info = np.iinfo(image_format.dtype)
+        # The greatest float64 that is still cast rightly: 2⁶³ − 1 itself is none.
+        values = np.rint(values).clip(info.min, np.nextafter(info.max + 1.0, 0))
+    return np.ascontiguousarray(values.astype(image_format.dtype))
 
 
 def write_image(
@@ -97,30 +180,26 @@ def write_image(
 
     Raises:
         OSError: It cannot be written.
+        ValueError: A file of that suffix cannot hold it.
     """
     image_format = image_format or ImageFormat()
-    array = image[0].detach().cpu().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
-    if image_format.dtype != "float32":
-        peak = np.iinfo(image_format.dtype).max
-        array = np.rint(array.clip(0, 1) * peak).astype(image_format.dtype)
-    photometric = "rgb" if array.shape[-1] == 3 else "minisblack"
-    alpha = image_format.alpha
-    has_alpha = alpha is not None and alpha.shape == array.shape[:2]
-    if alpha is not None and has_alpha:
-        array = np.concatenate([array, alpha[..., None]], axis=-1)
-    array = array[..., 0] if array.shape[-1] == 1 else array
-    if Path(path).suffix == ".png":
-        write_bytes(path, bytes(imagecodecs.png_encode(np.ascontiguousarray(array))))
-    else:
-        buffer = io.BytesIO()
-        tifffile.imwrite(
-            buffer,
-            array,
-            photometric=photometric,
-            planarconfig="contig" if array.ndim == 3 else None,
-            extrasamples=["unassalpha"] if has_alpha else None,
+    array = to_array(image, image_format)
+    channels = array.shape[-1]
+    suffix, best = Path(path).suffix.lower(), image_format.suffix(channels)
+    if suffix not in (best, ".tif", ".tiff"):
+        raise ValueError(
+            f"expected a name ending in {best} for {channels} channels of {image_format.dtype}, "
+            f"got {path}; rename it"
         )
-        write_bytes(path, buffer.getvalue())
+    alpha = image_format.alpha
+    if alpha is not None and alpha.shape == array.shape[:2]:
+        array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
+    array = array[..., 0] if array.shape[-1] == 1 else array
+    profile = _profile_for(channels, image_format.icc_profile)
+    if suffix == ".png":
+        write_bytes(path, _encode_png(array, profile, image_format))
+    else:
+        write_bytes(path, _encode_tiff(array, channels, profile, image_format))
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -138,66 +217,195 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode(path: Path) -> tuple[np.ndarray, bool]:
-    """The values as stored, (H, W) or (H, W, C), and whether the last channel is alpha."""
+def _stored_range(
+    values: np.ndarray, dtype: str, intensity_range: IntensityRange, name: str
+) -> tuple[float, float]:
+    """The stored values that become 0 and 1."""
+    word = intensity_range if isinstance(intensity_range, str) else ""
+    if word in PERCENTILES:
+        low, high = (float(v) for v in np.percentile(values, PERCENTILES[word]))
+        if low == high:
+            raise ValueError(
+                f"expected values that differ, but the {word} range of {name} is "
+                f"[{low:g}, {high:g}]; set --data.intensity_range to [lo, hi]"
+            )
+        return low, high
+    if word == "dtype":
+        if dtype not in WHITE:
+            raise ValueError(
+                f"expected 8-bit, 16-bit or float values, got {dtype} in {name}; set "
+                "--data.intensity_range minmax, percentile or [lo, hi]"
+            )
+        low, high, seen = 0.0, WHITE[dtype], values
+    else:
+        try:
+            low, high = (float(v) for v in (() if word else intensity_range))
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not (low < high and math.isfinite(high - low)):
+            raise ValueError(
+                "intensity_range must be dtype, minmax, percentile or two finite numbers [lo, hi], "
+                f"lo < hi, got {intensity_range!r} for {name}"
+            )
+        # A few outliers are no error: these may be the percentiles of another image.
+        seen = np.percentile(values, PERCENTILES["percentile"])
+    half = (high - low) / 2
+    if seen.min() < low - half or seen.max() > high + half:
+        kind = "float values" if dtype == "float32" else "values"
+        raise ValueError(
+            f"expected {kind} in [{low:g}, {high:g}], give or take noise, got "
+            f"[{values.min():g}, {values.max():g}] in {name}; set --data.intensity_range minmax, "
+            "or to the [lo, hi] that are black and white"
+        )
+    return low, high
+
+
+def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
+    """The stored values, (H, W) or (H, W, C), whether alpha comes last, and the metadata."""
     data = path.read_bytes()
     if not data:
         raise ValueError("the file is empty")
+    if data.startswith(TIFF_STARTS):
+        return _decode_tiff(data, page)
+    if page:
+        raise ValueError(f"it has no page {page}, only TIFF files have; leave --data.page out")
     if path.suffix.lower() == ".npy":
-        return np.load(io.BytesIO(data), allow_pickle=False), False
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return _decode_tiff(data)
-    if data.startswith(b"\x89PNG") and data[PNG_DEPTH_AT : PNG_DEPTH_AT + 1] == b"\x10":
-        array = imagecodecs.png_decode(data)  # Pillow would round 16-bit colour to 8 bits
-        return array, array.ndim == 3 and array.shape[-1] in (2, 4)
-    return _decode_with_pillow(data)
-
-
-def _decode_with_pillow(data: bytes) -> tuple[np.ndarray, bool]:
+        return np.load(io.BytesIO(data), allow_pickle=False), False, ImageFormat()
     try:
         opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ValueError("its contents are none of these") from None
-    with opened as file:
-        picture = ImageOps.exif_transpose(file)
-        transparent = picture.has_transparency_data
-        grey = picture.mode in ("1", "L", "LA")
-        if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise ValueError(f"its mode {picture.mode} is not supported; save it as 8 or 16 bits")
-        mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
-        return np.asarray(picture.convert(mode)), transparent
+    with opened as picture:
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1 and picture.format != "MPO":  # a camera's MPO begins with the photo
+            raise ValueError(f"it has {frames} frames; save one of them")
+        if picture.format == "PNG" and data[PNG_DEPTH_AT] == 16:
+            array = imagecodecs.png_decode(data)  # Pillow would round 16-bit colour to 8 bits
+            array = _upright(array, _orientation(picture))
+            has_alpha = array.ndim == 3 and array.shape[-1] in (2, 4)
+        else:
+            array, has_alpha = _pixels(picture)
+        x, y = picture.info.get("dpi", (0, 0))
+        kept = ImageFormat(
+            icc_profile=picture.info.get("icc_profile"),
+            resolution=_resolution(x, y, "inch", _orientation(picture)),
+            texts={key: str(picture.info[key]) for key in TEXTS.values() if key in picture.info},
+        )
+    return array, has_alpha, kept
 
 
-def _decode_tiff(data: bytes) -> tuple[np.ndarray, bool]:
+def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        if len(file.pages) != 1:
-            raise ValueError(f"it has {len(file.pages)} pages; save one of them")
-        page = file.pages.first
-        orientation = page.tags.get("Orientation")
-        turned = orientation is not None and orientation.value != 1
-        if turned or page.photometric not in PLAIN_TIFF:
-            if page.dtype != np.uint8:
-                raise ValueError(
-                    "its orientation or colour layout is not supported; save it as RGB"
-                )
-            return _decode_with_pillow(data)  # palettes, CMYK, inverted grey, cameras held upright
-        array = page.asarray()
-        if page.axes.startswith("S"):  # planes apart: (C, H, W) -> (H, W, C)
-            array = np.moveaxis(array, 0, -1)
-        alpha = bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
-        return array, alpha and array.ndim == 3 and array.shape[-1] in (2, 4)
+        pages = len(file.pages)
+        if number is None and pages > 1:
+            raise ValueError(f"it has {pages} pages; choose one by --data.page 0 to {pages - 1}")
+        number = number or 0
+        if not 0 <= number < pages:
+            raise ValueError(f"it has no page {number}; choose --data.page 0 to {pages - 1}")
+        page = file.pages[number].aspage()
+        orientation = page.tags.valueof(ORIENTATION_TAG, 1)
+        if page.photometric in PLAIN_TIFF:
+            array = page.asarray()
+            if page.axes.startswith("S"):  # planes apart: (C, H, W) -> (H, W, C)
+                array = np.moveaxis(array, 0, -1)
+            array = _upright(array, orientation)
+            has_alpha = bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
+            has_alpha = has_alpha and array.ndim == 3
+        elif page.dtype == np.uint8:  # palettes, CMYK, inverted grey
+            with Image.open(io.BytesIO(data)) as picture:
+                picture.seek(number)
+                array, has_alpha = _pixels(picture)
+        else:
+            raise ValueError("its colour layout is not supported; save it as RGB")
+        unit = TIFF_UNITS.get(page.resolutionunit, "none")
+        texts = {key: page.tags.valueof(code) for code, key in TEXTS.items()}
+        if page.is_shaped or page.is_imagej or page.is_ome:
+            del texts["Description"]  # of the file's pages and axes: no longer true
+        kept = ImageFormat(
+            icc_profile=page.tags.valueof(ICC_TAG),
+            resolution=_resolution(*page.get_resolution(), unit, orientation),
+            texts={k: v.replace("\0", " ") for k, v in texts.items() if isinstance(v, str)},
+        )
+    return array, has_alpha, kept
 
 
-def _check_floats(image: np.ndarray, path: Path) -> None:
-    finite = np.isfinite(image)
-    if not finite.all():
-        raise ValueError(
-            f"expected finite values, but {(~finite).sum()} of {image.size} in {path} are NaN or "
-            "infinite; replace them first"
-        )
-    low, high = image.min(), image.max()
-    if low < -0.5 or high > 1.5:
-        raise ValueError(
-            f"expected float values in [0, 1], give or take noise, got [{low:g}, {high:g}] in "
-            f"{path}; scale them to [0, 1] and save again"
-        )
+def _pixels(picture: Image.Image) -> tuple[np.ndarray, bool]:
+    """A picture's 8-bit grey or RGB values, upright, and whether alpha comes last."""
+    picture.load()  # turns a TIFF by itself, and forgets its orientation
+    if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"its mode {picture.mode} is not supported; save it as 8 or 16 bits")
+    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+    transparent = picture.has_transparency_data
+    array = np.asarray(picture.convert(mode + "A" if transparent else mode))
+    return _upright(array, _orientation(picture)), transparent
+
+
+def _orientation(picture: Image.Image) -> int:
+    return picture.getexif().get(ORIENTATION_TAG, 1)
+
+
+def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror (H, W, ...) as the orientation of EXIF and TIFF, 1 to 8, asks for."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array
+
+
+def _resolution(x: float, y: float, unit: str, orientation: int) -> tuple[float, float, str] | None:
+    """The resolution of the upright image; None for values that only fill the place."""
+    if not (0 < x < math.inf and 0 < y < math.inf) or x == y == 1:
+        return None
+    x, y = (y, x) if orientation > 4 else (x, y)
+    return float(x), float(y), unit
+
+
+def _profile_for(channels: int, profile: bytes | None) -> bytes | None:
+    """The profile if it is one for so many channels: one for CMYK would mislead on RGB."""
+    space = {1: b"GRAY", 3: b"RGB "}.get(channels)
+    return profile if profile and profile[16:20] == space else None
+
+
+def _encode_png(array: np.ndarray, profile: bytes | None, image_format: ImageFormat) -> bytes:
+    chunks = PngInfo()
+    if profile:
+        chunks.add(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
+    *resolution, unit = image_format.resolution or (0, 0, "none")
+    x, y = (round(v * PER_METRE.get(unit, 0)) for v in resolution)
+    if 0 < x < 2**31 and 0 < y < 2**31:
+        chunks.add(b"pHYs", struct.pack(">IIB", x, y, 1))
+    for key, text in image_format.texts.items():
+        chunks.add_text(key, text)
+    encoded = io.BytesIO()
+    for name, data, *_ in chunks.chunks:
+        putchunk(encoded, name, data)
+    png = bytes(imagecodecs.png_encode(array))
+    return png[:PNG_HEADER] + encoded.getvalue() + png[PNG_HEADER:]
+
+
+def _encode_tiff(
+    array: np.ndarray, channels: int, profile: bytes | None, image_format: ImageFormat
+) -> bytes:
+    samples = 1 if array.ndim == 2 else array.shape[-1]
+    colours = 3 if channels == 3 else 1
+    extra = ["unspecified"] * (channels - colours) + ["unassalpha"] * (samples - channels)
+    texts, resolution = image_format.texts, image_format.resolution
+    tags = [(code, 2, 0, texts[key].encode(), True) for code, key in TEXTS.items() if key in texts]
+    if profile:
+        tags.append((ICC_TAG, 7, len(profile), profile, True))
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        array,
+        photometric="rgb" if colours == 3 else "minisblack",
+        planarconfig="contig" if samples > 1 else None,
+        extrasamples=extra or None,
+        resolution=resolution and resolution[:2],
+        resolutionunit=resolution and resolution[2],
+        metadata=None,
+        extratags=tags,
+    )
+    return buffer.getvalue()

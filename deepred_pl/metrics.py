@@ -1,5 +1,7 @@
 """How near an image is to the true one."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -7,24 +9,31 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+MetricOn = Literal["rgb", "luminance"]
+
 SSIM_WINDOW = 11
 
 
-def psnr(image: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB over all channels, 0-dim; (1, C, H, W), peak 1.
+def psnr(image: Tensor, truth: Tensor, on: MetricOn = "rgb") -> Tensor:
+    """Peak signal-to-noise ratio in dB, 0-dim, of images (1, C, H, W).
 
-    The image is clipped to [0, 1] first.
+    Args:
+        image: Clipped to [0, 1] first.
+        truth: The true image, in [0, 1].
+        on: "rgb" compares all channels, with peak 1; "luminance" compares `luminance`, with
+            peak 255, where there are three channels.
 
     Raises:
         RuntimeError: Two shapes.
     """
-    return peak_signal_noise_ratio(image.clamp(0, 1), truth, data_range=1.0)
+    image, truth, peak = _compared(image, truth, on)
+    return peak_signal_noise_ratio(image, truth, data_range=peak)
 
 
-def ssim(image: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), mean over the channels, 0-dim; peak 1.
+def ssim(image: Tensor, truth: Tensor, on: MetricOn = "rgb") -> Tensor:
+    """Structural similarity (Wang et al. 2004), mean over the channels, 0-dim.
 
-    The image is clipped to [0, 1] first. The mean is over all pixels, images mirrored at their
+    What is compared is that of `psnr`. The mean is over all pixels, images mirrored at their
     borders. The Gaussian window (σ = 1.5) has 11 pixels: NaN for smaller images.
 
     Raises:
@@ -32,11 +41,31 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
     """
     if min(truth.shape[-2:]) < SSIM_WINDOW:
         return torch.tensor(float("nan"))
-    value = structural_similarity_index_measure(image.clamp(0, 1), truth, data_range=1.0)
+    image, truth, peak = _compared(image, truth, on)
+    value = structural_similarity_index_measure(image, truth, data_range=peak)
     assert isinstance(value, Tensor)
     return value
 
 
-def scored_on(channels: int) -> str:
-    """What the metrics compare: "rgb", "grey" or "channels"."""
-    return {1: "grey", 3: "rgb"}.get(channels, "channels")
+def luminance(image: Tensor) -> Tensor:
+    """BT.601 studio-range luma of an RGB image (1, 3, H, W) in [0, 1], (1, 1, H, W) in 16…235.
+
+    As in the literature on super-resolution, RGB and the result are rounded to 8 bits.
+    """
+    red, green, blue = (image.clamp(0, 1) * 255).round().div(255).unbind(1)
+    return (16 + 65.481 * red + 128.553 * green + 24.966 * blue).round()[:, None]
+
+
+def scored_on(channels: int, on: MetricOn = "rgb") -> str:
+    """What the metrics compare: "rgb", "luminance", "grey" or "channels"."""
+    return {1: "grey", 3: str(on)}.get(channels, "channels")
+
+
+def _compared(image: Tensor, truth: Tensor, on: MetricOn) -> tuple[Tensor, Tensor, float]:
+    if image.shape != truth.shape:
+        raise RuntimeError(
+            f"expected two images of one shape, got {tuple(image.shape)} and {tuple(truth.shape)}"
+        )
+    if scored_on(truth.shape[1], on) == "luminance":
+        return luminance(image), luminance(truth), 255.0
+    return image.clamp(0, 1), truth, 1.0

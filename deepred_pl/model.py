@@ -368,7 +368,7 @@ class DeepRED(DeepImagePrior):
             return self.rise_start
         variance = problem.noise_variance()
         if variance is not None:
-            return -10 * math.log10(variance) - NOISE_MARGIN
+            return -10 * math.log10(float(variance)) - NOISE_MARGIN
         if self.rise_step > 0:
             raise ValueError(
                 "rise_start='noise' needs a noise model, and this problem has none; give noise, "

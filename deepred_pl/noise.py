@@ -1,38 +1,63 @@
 """Noise models: how a measurement is corrupted, and the data term that follows from it.
 
 Data terms are in squared-error units, D = 2σ̄² · (−log p(y | A x)) / N up to a constant,
-with σ̄² the model's mean variance and N the number of observed values. For Gaussian noise
+with σ̄² the noise's mean variance and N the number of observed values. For Gaussian noise
 this is the mean squared residual, and λ and μ mean the same for every model.
 """
 
+import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from skimage.restoration import estimate_sigma
 from torch import Tensor, nn
 
 LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits alone is 0.29
 
+# Below one grey level the likelihoods of photon counts and speckle, infinite at 0, go on along
+# their tangents, so that gradients stay finite.
+DARKEST = 1 / 255
+
 
 class NoiseModel(nn.Module, ABC):
-    """The distribution of y given A x."""
+    """The distribution of y given A x.
+
+    A model says how to draw y, how unlikely a y is, and how much it varies; the data term
+    follows.
+    """
 
     @abstractmethod
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         """A measurement drawn around `clean` = A x, of its shape, not clipped."""
 
     @abstractmethod
-    def data_term(self, prediction: Tensor, y: Tensor) -> Tensor:
-        """D(prediction, y) in squared-error units, 0-dim; `prediction` is A T_θ(z)."""
+    def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """−log p(y | A x) for every value, up to a constant of y; `prediction` is A x."""
 
     @abstractmethod
-    def variance(self) -> float:
-        """Mean variance σ̄² on the scale of images in [0, 1]."""
+    def variance(self, y: Tensor) -> Tensor:
+        """The variance on the scale of images in [0, 1], as y tells it: of every value, or one."""
+
+    def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
+        """D(prediction, y) in squared-error units, 0-dim, over the observed values."""
+        unlikely = self.negative_log_likelihood(prediction, y)
+        return 2 * mean_over(self.variance(y), observed) * mean_over(unlikely, observed)
 
     def fitted(self, y: Tensor) -> "NoiseModel":
-        """The model with everything it left open estimated from the measurement y."""
+        """The model with everything it left open estimated from the measurement y.
+
+        Raises:
+            ValueError: The model cannot have made y.
+        """
         return self
+
+
+def mean_over(values: Tensor, observed: Tensor | None) -> Tensor:
+    """Mean of the values where `observed` (1 or 0, broadcastable) is 1; None means everywhere."""
+    if observed is None:
+        return values.mean()
+    return (values * observed).mean() / observed.mean()
 
 
 class GaussianNoise(NoiseModel):
@@ -49,11 +74,8 @@ class GaussianNoise(NoiseModel):
 
     def __init__(self, sigma: float | None = 25.0) -> None:
         super().__init__()
-        if sigma is not None and not 0 < sigma <= 255:
-            raise ValueError(
-                f"noise sigma must be in (0, 255] grey levels, got {sigma}; "
-                "give 25 for 25/255, or null (None) to estimate it from the measurement"
-            )
+        if sigma is not None:
+            _check_sigma(sigma, "give 25 for 25/255, or null (None) to estimate it")
         self.sigma = sigma
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,10 +86,16 @@ class GaussianNoise(NoiseModel):
             )
         return clean + self.sigma / 255 * torch.randn(clean.shape, generator=generator)
 
-    def data_term(self, prediction: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(prediction, y)
+    def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return (prediction - y).square() / (2 * self._variance())
 
-    def variance(self) -> float:
+    def variance(self, y: Tensor) -> Tensor:
+        return y.new_full((), self._variance())
+
+    def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
+        return mean_over((prediction - y).square(), observed)  # where σ̄² cancels, exactly
+
+    def _variance(self) -> float:
         if self.sigma is None:
             raise ValueError("noise sigma is not known yet; an InverseProblem estimates it from y")
         return (self.sigma / 255) ** 2
@@ -86,3 +114,163 @@ class GaussianNoise(NoiseModel):
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:.2f}" if self.sigma is not None else "sigma=None"
+
+
+class LaplaceNoise(NoiseModel):
+    """Additive noise with heavy tails, density exp(−|n| / b) / 2b, b = σ / √2.
+
+    Args:
+        sigma: Standard deviation in grey levels of an 8-bit image, in (0, 255].
+
+    Raises:
+        ValueError: sigma outside (0, 255].
+    """
+
+    def __init__(self, sigma: float = 25.0) -> None:
+        super().__init__()
+        _check_sigma(sigma, "give 25 for 25/255")
+        self.sigma = sigma
+        self._scale = sigma / 255 / math.sqrt(2)
+
+    def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        size = torch.empty_like(clean).exponential_(1 / self._scale, generator=generator)
+        sign = torch.randint(0, 2, clean.shape, generator=generator) * 2 - 1
+        return clean + sign * size
+
+    def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return (prediction - y).abs() / self._scale
+
+    def variance(self, y: Tensor) -> Tensor:
+        return y.new_full((), 2 * self._scale**2)
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma:.2f}"
+
+
+class PoissonNoise(NoiseModel):
+    """Photon counts, y = Poisson(peak · A x) / peak.
+
+    Args:
+        peak: Photons counted at white (A x = 1), > 0.
+
+    Raises:
+        ValueError: peak not above 0, or negative values in y.
+    """
+
+    def __init__(self, peak: float = 30.0) -> None:
+        super().__init__()
+        if not 0 < peak < math.inf:
+            raise ValueError(f"peak must be > 0 photons at white, got {peak}")
+        self.peak = peak
+
+    def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.poisson(self.peak * clean.clamp(min=0), generator=generator) / self.peak
+
+    def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return self.peak * _unlikely_counts(prediction, y)
+
+    def variance(self, y: Tensor) -> Tensor:
+        return y / self.peak
+
+    def fitted(self, y: Tensor) -> "PoissonNoise":
+        _check_not_negative(y, "photon counts (PoissonNoise)", "PoissonGaussianNoise")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"peak={self.peak:g}"
+
+
+class PoissonGaussianNoise(NoiseModel):
+    """A camera: photon counts and read noise, y = gain · Poisson(A x / gain) + N(0, σ²).
+
+    Its likelihood is that of a shifted Poisson variable of the same mean and variance:
+    (y + σ² / gain) / gain is taken for a count (Snyder et al. 1993).
+
+    Args:
+        gain: Grey levels of an 8-bit image per photon, > 0: 255 / peak.
+        sigma: Standard deviation of the read noise in grey levels of an 8-bit image, in (0, 255].
+
+    Raises:
+        ValueError: gain not above 0, or sigma outside (0, 255].
+    """
+
+    def __init__(self, gain: float = 2.0, sigma: float = 5.0) -> None:
+        super().__init__()
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain must be > 0 grey levels per photon, got {gain}")
+        _check_sigma(sigma, "give 5 for 5/255, or PoissonNoise where there is no read noise")
+        self.gain = gain
+        self.sigma = sigma
+        self._shift = sigma**2 / gain / 255
+
+    def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        photons = torch.poisson(clean.clamp(min=0) * 255 / self.gain, generator=generator)
+        read_noise = self.sigma * torch.randn(clean.shape, generator=generator)
+        return (self.gain * photons + read_noise) / 255
+
+    def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
+        counts = (y + self._shift).clamp(min=0)
+        return 255 / self.gain * _unlikely_counts(prediction + self._shift, counts)
+
+    def variance(self, y: Tensor) -> Tensor:
+        return self.gain * y / 255 + (self.sigma / 255) ** 2
+
+    def extra_repr(self) -> str:
+        return f"gain={self.gain:g}, sigma={self.sigma:.2f}"
+
+
+class GammaNoise(NoiseModel):
+    """Speckle, y = A x · g with g Gamma-distributed of mean 1 and variance 1 / looks.
+
+    Args:
+        looks: Number of independent looks that were averaged, > 0.
+
+    Raises:
+        ValueError: looks not above 0, or negative values in y.
+    """
+
+    def __init__(self, looks: float = 10.0) -> None:
+        super().__init__()
+        if not 0 < looks < math.inf:
+            raise ValueError(f"looks must be > 0, got {looks}")
+        self.looks = looks
+
+    def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        # Torch draws no Gamma variables from a generator.
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        speckle = np.random.default_rng(seed).gamma(self.looks, 1 / self.looks, clean.shape)
+        return clean * torch.from_numpy(speckle).to(clean)
+
+    def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
+        lit = prediction.clamp(min=DARKEST)
+        beyond = (prediction - lit) / lit  # 0 where it is not darker
+        return self.looks * (lit.log() + beyond + y / lit * (1 - beyond))
+
+    def variance(self, y: Tensor) -> Tensor:
+        return y.square() / (self.looks + 1)  # E[y²] = (A x)² (1 + 1 / looks)
+
+    def fitted(self, y: Tensor) -> "GammaNoise":
+        _check_not_negative(y, "speckle (GammaNoise)", "GaussianNoise")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"looks={self.looks:g}"
+
+
+def _unlikely_counts(prediction: Tensor, y: Tensor) -> Tensor:
+    """A x − y log A x: −log p of a Poisson variable y, per photon and up to a constant."""
+    lit = prediction.clamp(min=DARKEST)
+    return prediction - y * (lit.log() + (prediction - lit) / lit)
+
+
+def _check_sigma(sigma: float, remedy: str) -> None:
+    if not 0 < sigma <= 255:
+        raise ValueError(f"noise sigma must be in (0, 255] grey levels, got {sigma}; {remedy}")
+
+
+def _check_not_negative(y: Tensor, what: str, instead: str) -> None:
+    if y.min() < 0:
+        raise ValueError(
+            f"{what} are never negative, got {float(y.min()):.3g} in the measurement; subtract no "
+            f"dark level, or use {instead}"
+        )

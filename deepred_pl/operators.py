@@ -1,37 +1,81 @@
-"""Known linear forward operators A of y = A x + noise."""
+"""Known linear forward operators A of y = A x + noise.
 
+Kernels, masks and angles are buffers, which follow the module to its device; give an
+`nn.Parameter` to have one learned by an embedding module.
+"""
+
+import math
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage.transform import iradon
 from torch import Tensor, nn
+
+from deepred_pl.images import read_image
+
+Boundary = Literal["circular", "replicate", "reflect", "zero"]
+ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
+
+# A mask saved as JPEG has greys along its edges; a photograph is grey everywhere.
+MOST_GREY = 0.05
 
 
 class Operator(nn.Module, ABC):
     """A linear map from images to measurements; calling it applies A.
 
-    Subclasses keep kernels, masks or angles as buffers or parameters.
+    Images are (1, C, H, W).
+
+    Attributes:
+        keeps_units: Whether a grey image of one value is measured as that value. Otherwise a
+            measurement's file says nothing of how to store the image.
     """
+
+    keeps_units: ClassVar[bool] = True
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """A x, of the measurement's shape, for x of shape (1, C, H, W)."""
-
-    @abstractmethod
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y, (1, C, H, W), so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩."""
+        """A x, of the measurement's shape."""
 
     @abstractmethod
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape (1, C, H, W) of the images whose measurement has `measurement_shape`."""
+        """Shape (1, C, H, W) of the images whose measurement has `measurement_shape`.
 
-    @abstractmethod
+        Raises:
+            ValueError: There are none.
+        """
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y, (1, C, H, W), so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩: by differentiating A."""
+        x = torch.zeros(self.image_shape(tuple(y.shape)), dtype=y.dtype, device=y.device)
+        return torch.func.vjp(self, x)[1](y)[0]
+
     def first_guess(self, y: Tensor) -> Tensor:
         """A first image from y, (1, C, H, W): where x and the average start."""
+        return y
+
+    @property
+    def observed(self) -> Tensor | None:
+        """1 where the measurement was observed and 0 elsewhere; None where all of it was."""
+        return None
+
+    def admissible(self, image: Tensor) -> Tensor:
+        """The image cropped or padded to a size that A takes."""
+        return image
+
+    def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> "Operator":
+        """The operator with what it leaves open drawn at random, to simulate a measurement."""
+        return self
 
 
 class Identity(Operator):
     """A = I: denoising.
 
-    >>> import torch
     >>> y = torch.rand(1, 3, 33, 47)
     >>> torch.equal(Identity()(y), y)
     True
@@ -40,11 +84,499 @@ class Identity(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        return y
-
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         return measurement_shape
 
-    def first_guess(self, y: Tensor) -> Tensor:
+
+class Blur(Operator):
+    """Convolution of each channel with one kernel, by FFT; the size stays.
+
+    Args:
+        kernel: (rows, columns), both odd, its centre in the middle. It is divided by its sum,
+            so that brightness stays; an `nn.Parameter` is kept as it is.
+        boundary: What lies beyond the image: it again ("circular"), its border pixels
+            ("replicate"), its mirror image about the border pixels ("reflect"), or nothing
+            ("zero").
+
+    Raises:
+        ValueError: A kernel that is no such thing, or is larger than the image.
+
+    >>> blur = Blur.gaussian(25, 1.6)
+    >>> blur(torch.rand(1, 3, 33, 47)).shape
+    torch.Size([1, 3, 33, 47])
+    """
+
+    kernel: Tensor
+
+    def __init__(self, kernel: Tensor, boundary: Boundary = "circular") -> None:
+        super().__init__()
+        if boundary not in ("circular", "replicate", "reflect", "zero"):
+            raise ValueError(
+                f"boundary must be 'circular', 'replicate', 'reflect' or 'zero', got {boundary!r}"
+            )
+        _check_kernel(kernel)
+        self.boundary = boundary
+        _keep(self, "kernel", kernel if isinstance(kernel, nn.Parameter) else kernel / kernel.sum())
+
+    @classmethod
+    def uniform(cls, size: int = 9, boundary: Boundary = "circular") -> "Blur":
+        """The mean over size × size pixels; size is odd."""
+        _check_size(size)
+        return cls(torch.ones(size, size), boundary)
+
+    @classmethod
+    def gaussian(
+        cls, size: int = 25, width: float = 1.6, boundary: Boundary = "circular"
+    ) -> "Blur":
+        """A Gaussian of standard deviation `width` in pixels, cut to size × size; size is odd."""
+        return cls(gaussian_kernel(size, width), boundary)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, boundary: Boundary = "circular") -> "Blur":
+        """A kernel stored as an NPY array (rows, columns) or a grey image (PNG, TIFF)."""
+        if Path(path).suffix.lower() != ".npy":
+            picture = read_image(path)[0][0]  # (C, rows, columns)
+            if (picture != picture[0]).any():
+                raise ValueError(f"expected a grey image of a blur kernel, got colours in {path}")
+            return cls(picture[0], boundary)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected a blur kernel, found none at {path}; check the path")
+        try:
+            return cls(torch.from_numpy(np.load(path, allow_pickle=False)).float(), boundary)
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"expected a blur kernel in {path}: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.image_shape(tuple(x.shape))
+        rows, columns = (side // 2 for side in self.kernel.shape)
+        if self.boundary != "circular":
+            mode = "constant" if self.boundary == "zero" else self.boundary
+            x = F.pad(x, (columns, columns, rows, rows), mode=mode)
+        height, width = x.shape[-2:]
+        spread = F.pad(
+            self.kernel, (0, width - self.kernel.shape[1], 0, height - self.kernel.shape[0])
+        )
+        transfer = torch.fft.rfft2(spread.roll((-rows, -columns), (0, 1)))  # centre to (0, 0)
+        y = torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(height, width))
+        if self.boundary != "circular":
+            y = y[..., rows : height - rows, columns : width - columns]
         return y
+
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        rows, columns = self.kernel.shape
+        height, width = measurement_shape[-2:]
+        if rows > height or columns > width:
+            raise ValueError(
+                f"the blur kernel must be no larger than the image, {height}×{width}, got "
+                f"{rows}×{columns}; crop the kernel"
+            )
+        return measurement_shape
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel.shape[0]}×{self.kernel.shape[1]}, boundary={self.boundary!r}"
+
+
+def gaussian_kernel(size: int, width: float | Tensor) -> Tensor:
+    """A Gaussian of sum 1, (size, size), with a standard deviation of `width` pixels.
+
+    Differentiable in `width`: a module that learns the width w of a blur sets
+    `operator.kernel = gaussian_kernel(25, w)` in every training step.
+
+    Raises:
+        ValueError: size is not odd, or width not above 0.
+    """
+    _check_size(size)
+    if not width > 0:
+        raise ValueError(f"the blur width must be > 0 pixels, got {float(width)}")
+    width = torch.as_tensor(width, dtype=torch.float32)
+    offsets = torch.arange(size, device=width.device) - size // 2
+    profile = torch.exp(-0.5 * (offsets / width) ** 2)
+    kernel = profile[:, None] * profile
+    return kernel / kernel.sum()
+
+
+class Downsample(Operator):
+    """An antialiasing filter, then every factor-th pixel: super-resolution.
+
+    Pixels of the small image are centred on blocks of factor × factor pixels, as in common
+    resizing; beyond the border its pixels are repeated. The sides of the large image must be
+    multiples of the factor.
+
+    Args:
+        factor: How many times smaller the measurement is, at least 2.
+        kernel: "lanczos2", which the paper's experiments use, "lanczos3", "bicubic" (a = −1/2),
+            or "box", the mean of each block.
+
+    Raises:
+        ValueError: factor below 2 or above the image's sides, or sides that are no multiples.
+
+    >>> Downsample(4)(torch.rand(1, 3, 36, 48)).shape
+    torch.Size([1, 3, 9, 12])
+    """
+
+    profile: Tensor
+
+    def __init__(self, factor: int = 4, kernel: ResamplingKernel = "lanczos2") -> None:
+        super().__init__()
+        if factor < 2:
+            raise ValueError(f"the downsampling factor must be at least 2, got {factor}")
+        if kernel not in RESAMPLING:
+            raise ValueError(f"kernel must be one of {', '.join(RESAMPLING)}, got {kernel!r}")
+        self.factor = factor
+        support, weight = RESAMPLING[kernel]
+        reach = math.ceil(support * factor) + 1
+        # From a block's centre: at its pixels' middles where the factor is odd, between where even.
+        offsets = torch.arange(-reach, reach) + (0.5 if factor % 2 == 0 else 0.0)
+        offsets = offsets[offsets.abs() < support * factor]
+        profile = weight(offsets.double() / factor)
+        _keep(self, "profile", (profile / profile.sum()).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"the image's sides must be multiples of the factor {self.factor}, got "
+                f"{height}×{width}; crop it"
+            )
+        taps = self.profile.shape[0]
+        pad = (taps - self.factor) // 2
+        planes = F.pad(x, (pad, pad, pad, pad), mode="replicate").movedim(1, 0)  # (C, 1, H', W')
+        planes = F.conv2d(planes, self.profile.view(1, 1, taps, 1), stride=(self.factor, 1))
+        planes = F.conv2d(planes, self.profile.view(1, 1, 1, taps), stride=(1, self.factor))
+        return planes.movedim(0, 1)  # (1, C, H / factor, W / factor)
+
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        *leading, height, width = measurement_shape
+        return (*leading, height * self.factor, width * self.factor)
+
+    def first_guess(self, y: Tensor) -> Tensor:
+        """Bicubic interpolation."""
+        # With antialias=True torch takes a = −1/2, as Pillow does; nothing is smoothed.
+        return F.interpolate(y, scale_factor=self.factor, mode="bicubic", antialias=True)
+
+    def admissible(self, image: Tensor) -> Tensor:
+        """The middle of the image, with sides that are multiples of the factor."""
+        height, width = (side - side % self.factor for side in image.shape[-2:])
+        if min(height, width) == 0:
+            raise ValueError(
+                f"the downsampling factor {self.factor} is larger than the image, "
+                f"{image.shape[-2]}×{image.shape[-1]}; take a smaller one"
+            )
+        top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+        return image[..., top : top + height, left : left + width]
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}, taps={self.profile.shape[0]}"
+
+
+def _lanczos(lobes: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: torch.sinc(t) * torch.sinc(t / lobes)
+
+
+def _bicubic(t: Tensor) -> Tensor:
+    t = t.abs()  # Keys 1981, a = −1/2
+    near = 1.5 * t**3 - 2.5 * t**2 + 1
+    far = -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    return torch.where(t < 1, near, far)
+
+
+# Support on either side, in pixels of the small image, and weight at a distance of as many.
+RESAMPLING: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+    "lanczos2": (2, _lanczos(2)),
+    "lanczos3": (3, _lanczos(3)),
+    "bicubic": (2, _bicubic),
+    "box": (0.5, torch.ones_like),
+}
+
+
+class Mask(Operator):
+    """Keeps the known pixels and makes the others 0: inpainting.
+
+    Args:
+        mask: 1 or True where a pixel is known, 0 elsewhere: (1, 1, H, W), or (1, C, H, W) to
+            tell channels apart, or an image file in which white is known. It has the image's
+            size. A file is cut at half of its range; one with many greys is refused.
+        keep_fraction: Fraction of pixels in (0, 1] to keep, drawn at random, where there is no
+            mask: to simulate a measurement.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A mask of another size, of greys, or without a known pixel.
+
+    >>> mask = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    >>> Mask(mask)(torch.full((1, 1, 2, 2), 0.5)).flatten().tolist()
+    [0.5, 0.0, 0.0, 0.5]
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        mask: Tensor | str | os.PathLike | None = None,
+        keep_fraction: float | None = None,
+    ) -> None:
+        super().__init__()
+        if mask is None and keep_fraction is None:
+            raise ValueError(
+                "Mask needs to know which pixels are known: give mask, an image in which white "
+                "is known, or keep_fraction to simulate missing pixels"
+            )
+        if keep_fraction is not None and not 0 < keep_fraction <= 1:
+            raise ValueError(f"keep_fraction must be in (0, 1], got {keep_fraction}; 0.5 is half")
+        if isinstance(mask, (str, os.PathLike)):
+            mask = _read_mask(mask)
+        if mask is not None:
+            _check_mask(mask)
+        self.keep_fraction = keep_fraction
+        _keep(self, "mask", None if mask is None else mask.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.image_shape(tuple(x.shape))
+        assert self.mask is not None
+        return x * self.mask
+
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.mask is None:
+            raise ValueError(
+                "keep_fraction simulates missing pixels; with a measurement give the mask: "
+                "--data.operator.mask mask.png, white where a pixel is known"
+            )
+        _, channels, height, width = measurement_shape
+        if tuple(self.mask.shape) not in ((1, 1, height, width), (1, channels, height, width)):
+            raise ValueError(
+                f"mask must be (1, 1, {height}, {width}) or (1, {channels}, {height}, {width}) "
+                f"like the image, got {tuple(self.mask.shape)}; save it at the image's size"
+            )
+        return measurement_shape
+
+    def first_guess(self, y: Tensor) -> Tensor:
+        """The known pixels, and between them the mean of those around, coarse to fine."""
+        return _fill(y, self.mask.expand_as(y)) if self.mask is not None else y
+
+    @property
+    def observed(self) -> Tensor | None:
+        return self.mask
+
+    def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> "Mask":
+        """Itself, or with a mask of `keep_fraction` of the pixels where it has none."""
+        if self.mask is not None:
+            return self
+        assert self.keep_fraction is not None
+        _, _, height, width = image_shape
+        order = torch.randperm(height * width, generator=generator).view(1, 1, height, width)
+        return Mask(order < max(1, round(self.keep_fraction * height * width)))
+
+    def extra_repr(self) -> str:
+        if self.mask is None:
+            return f"keep_fraction={self.keep_fraction}"
+        return f"{self.mask.shape[-2]}×{self.mask.shape[-1]}, {float(self.mask.mean()):.1%} known"
+
+
+class Radon(Operator):
+    """Projections of the image at a set of angles: parallel-beam tomography.
+
+    The geometry is that of `skimage.transform.radon`, whose values are divided here by the
+    number of detectors: a projection is the mean along its ray, and the sinogram
+    (1, C, detectors, angles) stays in [0, 1] like the image.
+
+    Written with torch's grid sampling for all angles at once: that keeps the angles on the
+    device and learnable.
+
+    Args:
+        angles: Angles in degrees, or a number of them to spread evenly over 180°.
+        circle: The object lies within the circle inscribed in the image, and there are as many
+            detectors as the image has rows, as tomographs record it. Otherwise the detectors
+            span the image's diagonal.
+
+    Raises:
+        ValueError: No angles, an image that is not square, or a sinogram of other angles.
+
+    >>> Radon(60)(torch.rand(1, 1, 33, 33)).shape
+    torch.Size([1, 1, 47, 60])
+    """
+
+    keeps_units = False
+    angles: Tensor
+
+    def __init__(self, angles: int | Sequence[float] | Tensor = 60, circle: bool = False) -> None:
+        super().__init__()
+        if isinstance(angles, int):
+            angles = torch.arange(max(0, angles)) * (180 / max(1, angles))
+        angles = angles if isinstance(angles, Tensor) else torch.tensor(angles)
+        if angles.ndim != 1 or angles.numel() == 0 or not angles.isfinite().all():
+            raise ValueError(
+                "expected at least one angle in degrees, or the number of angles, got "
+                f"{angles.tolist()}"
+            )
+        self.circle = circle
+        _keep(self, "angles", angles if isinstance(angles, nn.Parameter) else angles.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = x.shape[-1]
+        if x.shape[-2] != side:
+            raise ValueError(
+                f"Radon needs a square image, got {x.shape[-2]}×{side}; pad it with zeros, as "
+                "Radon.admissible does"
+            )
+        if not self.circle:
+            before = self._detectors(side) // 2 - side // 2
+            after = self._detectors(side) - side - before
+            x = F.pad(x, (before, after, before, after))
+        size, count = x.shape[-1], self.angles.numel()
+        turn = torch.deg2rad(self.angles)
+        cos, sin = turn.cos(), turn.sin()
+        middle = (size + 1) % 2 / size  # of pixel size // 2, on the grid's scale of [−1, 1]
+        rows = [cos, sin, middle * (1 - cos - sin), -sin, cos, middle * (1 - cos + sin)]
+        turns = torch.stack(rows, dim=-1).view(count, 2, 3)
+        grid = F.affine_grid(turns, [count, x.shape[1], size, size], align_corners=False)
+        turned = F.grid_sample(x.expand(count, -1, -1, -1), grid, align_corners=False)
+        return turned.mean(dim=2).permute(1, 2, 0)[None]  # (1, C, detectors, angles)
+
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        *leading, detectors, count = measurement_shape
+        if count != self.angles.numel():
+            raise ValueError(
+                f"the sinogram must be (detectors, angles) with {self.angles.numel()} angles, "
+                f"got {detectors}×{count}; give its angles, or transpose it"
+            )
+        side = detectors if self.circle else math.floor(detectors / math.sqrt(2))
+        if detectors != self._detectors(side):
+            raise ValueError(
+                f"no square image has a diagonal of {detectors} detectors; give circle=true if "
+                "there are as many detectors as image rows, or pad the sinogram"
+            )
+        return (*leading, side, side)
+
+    def first_guess(self, y: Tensor) -> Tensor:
+        """Filtered back-projection with the ramp filter, by scikit-image."""
+        *_, side = self.image_shape(tuple(y.shape))
+        angles = self.angles.detach().cpu().double().numpy()
+        sums = y[0].detach().cpu().double().numpy() * y.shape[-2]  # (C, detectors, angles)
+        images = [iradon(s, angles, output_size=side, circle=self.circle) for s in sums]
+        return torch.from_numpy(np.stack(images))[None].to(y)
+
+    def admissible(self, image: Tensor) -> Tensor:
+        """The image in the middle of a square of zeros."""
+        height, width = image.shape[-2:]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        return F.pad(image, (left, side - width - left, top, side - height - top))
+
+    def _detectors(self, side: int) -> int:
+        return side if self.circle else math.ceil(math.sqrt(2) * side)
+
+    def extra_repr(self) -> str:
+        return f"{self.angles.numel()} angles, circle={self.circle}"
+
+
+class Physics(Protocol):
+    """A linear operator of deepinv, or anything alike."""
+
+    def A(self, x: Tensor) -> Tensor: ...
+
+    def A_adjoint(self, y: Tensor) -> Tensor: ...
+
+
+class Adapted(Operator):
+    """Any object with `A(x)` and its adjoint `A_adjoint(y)`, as deepinv's operators have.
+
+    Gradients reach the image through `A_adjoint`, so A may be computed by anything, but learns
+    nothing. `InverseProblem` adapts such objects itself.
+    """
+
+    def __init__(self, physics: Physics) -> None:
+        super().__init__()
+        self.physics = physics
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ByAdjoint.apply(x, self.physics)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.physics.A_adjoint(y)
+
+    @torch.no_grad()
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
+        return tuple(self.physics.A_adjoint(torch.zeros(measurement_shape, device=device)).shape)
+
+    @torch.no_grad()
+    def first_guess(self, y: Tensor) -> Tensor:
+        """Aᵀ y, scaled to explain y best: a step of steepest descent from 0."""
+        back = self.adjoint(y)
+        explained = self(back)
+        return back * ((explained * y).sum() / explained.square().sum().clamp(min=1e-20))
+
+
+class _ByAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, physics: Physics) -> Tensor:
+        ctx.physics = physics
+        return physics.A(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.physics.A_adjoint(gradients[0]), None
+
+
+def _keep(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """A parameter to learn, or else a buffer; not saved, for the settings give it."""
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value, persistent=False)
+
+
+def _check_size(size: int) -> None:
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"the blur kernel's size must be odd, got {size}; take {size | 1}")
+
+
+def _check_kernel(kernel: Tensor) -> None:
+    shape = "×".join(map(str, kernel.shape))
+    if kernel.ndim != 2 or kernel.numel() == 0:
+        raise ValueError(f"the blur kernel must be rows × columns, got {shape or 'a number'}")
+    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+        raise ValueError(
+            f"the blur kernel must have odd sides, so that it has a centre, got {shape}; pad it "
+            "with zeros"
+        )
+    if not kernel.isfinite().all() or not kernel.sum() > 0:
+        raise ValueError(
+            f"the blur kernel must be finite with a sum above 0, got sum {float(kernel.sum()):g}"
+        )
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.ndim != 4 or mask.shape[0] != 1:
+        raise ValueError(f"mask must be (1, 1, H, W) or (1, C, H, W), got {tuple(mask.shape)}")
+    grey = (mask != 0) & (mask != 1)
+    if grey.any():
+        raise ValueError(
+            f"mask must be 1 where a pixel is known and 0 elsewhere, got {int(grey.sum())} other "
+            "values; compare it with a threshold first"
+        )
+    if not mask.any():
+        raise ValueError("mask has no known pixel; white (1) is known, so invert it")
+
+
+def _read_mask(path: str | os.PathLike) -> Tensor:
+    picture = read_image(path)[0]
+    grey = float(((picture > 0.1) & (picture < 0.9)).float().mean())
+    if grey > MOST_GREY:
+        raise ValueError(
+            f"expected a mask of black and white, white where a pixel is known, but {grey:.0%} "
+            f"of {path} is grey; cut it at a threshold"
+        )
+    known = picture > 0.5
+    return known[:, :1] if (known == known[:, :1]).all() else known
+
+
+def _fill(y: Tensor, known: Tensor) -> Tensor:
+    """y where `known` is 1; elsewhere the mean of the known pixels at the finest scale with any."""
+    if known.bool().all() or y.shape[-2:] == (1, 1):
+        return y
+    counts = F.avg_pool2d(known, 2, ceil_mode=True)
+    means = F.avg_pool2d(y * known, 2, ceil_mode=True) / counts.clamp(min=1e-6)
+    coarse = _fill(means, (counts > 0).to(y))
+    size = y.shape[-2:]
+    return torch.where(known.bool(), y, F.interpolate(coarse, size, mode="bilinear"))

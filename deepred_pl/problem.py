@@ -3,23 +3,26 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Identity, Operator
+from deepred_pl.metrics import MetricOn
+from deepred_pl.noise import NoiseModel, mean_over
+from deepred_pl.operators import Adapted, Identity, Operator, Physics
 
 
 class InverseProblem(nn.Module):
     """y = A x + noise, for one image x.
 
     Args:
-        y: The measurement; for an image (1, C, H, W), float, in [0, 1] but for noise.
-        operator: A, called as `operator(x)` (see `deepred_pl.operators`); None is the identity.
+        y: The measurement; for an image (1, C, H, W), float, in [0, 1] but for noise. What the
+            operator does not observe is set to 0.
+        operator: A (see `deepred_pl.operators`), or an object with `A` and `A_adjoint`; None is
+            the identity.
         noise: The noise model; None means the mean squared residual as data term. What it
             leaves open (sigma=None) is estimated from y.
         ground_truth: The true x where it is known, of the image's shape. It reaches the
             metrics and nothing else, and is not saved with the problem.
+        metric_on: What PSNR and SSIM of colour images compare: "rgb", or "luminance".
 
     Attributes:
         image_shape: (1, C, H, W) of x.
@@ -40,17 +43,32 @@ class InverseProblem(nn.Module):
     def __init__(
         self,
         y: Tensor,
-        operator: Operator | None = None,
+        operator: Operator | Physics | None = None,
         noise: NoiseModel | None = None,
         ground_truth: Tensor | None = None,
+        metric_on: MetricOn = "rgb",
     ) -> None:
         super().__init__()
-        _check_image("y", y)
-        self.operator = Identity() if operator is None else operator
-        self.noise = None if noise is None else noise.fitted(y)
+        _check("y", y)
+        operator = Identity() if operator is None else operator
+        self.operator = operator if isinstance(operator, Operator) else Adapted(operator)
         self.image_shape: tuple[int, ...] = self.operator.image_shape(tuple(y.shape))
+        if len(self.image_shape) != 4:
+            raise ValueError(
+                f"y must be the measurement of an image (1, C, H, W), got {tuple(y.shape)}, which "
+                f"{type(self.operator).__name__} takes of {self.image_shape}; add the missing axes"
+            )
+        observed = self.operator.observed
+        if observed is not None:
+            y = y * observed.to(y)
+        self.noise = None if noise is None else noise.fitted(y)
+        if observed is not None and self.noise is not noise:
+            raise ValueError(
+                "noise cannot be estimated where values are missing; give noise.sigma, or no noise"
+            )
+        self.metric_on = metric_on
         if ground_truth is not None:
-            _check_image("ground_truth", ground_truth)
+            _check("ground_truth", ground_truth)
             if tuple(ground_truth.shape) != self.image_shape:
                 raise ValueError(
                     f"ground_truth must be {self.image_shape} like the image behind the "
@@ -64,20 +82,28 @@ class InverseProblem(nn.Module):
         """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W)."""
         if self.noise is None:
             return self.residual(out)
-        return self.noise.data_term(self.operator(out), self.y)
+        return self.noise.data_term(self.operator(out), self.y, self.operator.observed)
 
     def residual(self, out: Tensor) -> Tensor:
-        """mean((A out − y)²), 0-dim: σ² in expectation where out is the true x."""
-        return F.mse_loss(self.operator(out), self.y)
+        """mean((A out − y)²) over the observed values, 0-dim: σ² in expectation at the true x."""
+        return mean_over((self.operator(out) - self.y).square(), self.operator.observed)
 
-    def noise_variance(self) -> float | None:
-        """The noise's mean variance on the [0, 1] scale, None without a noise model."""
-        return None if self.noise is None else self.noise.variance()
+    def noise_variance(self) -> Tensor | None:
+        """The noise's mean variance on the [0, 1] scale, 0-dim; None without a noise model."""
+        if self.noise is None:
+            return None
+        return mean_over(self.noise.variance(self.y), self.operator.observed)
 
     @torch.no_grad()
     def first_guess(self) -> Tensor:
         """A first image, (1, C, H, W) in [0, 1]."""
         return self.operator.first_guess(self.y).clamp(0, 1)
+
+    def as_image(self) -> Tensor:
+        """The measurement to look at, (1, C, H, W) in [0, 1]: itself if it is of the image's
+        shape, else the first guess."""
+        same = tuple(self.y.shape) == self.image_shape
+        return self.y.clamp(0, 1) if same else self.first_guess()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A fit continued on another measurement would go on without a word to a wrong picture.
@@ -92,8 +118,8 @@ class InverseProblem(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_image(name: str, image: Tensor) -> None:
-    if image.ndim != 4 or image.shape[0] != 1 or image.numel() == 0:
+def _check(name: str, image: Tensor) -> None:
+    if image.ndim < 2 or image.shape[0] != 1 or image.numel() == 0:
         raise ValueError(f"{name} must be (1, C, H, W), one image, got {tuple(image.shape)}")
     if not image.is_floating_point():
         raise ValueError(f"{name} must be float in [0, 1], got {image.dtype}; divide by 255")

@@ -1,19 +1,31 @@
 """The one place that assembles a fit: settings to trainer, module and data."""
 
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
 
 import deepred_pl.denoisers  # noqa: F401  their short names
 from deepred_pl.callbacks import LastCheckpoint, Monitor, REDUpdate, RestorationBar, Writer
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
+from deepred_pl.images import ImageFormat, to_array, to_tensor
 from deepred_pl.model import DeepImagePrior
+from deepred_pl.noise import NoiseModel
+from deepred_pl.operators import Operator, Physics
+from deepred_pl.problem import InverseProblem
+
+Image = TypeVar("Image", np.ndarray, Tensor)
 
 ABOUT = "Restore one degraded image without training data, by DeepRED or Deep Image Prior."
 SUBCOMMANDS = {
@@ -21,6 +33,13 @@ SUBCOMMANDS = {
     "test": "Score the restored image of a checkpoint (--ckpt_path) against its ground truth.",
     "predict": "Write the restored image of a checkpoint (--ckpt_path).",
 }
+
+
+# In an installed package beside this module; in a checkout, at the top level.
+_PACKAGE = Path(__file__).parent
+CONFIGS = next(
+    (d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir()), _PACKAGE
+)
 
 
 class RestorationCLI(LightningCLI):
@@ -33,12 +52,14 @@ class RestorationCLI(LightningCLI):
     It lives here and not with the command line, for everything that runs a fit uses this parser.
 
     Args:
-        args: Command-line arguments as a list, or settings as a dict; None takes sys.argv.
+        args: Command-line arguments as a list, or settings as a dict; None takes sys.argv. A
+            `--config` may be the name of a shipped file, as "denoising" or "methods/dip".
         run: Run the subcommand (fit, test or predict) that the arguments begin with.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        raising = {"exit_on_error": False}  # for the caller to tell
+        # Errors are the caller's to tell, and a name cut short is one.
+        raising = {"exit_on_error": False, "allow_abbrev": False}
         commands = {name: {"description": text, **raising} for name, text in SUBCOMMANDS.items()}
         super().__init__(
             model_class=DeepImagePrior,
@@ -70,7 +91,7 @@ class RestorationCLI(LightningCLI):
         if isinstance(args, dict | Namespace):
             self.config = parser.parse_object(args)
         else:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(_find_configs(sys.argv[1:] if args is None else args))
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line as given: Lightning would let the checkpoint override it.
@@ -120,3 +141,113 @@ class RestorationCLI(LightningCLI):
                 f"{trainer.max_steps}; give a larger --trainer.max_steps, or let `deepred predict` "
                 "write the checkpoint's image"
             )
+
+
+def restore(
+    image: Image,
+    task: str = "denoising",
+    overrides: Mapping[str, Any] | None = None,
+    operator: Operator | Physics | None = None,
+    noise: NoiseModel | None = None,
+) -> Image:
+    """Restore one image in memory, by the settings of a configuration file.
+
+    Args:
+        image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
+            (1, C, H, W); uint8, uint16, or floats in [0, 1].
+        task: Name of a shipped configuration, as "denoising" or "quickstart", or a YAML file.
+        overrides: Settings by their names on the command line, as
+            {"red.every_n_steps": 20, "trainer.max_steps": 500}.
+        operator: A; None takes the configuration's.
+        noise: The noise model; None takes the configuration's.
+
+    Returns:
+        The restored image, of the kind, dtype and device of `image`; larger than it with an
+        operator that makes images smaller. Nothing is written to disk, unless the overrides
+        name a `trainer.default_root_dir`, which then gets the run directory.
+
+    Raises:
+        ValueError: An image, a setting or a combination that cannot be; before the fit starts.
+
+    >>> import skimage.data
+    >>> quick = {"trainer.max_steps": 2, "model.network.init_args.width": 4}
+    >>> restore(skimage.data.astronaut()[:35, :41], "quickstart", quick).shape
+    (35, 41, 3)
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        settings: dict[str, Any] = {}
+        if "trainer.default_root_dir" not in (overrides or {}):
+            settings = {"trainer.default_root_dir": scratch, "trainer.logger": False}
+        settings |= overrides or {}
+        cli = RestorationCLI(["--config", task, *map(_option, settings.items())], run=False)
+        data = cli.datamodule
+        if data.measurement is not None or data.ground_truth is not None:
+            raise ValueError(
+                "restore() is given the measurement itself: leave out data.measurement"
+            )
+        y, image_format = to_tensor(_channels_last(image), data.intensity_range)
+        data.problem = InverseProblem(y, operator or data.operator, noise or data.noise)
+        if not data.problem.operator.keeps_units:
+            image_format = ImageFormat("float32")
+        data.image_format = image_format
+        cli.before_fit()
+        cli.trainer.fit(cli.model, datamodule=data)
+        restored = to_array(cli.model.restored, image_format)
+    return _like(image, restored)
+
+
+def _find_configs(args: Sequence[str]) -> list[str]:
+    """The arguments with names of shipped configurations made paths."""
+    found = list(args)
+    for i, arg in enumerate(found):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c") and equals:
+            found[i] = f"{option}={_find_config(value)}"
+        elif option in ("--config", "-c") and i + 1 < len(found):
+            found[i + 1] = _find_config(found[i + 1])
+    return found
+
+
+def _find_config(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    shipped = {
+        p.relative_to(CONFIGS).with_suffix("").as_posix(): p for p in CONFIGS.rglob("*.yaml")
+    }
+    known = name.removeprefix("configs/").removesuffix(".yaml")
+    if known not in shipped:
+        raise ValueError(
+            f"expected a YAML file or a shipped configuration, found no {name}; shipped are "
+            + ", ".join(sorted(shipped))
+        )
+    return str(shipped[known])
+
+
+def _option(setting: tuple[str, Any]) -> str:
+    name, value = setting
+    return f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+
+
+def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
+    """The image as an array, (H, W) or (H, W, C)."""
+    if not isinstance(image, Tensor):
+        return np.asarray(image)
+    if image.ndim not in (2, 3) and not (image.ndim == 4 and image.shape[0] == 1):
+        raise ValueError(
+            f"expected a tensor (H, W), (C, H, W) or (1, C, H, W), got {tuple(image.shape)}; "
+            "restore one image at a time"
+        )
+    array = image.detach().cpu()
+    array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    return (array if array.ndim == 2 else array.reshape(array.shape[-3:]).movedim(0, -1)).numpy()
+
+
+def _like(image: np.ndarray | Tensor, restored: np.ndarray) -> Any:
+    """The restored array (H, W, C) in the kind, layout, dtype and device of `image`."""
+    if not isinstance(image, Tensor):
+        restored = restored[..., 0] if image.ndim == 2 else restored
+        return restored.astype(image.dtype) if image.dtype.kind == "f" else restored
+    tensor = torch.from_numpy(restored).movedim(-1, 0).contiguous()  # (C, H, W)
+    if image.ndim != 3:
+        tensor = tensor[0] if image.ndim == 2 else tensor[None]
+    return tensor.to(image.device, image.dtype if image.is_floating_point() else tensor.dtype)

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from deepred_pl import REDUpdate
 from deepred_pl.cli import main
 from deepred_pl.denoisers import NonLocalMeans
-from deepred_pl.images import write_image
+from deepred_pl.images import ImageFormat, read_image, write_image
+from deepred_pl.run import RestorationCLI
 from tests.conftest import picture
 
 ROOT = Path(__file__).parents[1]
-TASKS = [ROOT / "configs" / name for name in ("quickstart.yaml", "denoising.yaml")]
+QUICKSTART, DENOISING = (ROOT / "configs" / f"{n}.yaml" for n in ("quickstart", "denoising"))
+TASKS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 TINY = ["--model.network.init_args.width=4"]
 
@@ -59,7 +62,7 @@ def refused(deepred, capsys):
 @pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.png"
-    write_image(path, picture(3, 35, 41))
+    write_image(path, picture(3, 40, 44))
     return path
 
 
@@ -72,7 +75,7 @@ def result_of(run):
 @pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)
 def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, channels):
     image = tmp_path / "image.png"
-    write_image(image, picture(channels, 35, 41))
+    write_image(image, picture(channels, 36, 44))
     overlay = ["--config", method] if method else []
     run = deepred("--config", task, *overlay, data__ground_truth=image)
     result = result_of(run)
@@ -85,12 +88,95 @@ def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, chan
     assert Image.open(run / "restored.png").mode == {1: "L", 3: "RGB"}[channels]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)
+def test_every_task_restores_a_measurement_from_a_file(deepred, tmp_path, task, channels):
+    simulated = deepred("--config", task, "--data.ground_truth", picture_file(tmp_path, channels))
+    data = set_up_again(simulated)
+    measurement = tmp_path / "measurement.tif"
+    write_image(measurement, data.problem.y, ImageFormat("float32"))
+    more = {}
+    if task.stem == "inpainting":
+        Image.fromarray((data.problem.operator.mask[0, 0] * 255).byte().numpy()).save(
+            tmp_path / "mask.png"
+        )
+        more["data__operator__mask"] = tmp_path / "mask.png"
+    run = deepred("--config", task, data__measurement=measurement, **more)
+    first, second = (torch.load(r / "checkpoints/last.ckpt") for r in (simulated, run))
+    torch.testing.assert_close(first["state_dict"]["problem.y"], second["state_dict"]["problem.y"])
+    # The same fit: nothing of the ground truth reached the first one.
+    assert torch.equal(first["state_dict"]["average"], second["state_dict"]["average"])
+    restored = read_image(run / "restored.tif")[0]
+    assert restored.shape == data.problem.image_shape
+    assert set(result_of(run)["psnr"].values()) == {None}
+
+
+def picture_file(folder, channels):
+    write_image(folder / "truth.png", picture(channels, 36, 44))
+    return folder / "truth.png"
+
+
+def set_up_again(run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    data = RestorationCLI({"model": settings["model"], "data": settings["data"]}, False).datamodule
+    data.setup()
+    return data
+
+
+def test_a_shipped_configuration_is_found_by_its_name(deepred, tmp_path, monkeypatch, photo):
+    monkeypatch.chdir(tmp_path)  # where there is no configs/
+    for given in (["--config", "inpainting"], ["--config=configs/inpainting.yaml"]):
+        run = deepred(*given, "--config", "methods/dip", data__ground_truth=photo)
+        config = (run / "config.yaml").read_text()
+        assert "keep_fraction: 0.5" in config and "DeepImagePrior" in config
+
+
+def test_a_file_goes_before_a_shipped_name(deepred, refused, tmp_path, monkeypatch, photo):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "denoising").write_text(QUICKSTART.read_text())
+    run = deepred("--config", "denoising", data__ground_truth=photo)
+    assert "WarmupCosine" in (run / "config.yaml").read_text()
+    said = refused("--config", "denoisin")
+    assert "found no denoisin; shipped are" in said and "methods/dip" in said
+
+
+def test_super_resolution_by_another_factor(deepred, photo):
+    run = deepred(
+        *("--config", ROOT / "configs/super_resolution.yaml", "--data.operator.factor=8"),
+        data__ground_truth=photo,
+    )
+    assert Image.open(run / "restored.png").size == (40, 40)
+    assert set_up_again(run).problem.y.shape == (1, 3, 5, 5)
+    assert result_of(run)["metric_on"] == "luminance"
+
+
+def test_a_blur_kernel_from_a_file(deepred, tmp_path, photo):
+    np.save(tmp_path / "kernel.npy", np.ones((3, 5)))
+    run = deepred(
+        *("--config", ROOT / "configs/deblurring_uniform.yaml"),
+        *(
+            "--data.operator=deepred_pl.operators.Blur.from_file",
+            "--data.operator.boundary=reflect",
+        ),
+        data__operator__path=tmp_path / "kernel.npy",
+        data__ground_truth=photo,
+    )
+    blur = set_up_again(run).problem.operator
+    assert blur.kernel.shape == (3, 5) and blur.boundary == "reflect"
+
+
+def test_noise_is_swapped_by_its_short_name(deepred, photo):
+    run = deepred(
+        *("--config", DENOISING, "--data.noise=GammaNoise", "--data.noise.looks=5"),
+        data__ground_truth=photo,
+    )
+    assert set_up_again(run).problem.noise.looks == 5
+
+
 def test_the_shipped_settings_are_the_released_ones():
     from pytorch_lightning import Trainer
 
-    from deepred_pl.run import RestorationCLI
-
-    cli = RestorationCLI(["--config", str(TASKS[1])], run=False)
+    cli = RestorationCLI(["--config", str(DENOISING)], run=False)
     assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
     model = cli.model
     assert (model.initial_lam, model.initial_mu, model.rise_step) == (0.5, 0.5, 0.03)
@@ -105,24 +191,24 @@ def test_the_shipped_settings_are_the_released_ones():
 
 
 def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
-    run = deepred("--config", TASKS[1], data__measurement=photo, data__noise__sigma="null")
+    run = deepred("--config", DENOISING, data__measurement=photo, data__noise__sigma="null")
     result = result_of(run)
     assert set(result["psnr"].values()) == {None}
     assert 0 < result["noise_sigma"] < 255
-    assert Image.open(run / "comparison.png").size[0] > 2 * 41
+    assert Image.open(run / "comparison.png").size[0] > 2 * 44
 
 
 def test_methods_share_the_measurement(deepred, photo):
     scores = []
     for more in ([], ["--config", METHODS[0]], ["--model.seed=5"]):
-        run = deepred("--config", TASKS[0], *more, data__ground_truth=photo)
+        run = deepred("--config", QUICKSTART, *more, data__ground_truth=photo)
         scores.append(result_of(run)["psnr"]["measurement"])
     assert len(set(scores)) == 1
 
 
 def test_parts_are_swapped_by_their_short_names(deepred, photo):
     run = deepred(
-        *("--config", TASKS[0], "--red.denoiser=TotalVariation", "--red.denoiser.weight=0.05"),
+        *("--config", QUICKSTART, "--red.denoiser=TotalVariation", "--red.denoiser.weight=0.05"),
         *("--red.every_n_steps=2", "--model.result=x-u", "--model.lam=0.1"),
         data__ground_truth=photo,
     )
@@ -133,7 +219,7 @@ def test_parts_are_swapped_by_their_short_names(deepred, photo):
 
 
 def test_test_and_predict_take_the_runs_config_and_checkpoint(deepred, photo, capsys):
-    run = deepred("--config", TASKS[0], data__ground_truth=photo)
+    run = deepred("--config", QUICKSTART, data__ground_truth=photo)
     result = result_of(run)
     again = ["--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
     capsys.readouterr()
@@ -148,7 +234,7 @@ def test_test_and_predict_take_the_runs_config_and_checkpoint(deepred, photo, ca
 
 
 def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused, photo):
-    run = deepred("--config", TASKS[0], data__ground_truth=photo)
+    run = deepred("--config", QUICKSTART, data__ground_truth=photo)
     again = ["--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
     longer = deepred(*again, tiny=False, trainer__max_steps=6)
     assert result_of(longer)["steps"] == 6
@@ -160,14 +246,14 @@ def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused,
 def test_alpha_and_depth_survive(deepred, tmp_path):
     values = (np.random.default_rng(0).random((35, 41, 4)) * 255).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / "alpha.png")
-    run = deepred("--config", TASKS[0], data__measurement=tmp_path / "alpha.png")
+    run = deepred("--config", QUICKSTART, data__measurement=tmp_path / "alpha.png")
     np.testing.assert_array_equal(
         np.asarray(Image.open(run / "restored.png"))[..., 3], values[..., 3]
     )
 
 
 def test_a_run_can_be_quiet_and_unlogged(deepred, tmp_path, photo):
-    args = ["fit", "--config", str(TASKS[0]), *TINY, f"--data.ground_truth={photo}"]
+    args = ["fit", "--config", str(QUICKSTART), *TINY, f"--data.ground_truth={photo}"]
     args += ["--trainer.max_steps=2", "--trainer.logger=false"]
     args += ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     main(args)
@@ -176,7 +262,7 @@ def test_a_run_can_be_quiet_and_unlogged(deepred, tmp_path, photo):
 
 def test_the_processes_random_numbers_are_left_alone(deepred, photo):
     before = torch.random.get_rng_state(), str(np.random.get_state()), random.getstate()
-    deepred("--config", TASKS[0], data__ground_truth=photo)
+    deepred("--config", QUICKSTART, data__ground_truth=photo)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (str(np.random.get_state()), random.getstate()) == before[1:]
 
@@ -202,13 +288,23 @@ def test_the_processes_random_numbers_are_left_alone(deepred, photo):
         ({"trainer__precision": "bf16-true"}, "bf16-mixed"),
         ({"trainer__max_steps": -1}, "max_steps"),
         ({"model__lamda": 1}, "Option 'lamda' is not accepted"),
+        ({"data__intensity_range": "[5, 1]"}, "two finite numbers"),
+        ({"data__operator": "Mask"}, "which pixels are known"),
+        ({"data__operator": "Downsample", "data__operator__factor": 1}, "at least 2"),
+        ({"data__operator": "Radon", "data__operator__angles": "[]"}, "at least one angle"),
+        ({"data__operator": "Radon", "data__measurement": "sample"}, "found none at sample"),
+        ({"data__operator": "Blur"}, "kernel"),
+        ({"data__noise": "PoissonNoise", "data__noise__peak": 0}, "peak must be > 0"),
+        ({"data__degrade": "antialiased_resize"}, "needs a Downsample"),
+        ({"data__metric_on": "y"}, "metric_on"),
+        ({"red__every_n_step": 2}, "every_n_step"),
         ({"trainer__max_steps": "many"}, "Expected a <class 'int'>"),
-        ({"config": "nowhere.yaml"}, "File does not exist"),
+        ({"config": "nowhere.yaml"}, "found no nowhere.yaml; shipped are deblurring_gaussian"),
         ({"ckpt_path": "nowhere.ckpt"}, "nowhere.ckpt"),
     ],
 )
 def test_mistakes_get_one_clear_line(refused, settings, message):
-    assert message in refused("--config", TASKS[0], **settings)
+    assert message in refused("--config", QUICKSTART, **settings)
 
 
 @pytest.mark.parametrize("name", ["empty.png", "text.png", "cut.png", "nan.npy"])
@@ -219,7 +315,7 @@ def test_files_that_are_no_images_get_one_clear_line(refused, tmp_path, photo, n
     else:
         data = {"empty.png": b"", "text.png": b"text", "cut.png": photo.read_bytes()[:500]}
         path.write_bytes(data[name])
-    said = refused("--config", TASKS[0], data__measurement=path)
+    said = refused("--config", QUICKSTART, data__measurement=path)
     assert name in said and said.startswith("deepred: error: expected")
     assert not list(tmp_path.glob("lightning_logs/version_*/config.yaml"))
 
@@ -227,8 +323,8 @@ def test_files_that_are_no_images_get_one_clear_line(refused, tmp_path, photo, n
 def test_an_image_too_small_or_of_two_sizes_gets_one_clear_line(refused, tmp_path, photo):
     write_image(tmp_path / "small.png", picture(3, 20, 40))
     small = {"data__measurement": tmp_path / "small.png"}
-    assert "at least 33×33 pixels, got 20×40" in refused("--config", TASKS[0], **small)
-    said = refused("--config", TASKS[0], data__ground_truth=photo, **small)
+    assert "at least 33×33 pixels, got 20×40" in refused("--config", QUICKSTART, **small)
+    said = refused("--config", QUICKSTART, data__ground_truth=photo, **small)
     assert "ground_truth must be (1, 3, 20, 40)" in said
     assert not list(tmp_path.glob("lightning_logs/version_*/config.yaml"))
 
@@ -236,7 +332,7 @@ def test_an_image_too_small_or_of_two_sizes_gets_one_clear_line(refused, tmp_pat
 def test_a_run_directory_that_cannot_be_written_is_found_before_the_fit(refused, tmp_path, photo):
     (tmp_path / "file").write_text("in the way")
     said = refused(
-        *("--config", TASKS[0]),
+        *("--config", QUICKSTART),
         data__ground_truth=photo,
         trainer__default_root_dir=tmp_path / "file" / "run",
     )
@@ -247,24 +343,24 @@ def test_a_file_that_is_no_checkpoint_gets_one_clear_line(refused, tmp_path):
     (tmp_path / "last.ckpt").write_text("text")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.ckpt")
     for name in ("last.ckpt", "other.ckpt"):
-        said = refused("--config", TASKS[0], ckpt_path=tmp_path / name)
+        said = refused("--config", QUICKSTART, ckpt_path=tmp_path / name)
         assert "expected a run's checkpoints/last.ckpt" in said and "weights_only" not in said
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_there_is_nothing_to_score_or_write_without_a_checkpoint(refused, command):
-    said = refused("--config", TASKS[0], command=command)
+    said = refused("--config", QUICKSTART, command=command)
     assert "nothing is restored yet" in said and "--ckpt_path" in said
 
 
 def test_a_checkpoint_of_another_network_gets_one_line_of_bearable_length(deepred, refused, photo):
-    run = deepred("--config", TASKS[0], data__ground_truth=photo)
+    run = deepred("--config", QUICKSTART, data__ground_truth=photo)
     last = {"ckpt_path": run / "checkpoints" / "last.ckpt", "data__ground_truth": photo}
-    said = refused("--config", TASKS[0], "--model.network.init_args.scales=3", **last)
+    said = refused("--config", QUICKSTART, "--model.network.init_args.scales=3", **last)
     assert "loading state_dict" in said and len(said) < 700
 
 
 def test_a_traceback_can_be_asked_for(deepred, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(FileNotFoundError):
-        deepred("--config", TASKS[0], data__measurement="nowhere.png")
+        deepred("--config", QUICKSTART, data__measurement="nowhere.png")

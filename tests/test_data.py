@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import skimage.data
+import tifffile
 import torch
 from PIL import Image
 
 from deepred_pl import RestorationDataModule
 from deepred_pl.data import SAMPLES
-from deepred_pl.noise import GaussianNoise
+from deepred_pl.noise import GaussianNoise, PoissonNoise
+from deepred_pl.operators import Blur, Downsample, Mask, Radon
 
 
 def set_up(**settings) -> RestorationDataModule:
@@ -66,6 +68,106 @@ def test_measurement_and_ground_truth_together(photo, tmp_path):
 def test_the_inputs_format_is_known(tmp_path):
     np.save(tmp_path / "y.npy", np.zeros((9, 9), np.float32))
     assert set_up(measurement=tmp_path / "y.npy").image_format.dtype == "float32"
+
+
+def test_a_blurred_measurement_is_simulated(photo):
+    problem = set_up(ground_truth=photo, operator=Blur.uniform(5), noise=GaussianNoise(2)).problem
+    clean = Blur.uniform(5)(problem.ground_truth)
+    assert (problem.y - clean).std().item() == pytest.approx(2 / 255, rel=0.1)
+
+
+@pytest.mark.parametrize("degrade", ["operator", "antialiased_resize"])
+def test_a_ground_truth_is_cropped_for_downsampling(photo, degrade):
+    data = set_up(ground_truth=photo, operator=Downsample(4), degrade=degrade)
+    crop = skimage.data.astronaut()[1:33, :40]  # the middle of 35 × 41
+    np.testing.assert_allclose(
+        data.problem.ground_truth[0].movedim(0, -1).numpy(), crop / 255, atol=1e-7
+    )
+    assert data.problem.y.shape == (1, 3, 8, 10)
+    if degrade == "antialiased_resize":
+        small = Image.fromarray(crop).resize((10, 8), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(
+            (data.problem.y[0].movedim(0, -1) * 255).round().byte().numpy(), np.asarray(small)
+        )
+
+
+def test_a_small_measurement_and_its_large_ground_truth(photo, tmp_path):
+    Image.fromarray(skimage.data.astronaut()[:8, :10]).save(tmp_path / "small.png")
+    data = set_up(measurement=tmp_path / "small.png", ground_truth=photo, operator=Downsample(4))
+    assert data.problem.ground_truth.shape == data.problem.image_shape == (1, 3, 32, 40)
+
+
+def test_a_ground_truth_is_padded_to_a_square_for_projections(photo):
+    problem = set_up(ground_truth=photo, operator=Radon(5)).problem
+    assert problem.image_shape == (1, 3, 41, 41) and problem.y.shape == (1, 3, 58, 5)
+    assert problem.ground_truth[..., :3, :].sum() == problem.ground_truth[..., 38:, :].sum() == 0
+
+
+def test_missing_pixels_are_drawn_with_the_data_seed(photo):
+    def mask(seed):
+        return set_up(ground_truth=photo, operator=Mask(keep_fraction=0.5), seed=seed).problem
+
+    assert torch.equal(mask(0).y, mask(0).y)
+    assert not torch.equal(mask(0).operator.mask, mask(1).operator.mask)
+    assert (mask(0).y == 0).float().mean() > 0.49
+
+
+def test_a_simulation_is_clipped_or_not(photo):
+    noise = PoissonNoise(5)
+    assert set_up(ground_truth=photo, noise=noise).problem.y.max() == 1
+    y = set_up(ground_truth=photo, noise=noise, clip=False).problem.y
+    assert y.max() > 1 and torch.equal((y * 5).round(), y * 5)
+
+
+def test_a_ranges_sigma_and_ground_truth_are_on_one_scale(tmp_path):
+    truth = (skimage.data.astronaut()[:35, :41].astype(np.uint16) * 16).clip(max=4095)
+    tifffile.imwrite(tmp_path / "truth.tif", truth, photometric="rgb")
+    tifffile.imwrite(tmp_path / "y.tif", truth // 4 * 3, photometric="rgb")
+    files = {"measurement": tmp_path / "y.tif", "ground_truth": tmp_path / "truth.tif"}
+    problem = set_up(**files, intensity_range=[0, 4095]).problem
+    np.testing.assert_allclose(
+        problem.y[0].movedim(0, -1).numpy(), truth // 4 * 3 / 4095, atol=1e-6
+    )
+    data = set_up(**files, intensity_range="minmax")  # the measurement's, for both
+    assert data.problem.y.max() == 1 and data.problem.ground_truth.max() > 1.3
+    assert (data.image_format.low, data.image_format.high) == (0, truth.max() // 4 * 3)
+
+
+def test_a_sinograms_range_is_not_the_images(photo, tmp_path):
+    sums = Radon(5)(torch.rand(1, 1, 41, 41))[0, 0].numpy() * 58
+    np.save(tmp_path / "sinogram.npy", sums)
+    with pytest.raises(ValueError, match="intensity_range"):
+        set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5))
+    data = set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5), intensity_range=[0, 58])
+    np.testing.assert_allclose(data.problem.y[0, 0].numpy(), sums / 58, atol=1e-6)
+    assert (data.image_format.dtype, data.image_format.high) == ("float32", 1)
+
+
+def test_a_page_is_chosen(tmp_path):
+    pages = np.stack([np.full((9, 11), level, np.uint8) for level in (10, 20, 30)])
+    tifffile.imwrite(tmp_path / "pages.tif", pages, photometric="minisblack")
+    with pytest.raises(ValueError, match=r"3 pages.*page"):
+        set_up(measurement=tmp_path / "pages.tif")
+    assert (set_up(measurement=tmp_path / "pages.tif", page=1).problem.y * 255).round().max() == 20
+
+
+def test_what_is_scored_is_told_to_the_problem(photo):
+    assert set_up(ground_truth=photo, metric_on="luminance").problem.metric_on == "luminance"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"degrade": "bicubic"}, "degrade must be"),
+        ({"metric_on": "y"}, "metric_on must be"),
+        ({"degrade": "antialiased_resize"}, "needs a Downsample, got Identity"),
+        ({"operator": Downsample(200)}, "larger than the image, 128×128"),
+        ({"operator": Blur.uniform(129)}, "no larger than the image"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        set_up(**settings)
 
 
 def test_an_unknown_sample_is_refused():

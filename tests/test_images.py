@@ -6,24 +6,39 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
-from deepred_pl.images import ImageFormat, read_image, write_bytes, write_image
+from deepred_pl.images import (
+    ImageFormat,
+    read_image,
+    to_array,
+    to_tensor,
+    write_bytes,
+    write_image,
+)
 
 RNG = np.random.default_rng(0)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def profile_for(space):
+    """A profile that says it is for grey or CMYK values; only its header counts here."""
+    return SRGB[:16] + space + SRGB[20:]
 
 
 def values(dtype, *shape):
     return RNG.integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
 
 
-def sixteen_bit_png(array):
+def sixteen_bit_png(array, *extra_chunks):
     """A 16-bit PNG written from the format's specification: no filter, one IDAT chunk."""
     height, width = array.shape[:2]
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[1 if array.ndim == 2 else array.shape[2]]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)),
+        *extra_chunks,
         (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     ]
@@ -132,8 +147,6 @@ def test_unusual_tiffs_look_as_other_programs_show_them(tmp_path):
     assert read_image(tmp_path / "palette.tif")[0].shape == (1, 3, 8, 16)
     Image.fromarray(colours).convert("CMYK").save(tmp_path / "cmyk.tif")
     assert read_image(tmp_path / "cmyk.tif")[0].shape == (1, 3, 8, 16)
-    Image.fromarray(colours).save(tmp_path / "turned.tif", tiffinfo={274: 6})
-    assert read_image(tmp_path / "turned.tif")[0].shape == (1, 3, 16, 8)
     tifffile.imwrite(tmp_path / "white16.tif", array.astype(np.uint16), photometric="miniswhite")
     with pytest.raises(ValueError, match="save it as RGB"):
         read_image(tmp_path / "white16.tif")
@@ -214,12 +227,66 @@ def test_arrays_that_are_no_images_are_refused(tmp_path, array, message):
         read_image(tmp_path / "image.npy")
 
 
-def test_pages_are_refused(tmp_path):
+def write_pages(path, pages, **options):
+    with tifffile.TiffWriter(path) as file:
+        for page in pages:
+            file.write(page, contiguous=False, **options)
+
+
+def test_a_page_of_a_tiff_is_chosen(tmp_path):
+    pages = [values(np.uint16, 4 + n, 5) for n in range(3)]
+    path = tmp_path / "pages.tif"
+    write_pages(path, pages)
+    for n, page in enumerate(pages):
+        image, image_format = read_image(path, page=n)
+        np.testing.assert_array_equal(to_array(image, image_format)[..., 0], page)
+    with pytest.raises(ValueError, match=r"3 pages; choose one by --data\.page 0 to 2"):
+        read_image(path)
+    for page in (3, -1):
+        with pytest.raises(ValueError, match=rf"no page {page}; choose --data\.page 0 to 2"):
+            read_image(path, page=page)
+
+
+def test_pages_that_pillow_decodes_are_chosen_and_turned(tmp_path):
+    pictures = [Image.fromarray(values(np.uint8, 8, 16, 3)) for _ in range(3)]
+    pictures = [pictures[0].convert("CMYK"), pictures[1].quantize(), pictures[2].quantize()]
     with tifffile.TiffWriter(tmp_path / "pages.tif") as file:
-        for _ in range(3):
-            file.write(values(np.uint8, 4, 5), contiguous=False)
-    with pytest.raises(ValueError, match="3 pages"):
-        read_image(tmp_path / "pages.tif")
+        file.write(np.asarray(pictures[0]), photometric="separated")
+        for picture, orientation in zip(pictures[1:], [1, 6], strict=True):
+            palette = np.zeros((3, 256), np.uint16)
+            colours = np.array(picture.getpalette(), np.uint16).reshape(-1, 3).T
+            palette[:, : colours.shape[1]] = colours * 257
+            tags = [(274, "H", 1, orientation, True)]
+            file.write(np.asarray(picture), photometric="palette", colormap=palette, extratags=tags)
+    for n, picture in enumerate(pictures):
+        image, image_format = read_image(tmp_path / "pages.tif", page=n)
+        shown = np.asarray(picture.convert("RGB"))
+        shown = np.rot90(shown, -1) if n == 2 else shown
+        np.testing.assert_array_equal(to_array(image, image_format), shown)
+
+
+@pytest.mark.parametrize("suffix", ["png", "npy", "tif"])
+def test_a_file_of_one_image_has_page_0_alone(tmp_path, suffix):
+    array = values(np.uint8, 4, 5)
+    path = tmp_path / f"image.{suffix}"
+    np.save(path, array) if suffix == "npy" else Image.fromarray(array).save(path)
+    assert read_image(path, page=0)[0].shape == (1, 1, 4, 5)
+    with pytest.raises(ValueError, match="no page 1"):
+        read_image(path, page=1)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_animations_are_refused(tmp_path, suffix):
+    frames = [Image.fromarray(values(np.uint8, 9, 7, 3)) for _ in range(2)]
+    frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="2 frames; save one of them"):
+        read_image(tmp_path / f"moving.{suffix}")
+
+
+def test_a_camera_file_with_a_second_picture_is_read(tmp_path):
+    frames = [Image.fromarray(values(np.uint8, 9, 7, 3)) for _ in range(2)]
+    frames[0].save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "photo.jpg")[0].shape == (1, 3, 9, 7)
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -229,3 +296,332 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
         write_bytes(path, "no bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_12_bits_in_16_are_read_in_their_range_and_written_back(tmp_path):
+    array = values(np.uint16, 5, 7, 3) // 16
+    array[0, 0], array[1, 1] = 0, 4095
+    tifffile.imwrite(tmp_path / "image.tif", array, photometric="rgb")
+    for intensity_range in ([0, 4095], "minmax"):
+        image, image_format = read_image(tmp_path / "image.tif", intensity_range)
+        assert (image.min(), image.max()) == (0, 1)
+        torch.testing.assert_close(
+            image[0].movedim(0, -1).double(), torch.tensor(array / 4095), atol=1e-7, rtol=0
+        )
+        assert (image_format.low, image_format.high) == (0, 4095)
+        for name in ("back.png", "back.tif"):
+            write_image(tmp_path / name, image, image_format)
+        np.testing.assert_array_equal(tifffile.imread(tmp_path / "back.tif"), array)
+        assert torch.equal(read_image(tmp_path / "back.png", [0, 4095])[0], image)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint32", "int64", "uint64"])
+def test_any_integers_are_read_in_a_range_and_written_back(tmp_path, dtype):
+    low = 0 if dtype[0] == "u" else -100
+    array = RNG.integers(low, 101, (5, 7), dtype=dtype)
+    tifffile.imwrite(tmp_path / "image.tif", array)
+    with pytest.raises(ValueError, match=rf"got {dtype} .*--data\.intensity_range minmax"):
+        read_image(tmp_path / "image.tif")
+    for intensity_range in ("minmax", "percentile", (low, 100)):
+        image, image_format = read_image(tmp_path / "image.tif", intensity_range)
+        assert image_format.dtype == dtype and image_format.suffix(1) == ".tif"
+        write_image(tmp_path / "back.tif", image, image_format)
+        back = tifffile.imread(tmp_path / "back.tif")
+        assert back.dtype == dtype
+        np.testing.assert_array_equal(back, array)
+
+
+def test_the_greatest_integers_do_not_wrap_around():
+    array = np.array([[0, np.iinfo(np.int64).max]])
+    image, image_format = to_tensor(array, "minmax")
+    back = to_array(image, image_format)
+    np.testing.assert_allclose(back[..., 0].astype(float), array.astype(float), rtol=1e-15)
+
+
+def test_floats_of_any_range_come_back_as_floats(tmp_path):
+    array = RNG.normal(1000, 50, (5, 7, 2))
+    np.save(tmp_path / "image.npy", array)
+    image, image_format = read_image(tmp_path / "image.npy", "minmax")
+    assert (image.min(), image.max()) == (0, 1)
+    assert (image_format.low, image_format.high) == (array.min(), array.max())
+    write_image(tmp_path / "back.tif", image, image_format)
+    back = tifffile.imread(tmp_path / "back.tif")
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, array, rtol=1e-6)
+
+
+def test_percentiles_leave_the_tails_outside():
+    array = RNG.normal(size=(101, 103)).astype(np.float32)
+    array[0, 0] = 1e6  # a hot pixel
+    image, image_format = to_tensor(array, "percentile")
+    np.testing.assert_allclose(
+        (image_format.low, image_format.high), np.percentile(array, (0.1, 99.9)), rtol=1e-6
+    )
+    assert image.max() > 1000 and 0.001 < (image < 0).float().mean() < 0.002
+    np.testing.assert_allclose(to_array(image, image_format)[..., 0], array, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("measured", ["minmax", "percentile"])
+def test_two_files_are_read_in_one_range(tmp_path, measured):
+    truth = RNG.normal(200, 30, (33, 47))
+    truth[3, 4] = 5000
+    noisy = truth + RNG.normal(0, 5, truth.shape)
+    np.save(tmp_path / "truth.npy", truth)
+    np.save(tmp_path / "noisy.npy", noisy)
+    y, image_format = read_image(tmp_path / "noisy.npy", measured)
+    shared = (image_format.low, image_format.high)
+    image, truth_format = read_image(tmp_path / "truth.npy", shared)
+    assert (truth_format.low, truth_format.high) == shared
+    assert torch.equal(read_image(tmp_path / "noisy.npy", shared)[0], y)
+    scale = shared[1] - shared[0]
+    np.testing.assert_allclose((y - image)[0, 0] * scale, noisy - truth, atol=1e-6 * 5000)
+
+
+def test_alpha_does_not_count_for_the_range(tmp_path):
+    array = np.full((5, 7, 4), 255, np.uint8)
+    array[..., :3] = RNG.integers(50, 100, (5, 7, 3))
+    Image.fromarray(array, "RGBA").save(tmp_path / "image.png")
+    image, image_format = read_image(tmp_path / "image.png", "minmax")
+    assert (image_format.low, image_format.high) == (array[..., :3].min(), array[..., :3].max())
+    write_image(tmp_path / "back.png", image, image_format)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back.png")), array)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["auto", "12", [0], [0, 1, 2], [1, 1], [2, 1], [0, np.inf], [np.nan, 1], ["a", "b"], None, 5],
+)
+def test_bad_ranges_are_refused(bad):
+    with pytest.raises(ValueError, match=r"intensity_range must be .*lo < hi, got .* for scan"):
+        to_tensor(np.array([[0.0, 1.0]]), bad, "scan")
+
+
+@pytest.mark.parametrize(
+    ("array", "intensity_range", "message"),
+    [
+        (np.full((3, 4), 7, np.uint8), "minmax", r"that differ.* minmax .*\[7, 7\].*\[lo, hi\]"),
+        (np.full((3, 4), 7.5), "percentile", r"that differ.*percentile.*\[7\.5, 7\.5\]"),
+        (np.array([[0, 40]], np.uint16), [0, 20], r"values in \[0, 20\].*got \[0, 40\] in scan"),
+        (np.array([[-40, 9]], np.int16), [0, 20], r"values in \[0, 20\].*got \[-40, 9\] in scan"),
+        (
+            np.array([[-3.0, 9]]),
+            "dtype",
+            r"in \[0, 1\].*\[-3, 9\].*intensity_range minmax.*\[lo, hi\]",
+        ),
+        (np.array([[1j]]), "minmax", "complex128 in scan"),
+        (np.array([[0.0, np.inf]]), "minmax", "1 of 2 in scan are NaN or infinite"),
+        (np.zeros(3), "dtype", r"\(3,\) in scan"),
+    ],
+)
+def test_values_that_do_not_fit_a_range_are_refused(array, intensity_range, message):
+    with pytest.raises(ValueError, match=message):
+        to_tensor(array, intensity_range, "scan")
+
+
+def test_noise_beyond_an_explicit_range_is_kept():
+    image, _ = to_tensor(np.array([[-4, 0, 10, 14]], np.int16), [0, 10])
+    torch.testing.assert_close(image.flatten(), torch.tensor([-0.4, 0.0, 1.0, 1.4]))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 6)])
+def test_arrays_come_back_as_they_were(dtype, shape):
+    array = RNG.random(shape, np.float32) if dtype == "float32" else values(dtype, *shape)
+    image, image_format = to_tensor(array)
+    assert image.shape == (1, shape[2] if len(shape) == 3 else 1, 5, 7)
+    assert image.is_contiguous() and image.dtype == torch.float32
+    back = to_array(image, image_format)
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(back, array.reshape(back.shape))
+
+
+def test_a_format_knows_the_range_of_its_type():
+    assert [ImageFormat(d).high for d in ("uint8", "uint16", "float32")] == [255, 65535, 1]
+    assert ImageFormat() == ImageFormat("uint8", None, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "channels"),
+    [(ImageFormat("float32"), 1), (ImageFormat("int16"), 3), (ImageFormat(), 2)],
+)
+def test_what_a_png_cannot_hold_is_refused(tmp_path, image_format, channels):
+    with pytest.raises(ValueError, match=rf"ending in \.tif for {channels} channels"):
+        write_image(tmp_path / "image.png", torch.zeros(1, channels, 5, 7), image_format)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("layout", ["contig", "separate"])
+@pytest.mark.parametrize("channels", [2, 5])
+def test_many_channels_come_back(tmp_path, channels, layout, dtype):
+    shape = (6, 7, channels)
+    array = RNG.random(shape, np.float32) if dtype == "float32" else values(dtype, *shape)
+    tifffile.imwrite(
+        tmp_path / "image.tif",
+        np.moveaxis(array, -1, 0) if layout == "separate" else array,
+        planarconfig=layout,
+        photometric="minisblack",
+    )
+    image, image_format = read_image(tmp_path / "image.tif")
+    assert image.shape == (1, channels, 6, 7) and image_format.alpha is None
+    assert image_format.suffix(channels) == ".tif"
+    write_image(tmp_path / "back.tif", image, image_format)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "back.tif"), array)
+
+
+def test_alpha_beside_many_channels_is_kept(tmp_path):
+    array = values(np.uint8, 6, 7, 6)
+    image, _ = to_tensor(array[..., :5])
+    write_image(tmp_path / "image.tif", image, ImageFormat("uint8", array[..., 5]))
+    again, again_format = read_image(tmp_path / "image.tif")
+    assert torch.equal(again, image)
+    np.testing.assert_array_equal(again_format.alpha, array[..., 5])
+
+
+def checked(path):
+    """The picture, by Pillow, after Pillow found the file sound."""
+    with Image.open(path) as picture:
+        picture.verify()
+    picture = Image.open(path)
+    picture.load()
+    return picture
+
+
+@pytest.mark.parametrize("source", ["png", "jpg", "tif", "png16", "tif16"])
+def test_the_colour_profile_is_kept(tmp_path, source):
+    array = values(np.uint16 if source.endswith("16") else np.uint8, 5, 7, 3)
+    path = tmp_path / f"image.{source[:3]}"
+    if source == "png16":
+        chunk = b"iCCP", b"sRGB\0\0" + zlib.compress(SRGB)
+        path.write_bytes(sixteen_bit_png(array, chunk))
+    elif source == "tif16":
+        tags = [(34675, 7, len(SRGB), SRGB, True)]
+        tifffile.imwrite(path, array, photometric="rgb", extratags=tags)
+    else:
+        Image.fromarray(array).save(path, icc_profile=SRGB)
+    image, image_format = read_image(path)
+    assert image_format.icc_profile == SRGB
+    for name in ("back.png", "back.tif"):
+        write_image(tmp_path / name, image, image_format)
+        assert read_image(tmp_path / name)[1].icc_profile == SRGB
+        assert torch.equal(read_image(tmp_path / name)[0], image)
+    assert checked(tmp_path / "back.png").info["icc_profile"] == SRGB
+    with tifffile.TiffFile(tmp_path / "back.tif") as file:
+        assert file.pages[0].tags[34675].value == SRGB
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_grey_profile_is_kept_for_grey(tmp_path, dtype):
+    profile = profile_for(b"GRAY")
+    array = values(dtype, 5, 7)
+    Image.fromarray(array).save(tmp_path / "image.png", icc_profile=profile)
+    image, image_format = read_image(tmp_path / "image.png")
+    write_image(tmp_path / "back.png", image, image_format)
+    back = checked(tmp_path / "back.png")
+    assert back.info["icc_profile"] == profile
+    np.testing.assert_array_equal(np.asarray(back), array)
+    write_image(tmp_path / "rgb.png", image.expand(-1, 3, -1, -1), image_format)
+    assert "icc_profile" not in checked(tmp_path / "rgb.png").info
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_a_profile_for_other_colours_is_dropped(tmp_path, suffix):
+    picture = Image.fromarray(values(np.uint8, 5, 7, 3)).convert("CMYK")
+    picture.save(tmp_path / f"cmyk.{suffix}", icc_profile=profile_for(b"CMYK"))
+    assert read_image(tmp_path / f"cmyk.{suffix}")[1].icc_profile is None
+
+
+@pytest.mark.parametrize(("unit", "per_inch"), [("inch", 1), ("centimeter", 2.54)])
+def test_resolution_and_texts_of_a_tiff_are_kept(tmp_path, unit, per_inch):
+    array = values(np.uint16, 5, 7, 3)
+    tifffile.imwrite(
+        tmp_path / "image.tif",
+        array,
+        photometric="rgb",
+        resolution=(300, 150.5),
+        resolutionunit=unit,
+        description="a cell, 20 µm".encode(),
+        datetime="2024:05:06 07:08:09",
+        extratags=[(315, "s", 0, "Ada", True), (33432, "s", 0, "© Ada Ω".encode(), True)],
+        metadata=None,
+    )
+    image, image_format = read_image(tmp_path / "image.tif")
+    assert image_format.resolution == (300, 150.5, unit)
+    for name in ("back.tif", "back.png"):
+        write_image(tmp_path / name, image, image_format)
+    with tifffile.TiffFile(tmp_path / "back.tif") as file:
+        page = file.pages[0]
+        assert page.resolution == (300, 150.5)
+        assert page.resolutionunit == tifffile.RESUNIT[unit.upper()]
+        assert page.description == "a cell, 20 µm"
+        assert page.tags["DateTime"].value == "2024:05:06 07:08:09"
+        assert page.tags["Artist"].value == "Ada"
+        assert page.tags["Copyright"].value == "© Ada Ω"
+    info = checked(tmp_path / "back.png").info
+    assert info["dpi"] == pytest.approx((300 * per_inch, 150.5 * per_inch), rel=1e-4)
+    assert info["Description"] == "a cell, 20 µm" and info["Author"] == "Ada"
+    assert info["Creation Time"] == "2024:05:06 07:08:09" and info["Copyright"] == "© Ada Ω"
+    assert read_image(tmp_path / "back.png")[1].texts == image_format.texts
+
+
+def test_resolution_and_texts_of_a_png_are_kept(tmp_path):
+    texts = PngInfo()
+    texts.add_text("Description", "a house")
+    picture = Image.fromarray(values(np.uint8, 5, 7))
+    picture.save(tmp_path / "image.png", dpi=(300, 150), pnginfo=texts)
+    write_image(tmp_path / "back.png", *read_image(tmp_path / "image.png"))
+    info, was = checked(tmp_path / "back.png").info, checked(tmp_path / "image.png").info
+    assert info["dpi"] == was["dpi"] and info["Description"] == "a house"
+
+
+def test_what_a_tiff_says_of_its_pages_is_not_kept(tmp_path):
+    pages = values(np.uint8, 3, 5, 7)
+    for name, options in [("imagej", {"imagej": True}), ("ome", {"ome": True}), ("shaped", {})]:
+        tifffile.imwrite(tmp_path / f"{name}.tif", pages, photometric="minisblack", **options)
+        image, image_format = read_image(tmp_path / f"{name}.tif", page=0)
+        assert "Description" not in image_format.texts
+        np.testing.assert_array_equal(to_array(image, image_format)[..., 0], pages[0])
+
+
+TURNED = {  # EXIF orientation: how NumPy makes the picture upright
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("source", ["png", "png16", "jpg", "tif", "tif16", "palette"])
+def test_orientation_is_applied_once(tmp_path, source, orientation):
+    array = values(np.uint16 if source.endswith("16") else np.uint8, 5, 7, 3)
+    path = tmp_path / ("image." + (source[:3] if source != "palette" else "tif"))
+    exif = Image.Exif()
+    exif[274] = orientation
+    if source == "png16":
+        path.write_bytes(sixteen_bit_png(array, (b"eXIf", exif.tobytes()[6:])))
+    elif source == "tif16":
+        tags = [(274, "H", 1, orientation, True)]
+        tifffile.imwrite(path, array, photometric="rgb", extratags=tags)
+    else:
+        picture = Image.fromarray(array)
+        picture = picture.quantize() if source == "palette" else picture
+        tiff = {"tiffinfo": {274: orientation}} if path.suffix == ".tif" else {"exif": exif}
+        picture.save(path, dpi=(300, 150), **tiff)
+        array = np.asarray((Image.open(path) if source == "jpg" else picture).convert("RGB"))
+    image, image_format = read_image(path)
+    upright = TURNED[orientation](array)
+    np.testing.assert_array_equal(to_array(image, image_format), upright)
+    for name in ("back.png", "back.tif"):
+        write_image(tmp_path / name, image, image_format)
+        np.testing.assert_array_equal(to_array(*read_image(tmp_path / name)), upright)
+        back = checked(tmp_path / name) if name == "back.png" or array.dtype == np.uint8 else None
+        if back is not None:
+            assert back.getexif().get(274, 1) == 1
+            assert back.size == upright.shape[1::-1]
+            if not source.endswith("16"):
+                dpi = (300, 150) if orientation < 5 else (150, 300)
+                assert back.info["dpi"] == pytest.approx(dpi, rel=1e-3)

@@ -5,36 +5,130 @@ import pytest
 import scipy.stats
 import torch
 
-from deepred_pl.noise import GaussianNoise
+from deepred_pl import InverseProblem
+from deepred_pl.noise import (
+    DARKEST,
+    GammaNoise,
+    GaussianNoise,
+    LaplaceNoise,
+    PoissonGaussianNoise,
+    PoissonNoise,
+    mean_over,
+)
+from deepred_pl.operators import Mask
 from tests.conftest import picture
 
+# A model, its variance at a clean value c, and SciPy's log p(y | m).
+MODELS = {
+    "gaussian": (
+        GaussianNoise(25),
+        lambda c: (25 / 255) ** 2,
+        lambda y, m: scipy.stats.norm.logpdf(y, m, 25 / 255),
+    ),
+    "laplace": (
+        LaplaceNoise(20),
+        lambda c: (20 / 255) ** 2,
+        lambda y, m: scipy.stats.laplace.logpdf(y, m, 20 / 255 / math.sqrt(2)),
+    ),
+    "poisson": (
+        PoissonNoise(30),
+        lambda c: c / 30,
+        lambda y, m: scipy.stats.poisson.logpmf(np.rint(30 * y), 30 * m),
+    ),
+    # 255 / 5.1 = 50 photons at white; the read noise adds σ² / gain² = 1 count.
+    "poisson-gaussian": (
+        PoissonGaussianNoise(gain=5.1, sigma=5.1),
+        lambda c: c / 50 + 0.02**2,
+        lambda y, m: scipy.stats.poisson.logpmf(np.rint(50 * y) + 1, 50 * m + 1),
+    ),
+    "gamma": (
+        GammaNoise(4),
+        lambda c: c**2 / 4,
+        lambda y, m: scipy.stats.gamma.logpdf(y, 4, scale=m / 4),
+    ),
+}
 
-def test_samples_have_the_models_mean_and_variance():
-    clean = torch.full((1, 1, 1000, 1000), 0.5)
-    y = GaussianNoise(25).sample(clean, torch.Generator().manual_seed(0))
-    assert y.mean().item() == pytest.approx(0.5, rel=0.01)
-    assert y.var().item() == pytest.approx((25 / 255) ** 2, rel=0.01)
+
+@pytest.mark.parametrize("clean", [0.5, 0.8])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_million_samples_have_the_models_mean_and_variance(name, clean):
+    noise, variance, _ = MODELS[name]
+    y = noise.sample(torch.full((1, 1, 1000, 1000), clean), torch.Generator().manual_seed(0))
+    assert y.mean().item() == pytest.approx(clean, rel=0.01)
+    assert y.var().item() == pytest.approx(variance(clean), rel=0.01)
+    # What the data term is scaled by is told from y, and is the same.
+    assert mean_over(noise.variance(y), None).item() == pytest.approx(variance(clean), rel=0.01)
 
 
-def test_samples_depend_on_the_generator_alone():
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_depend_on_the_generator_alone(name):
     clean = torch.rand(1, 3, 5, 7)
-    first, second = (
-        GaussianNoise(5).sample(clean, torch.Generator().manual_seed(3)) for _ in range(2)
+    first, second, other = (
+        MODELS[name][0].sample(clean, torch.Generator().manual_seed(s)) for s in (3, 3, 4)
     )
-    assert torch.equal(first, second)
+    assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_data_term_is_the_log_likelihood_in_squared_error_units():
-    y, sigma = picture(3, 9, 11), 12.0
-    predictions = [picture(3, 9, 11).flip(-1), picture(3, 9, 11) * 0.9]
-    noise = GaussianNoise(sigma)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_data_term_is_scipys_log_likelihood_in_squared_error_units(name):
+    noise, _, log_p = MODELS[name]
+    clean = 0.1 + 0.8 * picture(3, 9, 11)
+    counts = {"poisson": 30, "poisson-gaussian": 50}.get(name)
+    y = noise.sample(clean, torch.Generator().manual_seed(0))
+    if counts:  # SciPy knows whole counts alone
+        y = (y * counts).round().clamp(min=0) / counts
+    factor = 2 * noise.variance(y).double().mean().item()
 
     def reference(prediction):
-        log_p = scipy.stats.norm.logpdf(y.numpy(), prediction.numpy(), sigma / 255).sum()
-        return 2 * (sigma / 255) ** 2 * -log_p / y.numel()
+        return factor * -log_p(y.double().numpy(), prediction.double().numpy()).mean()
 
-    got = noise.data_term(predictions[0], y) - noise.data_term(predictions[1], y)
-    assert got.item() == pytest.approx(reference(predictions[0]) - reference(predictions[1]), 1e-4)
+    predictions = [clean.flip(-1), clean * 0.9, clean + 0.05]
+    got = [noise.data_term(p, y).item() for p in predictions]
+    want = [reference(p) for p in predictions]
+    np.testing.assert_allclose(np.diff(got), np.diff(want), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_true_image_explains_best_of_all_constants(name):
+    noise = MODELS[name][0]
+    y = noise.sample(torch.full((1, 1, 300, 300), 0.5), torch.Generator().manual_seed(0))
+    levels = torch.linspace(0.3, 0.7, 81)
+    terms = torch.stack([noise.data_term(torch.full_like(y, c), y) for c in levels])
+    assert levels[terms.argmin()].item() == pytest.approx(0.5, abs=0.011)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_finite_everywhere(name):
+    noise = MODELS[name][0]
+    grid = torch.tensor([-0.1, 0.0, 1e-12, DARKEST, 0.5, 1.0, 1.3])
+    prediction, y = torch.meshgrid(grid, grid.clamp(min=0), indexing="ij")
+    prediction = prediction.clone().requires_grad_()
+    value = noise.data_term(prediction, y)
+    (gradient,) = torch.autograd.grad(value, prediction)
+    assert value.isfinite() and gradient.isfinite().all()
+    # In the dark a lit measurement pulls upwards.
+    assert (gradient[:3, 4:] < 0).all()
+
+
+@pytest.mark.parametrize("name", ["poisson", "gamma"])
+def test_a_measurement_of_nothing_but_zeros_gives_finite_gradients(name):
+    prediction = torch.zeros(1, 1, 4, 5, requires_grad=True)
+    value = MODELS[name][0].data_term(prediction, torch.zeros(1, 1, 4, 5))
+    assert torch.autograd.grad(value, prediction)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unobserved_values_count_for_nothing(name):
+    noise = MODELS[name][0]
+    clean = 0.1 + 0.8 * picture(3, 9, 11)
+    y, out = noise.sample(clean, torch.Generator().manual_seed(0)).clamp(min=0), clean.flip(-1)
+    mask = picture(1, 9, 11) > 0.4
+    known = mask.expand_as(y)
+    problem = InverseProblem(y, Mask(mask), noise)
+    want = noise.data_term(out[known], y[known])
+    torch.testing.assert_close(problem.data_term(out), want, rtol=1e-4, atol=1e-6)
+    want = mean_over(noise.variance(y[known]), None)
+    torch.testing.assert_close(problem.noise_variance(), want)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -46,10 +140,35 @@ def test_sigma_is_estimated_from_the_measurement(channels, sigma):
     assert GaussianNoise(None).fitted(y).sigma == pytest.approx(sigma, abs=2)
 
 
+def test_sigma_is_not_estimated_where_pixels_are_missing():
+    with pytest.raises(ValueError, match="where values are missing"):
+        InverseProblem(picture(), Mask(picture(1) > 0.4), GaussianNoise(None))
+
+
+@pytest.mark.parametrize(
+    "model", [GaussianNoise, LaplaceNoise, lambda s: PoissonGaussianNoise(1, s)]
+)
 @pytest.mark.parametrize("sigma", [0, -1, 256, math.nan])
-def test_impossible_sigma_is_refused(sigma):
+def test_impossible_sigma_is_refused(model, sigma):
     with pytest.raises(ValueError, match=r"sigma must be in \(0, 255\]"):
-        GaussianNoise(sigma)
+        model(sigma)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
+def test_impossible_counts_and_looks_are_refused(value):
+    for model, name in (
+        (PoissonNoise, "peak"),
+        (PoissonGaussianNoise, "gain"),
+        (GammaNoise, "looks"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be > 0"):
+            model(value)
+
+
+@pytest.mark.parametrize("noise", [PoissonNoise(30), GammaNoise(4)])
+def test_counts_and_speckle_are_never_negative(noise):
+    with pytest.raises(ValueError, match=r"never negative, got -0\.1 in the measurement"):
+        InverseProblem(torch.tensor([[[[0.5, -0.1]]]]), noise=noise)
 
 
 def test_no_noise_to_estimate_and_none_to_simulate():
@@ -60,5 +179,6 @@ def test_no_noise_to_estimate_and_none_to_simulate():
 
 
 def test_variance_is_on_the_unit_scale():
-    assert GaussianNoise(51).variance() == pytest.approx(0.04)
-    assert np.isclose(-10 * math.log10(GaussianNoise(25).variance()), 20.17, atol=0.01)
+    y = torch.zeros(1, 1, 2, 2)
+    assert GaussianNoise(51).variance(y).item() == pytest.approx(0.04)
+    assert -10 * math.log10(GaussianNoise(25).variance(y)) == pytest.approx(20.17, abs=0.01)

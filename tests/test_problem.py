@@ -33,6 +33,7 @@ def test_first_guess_is_the_measurement_clipped():
     [
         (torch.rand(3, 5, 5), r"\(1, C, H, W\)"),
         (torch.rand(2, 3, 5, 5), r"\(1, C, H, W\)"),
+        (torch.rand(5), r"\(1, C, H, W\)"),
         (torch.zeros(1, 3, 0, 5), r"\(1, C, H, W\)"),
         (torch.zeros(1, 3, 5, 5, dtype=torch.uint8), "float"),
         (torch.tensor([[[[0.0, np.nan, np.inf]]]]), "2 of its 3 values"),
@@ -41,6 +42,11 @@ def test_first_guess_is_the_measurement_clipped():
 def test_a_measurement_that_is_no_image_is_refused(y, message):
     with pytest.raises(ValueError, match=message):
         InverseProblem(y)
+
+
+def test_a_vector_needs_an_operator_that_measures_images():
+    with pytest.raises(ValueError, match=r"measurement of an image.*got \(1, 5\)"):
+        InverseProblem(torch.rand(1, 5))
 
 
 def test_a_ground_truth_of_another_size_is_refused():

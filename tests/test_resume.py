@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import LastCheckpoint
+from deepred_pl.cli import main
 from deepred_pl.denoisers import TotalVariation
+from deepred_pl.images import write_image
 from deepred_pl.model import WarmupCosine
-from tests.conftest import TinyNet, noisy_problem, smooth
+from tests.conftest import TinyNet, noisy_problem, picture, smooth
+
+ROOT = Path(__file__).parents[1]
 
 SCHEDULES = {
     "paper": {"every_n_steps": 5},
@@ -119,6 +124,25 @@ def test_a_finished_fit_is_extended_by_resuming_with_more_steps(make_trainer, tm
     assert_same_checkpoint(extended, whole)
 
 
+@pytest.mark.parametrize("task", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_task_resumes_exactly(tmp_path, task):
+    write_image(tmp_path / "truth.png", picture(3, 36, 44))
+
+    def fit(steps, folder, *more):
+        main(
+            [
+                *("fit", "--config", str(task), "--data.ground_truth", str(tmp_path / "truth.png")),
+                *("--model.network.init_args.width=4", f"--trainer.max_steps={steps}"),
+                *("--red.every_n_steps=3", "--trainer.accelerator=cpu"),
+                *(f"--trainer.default_root_dir={tmp_path / folder}", *more),
+            ]
+        )
+        return tmp_path / folder / "lightning_logs/version_0/checkpoints/last.ckpt"
+
+    whole, stopped = fit(9, "whole"), fit(5, "stopped")
+    assert_same_checkpoint(fit(9, "resumed", "--ckpt_path", str(stopped)), whole)
+
+
 def deepred(tmp_path, folder, *more):
     return [
         *(sys.executable, "-m", "deepred_pl", "fit"),
@@ -130,9 +154,6 @@ def deepred(tmp_path, folder, *more):
 
 
 def test_a_killed_fit_resumes_to_the_same_checkpoint(tmp_path, pytestconfig):
-    from deepred_pl.images import write_image
-    from tests.conftest import picture
-
     write_image(tmp_path / "truth.png", picture(3, 33, 47))
     version = "lightning_logs/version_0"
     where = {"cwd": pytestconfig.rootpath, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}

@@ -54,8 +54,9 @@ class Monitor(Callback):
             raise ValueError(
                 "expected a ground truth to score against, got none; give --data.ground_truth"
             )
-        restored = model.restored
-        scores = {"psnr": psnr(restored, truth), "ssim": ssim(restored, truth)}
+        assert model.problem is not None
+        restored, on = model.restored, model.problem.metric_on
+        scores = {"psnr": psnr(restored, truth, on), "ssim": ssim(restored, truth, on)}
         self._log(pl_module, scores, group=self.submodule)
 
     def _restoration(self, pl_module: LightningModule) -> DeepImagePrior:
@@ -87,7 +88,7 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
         images["x"] = model.x
     if problem.ground_truth is not None:
         for name, image in images.items():
-            curves[f"psnr_{name}"] = psnr(image, problem.ground_truth)
+            curves[f"psnr_{name}"] = psnr(image, problem.ground_truth, problem.metric_on)
     variance = problem.noise_variance()
     if variance is not None:
         curves["residual_to_sigma"] = (problem.residual(model.out) / variance).sqrt()

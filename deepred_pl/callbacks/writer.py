@@ -85,7 +85,7 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
     assert problem is not None
     truth = problem.ground_truth
     images: dict[str, Tensor | None] = {
-        "measurement": problem.first_guess(),
+        "measurement": problem.as_image(),
         "restored": model.restored,
         "out": model.out,
         "average": model.average,
@@ -94,7 +94,8 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
 
     def scores(metric: Any) -> dict[str, float | None]:
         known = {
-            k: None if truth is None or v is None else metric(v, truth) for k, v in images.items()
+            k: None if truth is None or v is None else metric(v, truth, problem.metric_on)
+            for k, v in images.items()
         }
         return {k: None if v is None or not v.isfinite() else float(v) for k, v in known.items()}
 
@@ -103,8 +104,8 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
     return {
         "psnr": scores(psnr),
         "ssim": scores(ssim),
-        "metric_on": scored_on(problem.image_shape[1]),
-        "noise_sigma": None if variance is None else 255 * math.sqrt(variance),
+        "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
+        "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
         "steps": model.step,
         "seconds": round(seconds, 3),
         "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
@@ -121,9 +122,10 @@ def compare(model: DeepImagePrior) -> Tensor:
     problem = model.problem
     assert problem is not None
     truth = problem.ground_truth
-    panels = {"measurement": problem.first_guess(), "restored": model.restored}
+    panels = {"measurement": problem.as_image(), "restored": model.restored}
     if truth is not None:
-        panels = {f"{name}, {psnr(v, truth):.2f} dB": v for name, v in panels.items()}
+        on = problem.metric_on
+        panels = {f"{name}, {psnr(v, truth, on):.2f} dB": v for name, v in panels.items()}
         panels["ground truth"] = truth
     scale = max(1, 256 // min(problem.image_shape[-2:]))
     return torch.cat([_panel(name, image.cpu(), scale) for name, image in panels.items()], dim=-1)

@@ -1,0 +1,133 @@
+"""restore(), the one-call form."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepred_pl import InverseProblem, restore
+from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Blur, Downsample, Mask, Radon
+from tests.conftest import picture
+
+TINY = {
+    "trainer.max_steps": 3,
+    "trainer.enable_progress_bar": False,
+    "trainer.accelerator": "cpu",
+    "model.network.init_args.width": 4,
+    "model.network.init_args.scales": 2,
+}
+
+
+def stored(dtype, channels=3):
+    array = picture(channels, 33, 47)[0].movedim(0, -1).numpy()
+    if np.issubdtype(dtype, np.integer):
+        array = np.rint(array * np.iinfo(dtype).max)
+    array = array.astype(dtype)
+    return array[..., 0] if channels == 1 else array
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+def test_an_array_comes_back_as_it_went(dtype, channels):
+    image = stored(dtype, channels)
+    restored = restore(image, overrides=TINY)
+    assert isinstance(restored, np.ndarray)
+    assert restored.shape == image.shape and restored.dtype == image.dtype
+    # The average of three steps is still near the measurement it started at.
+    peak = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    assert np.abs(restored.astype(float) - image.astype(float)).mean() < 0.05 * peak
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(33, 47), (3, 33, 47), (1, 3, 33, 47), (1, 1, 33, 47)])
+def test_a_tensor_comes_back_as_it_went(shape, dtype):
+    image = picture(1 if len(shape) == 2 else shape[-3], 33, 47).reshape(shape)
+    image = image.to(dtype) if dtype.is_floating_point else (image * 255).to(dtype)
+    restored = restore(image, overrides=TINY)
+    assert restored.shape == image.shape and restored.dtype == dtype
+    peak = 1 if dtype.is_floating_point else 255
+    assert (restored.float() - image.float()).abs().mean() < 0.05 * peak
+
+
+def test_it_is_what_the_same_fit_gives_by_hand():
+    from functools import partial
+
+    from pytorch_lightning import Trainer
+
+    from deepred_pl import DeepRED, REDUpdate
+    from deepred_pl.denoisers import NonLocalMeans
+    from deepred_pl.networks import SkipNet
+
+    y = picture(1, 33, 47)
+    overrides = {"red.every_n_steps": 2, "trainer.max_steps": 5, "model.lam": 0.3}
+    got = restore(y, "denoising", TINY | overrides, noise=GaussianNoise(10))
+    model = DeepRED(
+        network=partial(SkipNet, width=4, scales=2),
+        optimizer=partial(torch.optim.Adam, lr=0.008),
+        lam=0.3,
+        rise_step=0.03,
+        rise_start=20.0,
+        problem=InverseProblem(y, noise=GaussianNoise(10)),
+    )
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    update = REDUpdate(NonLocalMeans(3), every_n_steps=2)
+    Trainer(max_steps=5, accelerator="cpu", callbacks=[update], **quiet).fit(model)
+    assert torch.equal(got, model.restored)
+
+
+def test_the_parts_can_be_given():
+    x = picture(3, 36, 48)
+    small = Downsample(4)(x)[0]
+    assert restore(small, "super_resolution", TINY).shape == x[0].shape
+    assert restore(x, "deblurring_gaussian", TINY, operator=Blur.uniform(5)).shape == x.shape
+    mask = picture(1, 36, 48) > 0.4
+    assert restore(x[0], "inpainting", TINY, operator=Mask(mask)).shape == x[0].shape
+    sinogram = Radon(7)(x[..., :36])[0].movedim(0, -1).numpy()
+    restored = restore(sinogram, "tomography", TINY | {"data.operator.angles": 7})
+    assert restored.shape == (36, 36, 3) and restored.dtype == np.float32
+
+
+def test_nothing_is_written_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    restore(picture(1), overrides=TINY)
+    assert not list(tmp_path.iterdir())
+    restore(picture(1), overrides={**TINY, "trainer.default_root_dir": str(tmp_path / "kept")})
+    assert (tmp_path / "kept/lightning_logs/version_0/restored.tif").is_file()
+
+
+def test_an_intensity_range_is_undone():
+    image = (stored(np.uint16, 1) // 16 + 100).astype(np.uint16)  # 12 bits
+    restored = restore(image, overrides={**TINY, "data.intensity_range": [100, 4195]})
+    assert restored.dtype == np.uint16 and restored.min() >= 100 and restored.max() <= 4195
+    assert np.abs(restored.astype(float) - image).mean() < 0.05 * 4095
+
+
+@pytest.mark.parametrize(
+    ("image", "arguments", "message"),
+    [
+        (stored(np.uint8), {"task": "denoisin"}, "shipped are .*denoising"),
+        (stored(np.uint8), {"overrides": {"red.every_n_step": 2}}, "every_n_step"),
+        (stored(np.uint8), {"overrides": {"data.measurement": "a.png"}}, "the measurement itself"),
+        (stored(np.uint8), {"task": "inpainting"}, "give the mask"),
+        (stored(np.uint8).astype(np.float32), {}, r"\[0, 1\].*got"),
+        (stored(np.float32) * np.nan, {}, "NaN"),
+        (np.zeros((2, 3, 33, 47), np.uint8), {}, "one image"),
+        (torch.zeros(2, 3, 33, 47), {}, "one image at a time"),
+        (stored(np.uint8)[:20], {}, "at least 33×33 pixels"),
+        (stored(np.uint8), {"task": "tomography"}, "with 60 angles"),
+    ],
+)
+def test_what_cannot_be_is_refused(image, arguments, message):
+    with pytest.raises(Exception, match=message):
+        restore(image, **arguments)
+
+
+def test_the_processes_random_numbers_are_left_alone():
+    before = torch.random.get_rng_state()
+    restore(picture(1), overrides=TINY)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -105,6 +105,11 @@ class RestorationDataModule(LightningDataModule):
         truth_from, y, truth = self.ground_truth, None, None
         truth_range = self.intensity_range
         if self.measurement is not None:
+            if not operator.keeps_units and truth_range in ("minmax", "percentile"):
+                raise ValueError(
+                    f"intensity_range={truth_range!r} moves 0, which {type(operator).__name__} "
+                    "keeps; give [0, hi], as [0, 182] for sums along rays at 182 detectors"
+                )
             y, self.image_format = read_image(self.measurement, self.intensity_range, self.page)
             if not operator.keeps_units:
                 self.image_format, truth_range = ImageFormat("float32"), "dtype"

@@ -145,7 +145,7 @@ class RestorationCLI(LightningCLI):
 
 def restore(
     image: Image,
-    task: str = "denoising",
+    task: str | Sequence[str] = "denoising",
     overrides: Mapping[str, Any] | None = None,
     operator: Operator | Physics | None = None,
     noise: NoiseModel | None = None,
@@ -155,7 +155,8 @@ def restore(
     Args:
         image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
             (1, C, H, W); uint8, uint16, or floats in [0, 1].
-        task: Name of a shipped configuration, as "denoising" or "quickstart", or a YAML file.
+        task: Name of a shipped configuration, as "denoising", or a YAML file; or several, later
+            ones changing earlier ones, as ["denoising", "methods/quick"].
         overrides: Settings by their names on the command line, as
             {"red.every_n_steps": 20, "trainer.max_steps": 500}.
         operator: A; None takes the configuration's.
@@ -170,8 +171,8 @@ def restore(
         ValueError: An image, a setting or a combination that cannot be; before the fit starts.
 
     >>> import skimage.data
-    >>> quick = {"trainer.max_steps": 2, "model.network.init_args.width": 4}
-    >>> restore(skimage.data.astronaut()[:35, :41], "quickstart", quick).shape
+    >>> photo = skimage.data.astronaut()[:35, :41]
+    >>> restore(photo, ["denoising", "methods/quick"], {"trainer.max_steps": 2}).shape
     (35, 41, 3)
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -179,7 +180,9 @@ def restore(
         if "trainer.default_root_dir" not in (overrides or {}):
             settings = {"trainer.default_root_dir": scratch, "trainer.logger": False}
         settings |= overrides or {}
-        cli = RestorationCLI(["--config", task, *map(_option, settings.items())], run=False)
+        tasks = [task] if isinstance(task, str) else task
+        configs: list[str] = [f"--config={name}" for name in tasks]
+        cli = RestorationCLI([*configs, *map(_option, settings.items())], run=False)
         data = cli.datamodule
         if data.measurement is not None or data.ground_truth is not None:
             raise ValueError(

@@ -239,7 +239,7 @@ def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused,
     longer = deepred(*again, tiny=False, trainer__max_steps=6)
     assert result_of(longer)["steps"] == 6
     assert "no step was left to make: the fit is at step 4 of 4" in refused(*again, tiny=False)
-    assert "lam=0.5, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
+    assert "lam=0.02, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
     assert "is not this problem's" in refused(*again, "--data.seed=1", tiny=False)
 
 

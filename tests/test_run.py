@@ -83,7 +83,8 @@ def test_it_is_what_the_same_fit_gives_by_hand():
 def test_the_parts_can_be_given():
     x = picture(3, 36, 48)
     small = Downsample(4)(x)[0]
-    assert restore(small, "super_resolution", TINY).shape == x[0].shape
+    several = ["super_resolution", "methods/quick"]
+    assert restore(small, several, TINY).shape == x[0].shape
     assert restore(x, "deblurring_gaussian", TINY, operator=Blur.uniform(5)).shape == x.shape
     mask = picture(1, 36, 48) > 0.4
     assert restore(x[0], "inpainting", TINY, operator=Mask(mask)).shape == x[0].shape

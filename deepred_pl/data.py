@@ -16,7 +16,7 @@ from torch import Tensor
 from deepred_pl.images import ImageFormat, IntensityRange, read_image, to_tensor
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Downsample, Identity, Operator
+from deepred_pl.operators import Downsample, Operator, as_operator
 from deepred_pl.problem import InverseProblem
 
 # Crops of images that ship inside scikit-image: rows, columns.
@@ -51,11 +51,12 @@ class RestorationDataModule(LightningDataModule):
         intensity_range: Which stored values are 0 and 1, for all images: "dtype" (0 and 255, or
             65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
             [lo, hi]. Every sigma is in 255ths of it. The restored image is stored in it, too.
-        page: Which page of a TIFF file with several, from 0.
+        page: Which page of a TIFF file with several, from 0; with a measurement, of that alone.
         metric_on: What PSNR and SSIM of colour images compare: "rgb", or "luminance".
         seed: Seed of the simulated degradation.
 
     Attributes:
+        measurement: May also be set to an array (H, W) or (H, W, C) before `setup`.
         problem: The `InverseProblem`, after `setup`.
         image_format: How the input was stored, after `setup`.
 
@@ -85,7 +86,7 @@ class RestorationDataModule(LightningDataModule):
         if metric_on not in ("rgb", "luminance"):
             raise ValueError(f"metric_on must be 'rgb' or 'luminance', got {metric_on!r}")
         self.ground_truth = ground_truth
-        self.measurement = measurement
+        self.measurement: str | os.PathLike | np.ndarray | None = measurement
         self.operator = operator
         self.noise = noise
         self.degrade = degrade
@@ -101,16 +102,13 @@ class RestorationDataModule(LightningDataModule):
         """Read the files, or simulate; once."""
         if self.problem is not None:
             return
-        operator = self.operator or Identity()
+        operator = as_operator(self.operator)
         truth_from, y, truth = self.ground_truth, None, None
-        truth_range = self.intensity_range
+        truth_range, truth_page = self.intensity_range, self.page
         if self.measurement is not None:
-            if not operator.keeps_units and truth_range in ("minmax", "percentile"):
-                raise ValueError(
-                    f"intensity_range={truth_range!r} moves 0, which {type(operator).__name__} "
-                    "keeps; give [0, hi], as [0, 182] for sums along rays at 182 detectors"
-                )
-            y, self.image_format = read_image(self.measurement, self.intensity_range, self.page)
+            self._check_range(operator)
+            y, self.image_format = _read(self.measurement, self.intensity_range, self.page)
+            truth_page = None
             if not operator.keeps_units:
                 self.image_format, truth_range = ImageFormat("float32"), "dtype"
             elif self.intensity_range != "dtype":
@@ -118,7 +116,7 @@ class RestorationDataModule(LightningDataModule):
         elif truth_from is None:
             truth_from = DEFAULT_SAMPLE
         if truth_from is not None:
-            original, truth_format = _read(truth_from, truth_range, self.page)
+            original, truth_format = _read(truth_from, truth_range, truth_page)
             truth = operator.admissible(original)
             if truth.shape != original.shape:
                 rank_zero_info(
@@ -134,6 +132,16 @@ class RestorationDataModule(LightningDataModule):
         self.problem = InverseProblem(y, operator, self.noise, truth, self.metric_on)
         if self.problem.noise is not self.noise:
             rank_zero_info(f"estimated from the measurement: {self.problem.noise}")
+
+    def _check_range(self, operator: Operator) -> None:
+        part: Operator | NoiseModel | None = None if operator.keeps_units else operator
+        if self.noise is not None and self.noise.from_zero:
+            part = self.noise
+        if part is not None and self.intensity_range in ("minmax", "percentile"):
+            raise ValueError(
+                f"intensity_range={self.intensity_range!r} moves 0, which {type(part).__name__} "
+                "needs where it is; give [0, hi], as [0, 182] for sums along rays at 182 detectors"
+            )
 
     def train_dataloader(self) -> Iterable[int]:
         """One endless epoch of θ-steps; y is on the device already."""
@@ -182,8 +190,10 @@ def antialiased_resize(image: Tensor, factor: int) -> Tensor:
 
 
 def _read(
-    path: str | os.PathLike, intensity_range: IntensityRange, page: int | None
+    path: str | os.PathLike | np.ndarray, intensity_range: IntensityRange, page: int | None
 ) -> tuple[Tensor, ImageFormat]:
+    if isinstance(path, np.ndarray):
+        return to_tensor(path, intensity_range)
     kind, _, name = str(path).partition(":")
     if kind != "sample":
         return read_image(path, intensity_range, page)

@@ -119,7 +119,7 @@ def to_tensor(
         intensity_range: Which stored values become 0 and 1. "dtype": 0 and 255 or 65535 for 8 and
             16 bits; floats are in [0, 1] already, give or take noise. "minmax": the least and the
             greatest; "percentile": the 0.1 and 99.9 percentiles. `[lo, hi]`: these, in stored
-            units. Values beyond are not clipped.
+            units, taken at their word. Values beyond are not clipped.
         name: What error messages call it.
 
     Returns:
@@ -236,26 +236,22 @@ def _stored_range(
                 f"expected 8-bit, 16-bit or float values, got {dtype} in {name}; set "
                 "--data.intensity_range minmax, percentile or [lo, hi]"
             )
-        low, high, seen = 0.0, WHITE[dtype], values
-    else:
-        try:
-            low, high = (float(v) for v in (() if word else intensity_range))
-        except (TypeError, ValueError):
-            low = high = math.nan
-        if not (low < high and math.isfinite(high - low)):
+        low, high = 0.0, WHITE[dtype]
+        if values.min() < low - 0.5 * high or values.max() > 1.5 * high:
             raise ValueError(
-                "intensity_range must be dtype, minmax, percentile or two finite numbers [lo, hi], "
-                f"lo < hi, got {intensity_range!r} for {name}"
+                f"expected float values in [0, 1], give or take noise, got [{values.min():g}, "
+                f"{values.max():g}] in {name}; set --data.intensity_range to the [lo, hi] that are "
+                "black and white, or minmax"
             )
-        # A few outliers are no error: these may be the percentiles of another image.
-        seen = np.percentile(values, PERCENTILES["percentile"])
-    half = (high - low) / 2
-    if seen.min() < low - half or seen.max() > high + half:
-        kind = "float values" if dtype == "float32" else "values"
+        return low, high
+    try:
+        low, high = (float(v) for v in (() if word else intensity_range))
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (low < high and math.isfinite(high - low)):
         raise ValueError(
-            f"expected {kind} in [{low:g}, {high:g}], give or take noise, got "
-            f"[{values.min():g}, {values.max():g}] in {name}; set --data.intensity_range minmax, "
-            "or to the [lo, hi] that are black and white"
+            "intensity_range must be dtype, minmax, percentile or two finite numbers [lo, hi], "
+            f"lo < hi, got {intensity_range!r} for {name}"
         )
     return low, high
 

@@ -7,6 +7,7 @@ this is the mean squared residual, and λ and μ mean the same for every model.
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits alone is 0.29
 
-# Below one grey level the likelihoods of photon counts and speckle, infinite at 0, go on along
-# their tangents, so that gradients stay finite.
-DARKEST = 1 / 255
+# The likelihoods of photon counts and speckle are infinite at 0. Below these values, a tenth of a
+# photon and far below any grey level, they go on along their tangents: gradients stay finite.
+LEAST_PHOTONS = 0.1
+LEAST_SPECKLE = 1e-4
 
 
 class NoiseModel(nn.Module, ABC):
@@ -25,7 +27,12 @@ class NoiseModel(nn.Module, ABC):
 
     A model says how to draw y, how unlikely a y is, and how much it varies; the data term
     follows.
+
+    Attributes:
+        from_zero: Whether 0 must mean no light: a range that moves it would change the noise.
     """
+
+    from_zero: ClassVar[bool] = False
 
     @abstractmethod
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,8 +161,10 @@ class PoissonNoise(NoiseModel):
         peak: Photons counted at white (A x = 1), > 0.
 
     Raises:
-        ValueError: peak not above 0, or negative values in y.
+        ValueError: peak not above 0; at `fitted`, negative values or nothing but 0 in y.
     """
+
+    from_zero = True
 
     def __init__(self, peak: float = 30.0) -> None:
         super().__init__()
@@ -167,13 +176,13 @@ class PoissonNoise(NoiseModel):
         return torch.poisson(self.peak * clean.clamp(min=0), generator=generator) / self.peak
 
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
-        return self.peak * _unlikely_counts(prediction, y)
+        return _unlikely_counts(self.peak * prediction, self.peak * y)
 
     def variance(self, y: Tensor) -> Tensor:
         return y / self.peak
 
     def fitted(self, y: Tensor) -> "PoissonNoise":
-        _check_not_negative(y, "photon counts (PoissonNoise)", "PoissonGaussianNoise")
+        _check_light(y, "photon counts (PoissonNoise)", "PoissonGaussianNoise")
         return self
 
     def extra_repr(self) -> str:
@@ -194,6 +203,8 @@ class PoissonGaussianNoise(NoiseModel):
         ValueError: gain not above 0, or sigma outside (0, 255].
     """
 
+    from_zero = True
+
     def __init__(self, gain: float = 2.0, sigma: float = 5.0) -> None:
         super().__init__()
         if not 0 < gain < math.inf:
@@ -209,8 +220,9 @@ class PoissonGaussianNoise(NoiseModel):
         return (self.gain * photons + read_noise) / 255
 
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
-        counts = (y + self._shift).clamp(min=0)
-        return 255 / self.gain * _unlikely_counts(prediction + self._shift, counts)
+        photons = 255 / self.gain
+        counts = photons * (y + self._shift).clamp(min=0)
+        return _unlikely_counts(photons * (prediction + self._shift), counts)
 
     def variance(self, y: Tensor) -> Tensor:
         return self.gain * y / 255 + (self.sigma / 255) ** 2
@@ -226,8 +238,10 @@ class GammaNoise(NoiseModel):
         looks: Number of independent looks that were averaged, > 0.
 
     Raises:
-        ValueError: looks not above 0, or negative values in y.
+        ValueError: looks not above 0; at `fitted`, negative values or nothing but 0 in y.
     """
+
+    from_zero = True
 
     def __init__(self, looks: float = 10.0) -> None:
         super().__init__()
@@ -242,7 +256,7 @@ class GammaNoise(NoiseModel):
         return clean * torch.from_numpy(speckle).to(clean)
 
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
-        lit = prediction.clamp(min=DARKEST)
+        lit = prediction.clamp(min=LEAST_SPECKLE)
         beyond = (prediction - lit) / lit  # 0 where it is not darker
         return self.looks * (lit.log() + beyond + y / lit * (1 - beyond))
 
@@ -250,17 +264,17 @@ class GammaNoise(NoiseModel):
         return y.square() / (self.looks + 1)  # E[y²] = (A x)² (1 + 1 / looks)
 
     def fitted(self, y: Tensor) -> "GammaNoise":
-        _check_not_negative(y, "speckle (GammaNoise)", "GaussianNoise")
+        _check_light(y, "speckle (GammaNoise)", "GaussianNoise")
         return self
 
     def extra_repr(self) -> str:
         return f"looks={self.looks:g}"
 
 
-def _unlikely_counts(prediction: Tensor, y: Tensor) -> Tensor:
-    """A x − y log A x: −log p of a Poisson variable y, per photon and up to a constant."""
-    lit = prediction.clamp(min=DARKEST)
-    return prediction - y * (lit.log() + (prediction - lit) / lit)
+def _unlikely_counts(expected: Tensor, counts: Tensor) -> Tensor:
+    """−log p of Poisson counts where `expected` ones are, up to a constant."""
+    lit = expected.clamp(min=LEAST_PHOTONS)
+    return expected - counts * (lit.log() + (expected - lit) / lit)
 
 
 def _check_sigma(sigma: float, remedy: str) -> None:
@@ -268,7 +282,9 @@ def _check_sigma(sigma: float, remedy: str) -> None:
         raise ValueError(f"noise sigma must be in (0, 255] grey levels, got {sigma}; {remedy}")
 
 
-def _check_not_negative(y: Tensor, what: str, instead: str) -> None:
+def _check_light(y: Tensor, what: str, instead: str) -> None:
+    if not y.any():
+        raise ValueError(f"expected {what}, but every value is 0; check the file and its range")
     if y.min() < 0:
         raise ValueError(
             f"{what} are never negative, got {float(y.min()):.3g} in the measurement; subtract no "

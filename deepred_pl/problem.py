@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
-from deepred_pl.operators import Adapted, Identity, Operator, Physics
+from deepred_pl.operators import Operator, Physics, as_operator
 
 
 class InverseProblem(nn.Module):
@@ -50,8 +50,7 @@ class InverseProblem(nn.Module):
     ) -> None:
         super().__init__()
         _check("y", y)
-        operator = Identity() if operator is None else operator
-        self.operator = operator if isinstance(operator, Operator) else Adapted(operator)
+        self.operator = as_operator(operator)
         self.image_shape: tuple[int, ...] = self.operator.image_shape(tuple(y.shape))
         if len(self.image_shape) != 4:
             raise ValueError(
@@ -100,10 +99,10 @@ class InverseProblem(nn.Module):
         return self.operator.first_guess(self.y).clamp(0, 1)
 
     def as_image(self) -> Tensor:
-        """The measurement to look at, (1, C, H, W) in [0, 1]: itself if it is of the image's
-        shape, else the first guess."""
-        same = tuple(self.y.shape) == self.image_shape
-        return self.y.clamp(0, 1) if same else self.first_guess()
+        """The measurement to look at, (1, C, H, W) in [0, 1]: itself if it is such an image,
+        else the first guess."""
+        is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
+        return self.y.clamp(0, 1) if is_one else self.first_guess()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A fit continued on another measurement would go on without a word to a wrong picture.

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,10 @@ import deepred_pl.denoisers  # noqa: F401  their short names
 from deepred_pl.callbacks import LastCheckpoint, Monitor, REDUpdate, RestorationBar, Writer
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
-from deepred_pl.images import ImageFormat, to_array, to_tensor
+from deepred_pl.images import to_array
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Operator, Physics
-from deepred_pl.problem import InverseProblem
+from deepred_pl.operators import Operator, Physics, as_operator
 
 Image = TypeVar("Image", np.ndarray, Tensor)
 
@@ -164,8 +164,8 @@ def restore(
 
     Returns:
         The restored image, of the kind, dtype and device of `image`; larger than it with an
-        operator that makes images smaller. Nothing is written to disk, unless the overrides
-        name a `trainer.default_root_dir`, which then gets the run directory.
+        operator that makes images smaller. Nothing is left on disk, unless the overrides name a
+        `trainer.default_root_dir`, which then gets the run directory.
 
     Raises:
         ValueError: An image, a setting or a combination that cannot be; before the fit starts.
@@ -176,26 +176,29 @@ def restore(
     (35, 41, 3)
     """
     with tempfile.TemporaryDirectory() as scratch:
-        settings: dict[str, Any] = {}
-        if "trainer.default_root_dir" not in (overrides or {}):
-            settings = {"trainer.default_root_dir": scratch, "trainer.logger": False}
-        settings |= overrides or {}
+        settings = dict(overrides or {})
+        keeps_files = "trainer.default_root_dir" in settings
+        if not keeps_files:
+            settings |= {"trainer.default_root_dir": scratch, "trainer.logger": False}
         tasks = [task] if isinstance(task, str) else task
-        configs: list[str] = [f"--config={name}" for name in tasks]
-        cli = RestorationCLI([*configs, *map(_option, settings.items())], run=False)
+        options = [f"--config={name}" for name in tasks]
+        options += [f"--{name}={_as_text(value)}" for name, value in settings.items()]
+        try:
+            cli = RestorationCLI(options, run=False)
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
         data = cli.datamodule
         if data.measurement is not None or data.ground_truth is not None:
-            raise ValueError(
-                "restore() is given the measurement itself: leave out data.measurement"
-            )
-        y, image_format = to_tensor(_channels_last(image), data.intensity_range)
-        data.problem = InverseProblem(y, operator or data.operator, noise or data.noise)
-        if not data.problem.operator.keeps_units:
-            image_format = ImageFormat("float32")
-        data.image_format = image_format
+            raise ValueError("restore() is given the measurement itself: leave data's files out")
+        data.measurement = _channels_last(image)
+        data.operator = data.operator if operator is None else as_operator(operator)
+        data.noise = data.noise if noise is None else noise
         cli.before_fit()
+        if not keeps_files:
+            kept = [c for c in cli.trainer.callbacks if not isinstance(c, (Writer, LastCheckpoint))]
+            cli.trainer.callbacks = kept
         cli.trainer.fit(cli.model, datamodule=data)
-        restored = to_array(cli.model.restored, image_format)
+        restored = to_array(cli.model.restored, data.image_format)
     return _like(image, restored)
 
 
@@ -226,9 +229,8 @@ def _find_config(name: str) -> str:
     return str(shipped[known])
 
 
-def _option(setting: tuple[str, Any]) -> str:
-    name, value = setting
-    return f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:

@@ -62,7 +62,7 @@ def refused(deepred, capsys):
 @pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.png"
-    write_image(path, picture(3, 40, 44))
+    write_image(path, picture(3, 41, 47))
     return path
 
 
@@ -75,7 +75,7 @@ def result_of(run):
 @pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)
 def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, channels):
     image = tmp_path / "image.png"
-    write_image(image, picture(channels, 36, 44))
+    write_image(image, picture(channels, 37, 47))
     overlay = ["--config", method] if method else []
     run = deepred("--config", task, *overlay, data__ground_truth=image)
     result = result_of(run)
@@ -112,7 +112,7 @@ def test_every_task_restores_a_measurement_from_a_file(deepred, tmp_path, task, 
 
 
 def picture_file(folder, channels):
-    write_image(folder / "truth.png", picture(channels, 36, 44))
+    write_image(folder / "truth.png", picture(channels, 37, 47))
     return folder / "truth.png"
 
 
@@ -173,6 +173,15 @@ def test_noise_is_swapped_by_its_short_name(deepred, photo):
     assert set_up_again(run).problem.noise.looks == 5
 
 
+def test_overlays_are_stacked(deepred, photo):
+    run = deepred(
+        *("--config", DENOISING, "--config", "methods/dip", "--config", "methods/quick"),
+        data__ground_truth=photo,
+    )
+    config = (run / "config.yaml").read_text()
+    assert "DeepImagePrior" in config and "WarmupCosine" in config
+
+
 def test_the_shipped_settings_are_the_released_ones():
     from pytorch_lightning import Trainer
 
@@ -180,7 +189,9 @@ def test_the_shipped_settings_are_the_released_ones():
     assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
     model = cli.model
     assert (model.initial_lam, model.initial_mu, model.rise_step) == (0.5, 0.5, 0.03)
-    assert (model.rise_start, model.input_scale, model.input_noise_std) == (20.0, 0.1, 0.033)
+    assert (model.input_scale, model.input_noise_std) == (0.1, 0.033)
+    cli.datamodule.setup()
+    assert model._first_threshold(cli.datamodule.problem) == pytest.approx(20, abs=0.01)
     assert model.make_optimizer([torch.zeros(1)]).defaults["lr"] == 0.008
     assert model.result == "average" and model.average_decay == 0.99
     assert sum(p.numel() for p in model.make_network(3).parameters()) == pytest.approx(2.22e6, 0.01)
@@ -195,7 +206,7 @@ def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
     result = result_of(run)
     assert set(result["psnr"].values()) == {None}
     assert 0 < result["noise_sigma"] < 255
-    assert Image.open(run / "comparison.png").size[0] > 2 * 44
+    assert Image.open(run / "comparison.png").size[0] > 2 * 47
 
 
 def test_methods_share_the_measurement(deepred, photo):

@@ -151,6 +151,39 @@ def test_a_page_is_chosen(tmp_path):
     with pytest.raises(ValueError, match=r"3 pages.*page"):
         set_up(measurement=tmp_path / "pages.tif")
     assert (set_up(measurement=tmp_path / "pages.tif", page=1).problem.y * 255).round().max() == 20
+    Image.fromarray(pages[0]).save(tmp_path / "truth.png")
+    files = {"measurement": tmp_path / "pages.tif", "ground_truth": tmp_path / "truth.png"}
+    assert (set_up(**files, page=2).problem.ground_truth * 255).round().max() == 10
+
+
+def test_an_array_and_an_operator_of_others_serve(photo):
+    class Halve:
+        def A(self, x):
+            return x / 2
+
+        A_adjoint = A
+
+    data = RestorationDataModule(operator=Halve(), ground_truth=photo)
+    data.setup()
+    torch.testing.assert_close(data.problem.y, data.problem.ground_truth / 2)
+    data = RestorationDataModule(operator=Halve())
+    data.measurement = skimage.data.astronaut()[:35, :41]
+    data.setup()
+    assert data.problem.y.shape == (1, 3, 35, 41)
+
+
+def test_counts_keep_their_zero(photo):
+    with pytest.raises(ValueError, match="moves 0, which PoissonNoise needs"):
+        set_up(measurement=photo, noise=PoissonNoise(5), intensity_range="percentile")
+    assert set_up(measurement=photo, noise=PoissonNoise(5), intensity_range=[0, 200]).problem
+
+
+def test_bright_counts_are_taken_as_they_are(tmp_path):
+    np.save(tmp_path / "counts.npy", np.array([[20.0, 3.0], [11.0, 0.0]]) / 10)
+    with pytest.raises(ValueError, match="intensity_range"):
+        set_up(measurement=tmp_path / "counts.npy", noise=PoissonNoise(10))
+    y = set_up(measurement=tmp_path / "counts.npy", intensity_range=[0, 1]).problem.y
+    assert y.max() == 2
 
 
 def test_what_is_scored_is_told_to_the_problem(photo):

@@ -401,12 +401,10 @@ def test_bad_ranges_are_refused(bad):
     [
         (np.full((3, 4), 7, np.uint8), "minmax", r"that differ.* minmax .*\[7, 7\].*\[lo, hi\]"),
         (np.full((3, 4), 7.5), "percentile", r"that differ.*percentile.*\[7\.5, 7\.5\]"),
-        (np.array([[0, 40]], np.uint16), [0, 20], r"values in \[0, 20\].*got \[0, 40\] in scan"),
-        (np.array([[-40, 9]], np.int16), [0, 20], r"values in \[0, 20\].*got \[-40, 9\] in scan"),
         (
             np.array([[-3.0, 9]]),
             "dtype",
-            r"in \[0, 1\].*\[-3, 9\].*intensity_range minmax.*\[lo, hi\]",
+            r"in \[0, 1\].*\[-3, 9\].*intensity_range to the \[lo, hi\].*minmax",
         ),
         (np.array([[1j]]), "minmax", "complex128 in scan"),
         (np.array([[0.0, np.inf]]), "minmax", "1 of 2 in scan are NaN or infinite"),

@@ -313,6 +313,15 @@ def test_a_mask_is_read_from_a_picture(tmp_path):
     assert torch.equal(Mask(str(tmp_path / "mask.png")).mask[0, 0].bool(), known)
 
 
+def test_a_mask_of_zeros_and_ones_is_read_too(tmp_path):
+    known = (picture(1, 33, 47)[0, 0] > 0.4).numpy()
+    Image.fromarray(known.astype(np.uint8)).save(tmp_path / "mask.png")
+    np.save(tmp_path / "bool.npy", known)
+    np.save(tmp_path / "int.npy", known.astype(np.int64))
+    for name in ("mask.png", "bool.npy", "int.npy"):
+        assert (Mask(tmp_path / name).mask[0, 0].bool().numpy() == known).all()
+
+
 def test_random_missing_pixels():
     shape, generator = (1, 3, 33, 47), torch.Generator().manual_seed(0)
     drawn = Mask(keep_fraction=0.3).drawn(shape, generator)
@@ -382,6 +391,15 @@ def test_back_projection_recovers_the_image():
     x = picture(3, 48, 48)
     guess = InverseProblem(Radon(90)(x), Radon(90)).first_guess()
     assert -10 * math.log10(((guess - x) ** 2).mean()) > 20
+
+
+def test_operators_stay_exact_where_a_caller_computes_in_bfloat16():
+    x = picture(3, 48, 48)
+    for operator in (Radon(6), Downsample(4), Blur.uniform(5)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(operator(x), operator(x.clone()))
+            inside = operator(x)
+        assert torch.equal(inside, operator(x))
 
 
 def test_angles_can_be_learned():
@@ -456,6 +474,22 @@ def test_any_object_with_an_adjoint_serves():
         gradients.append(out.grad)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
     assert (problem.first_guess() - truth).square().mean() < truth.var()
+
+
+def test_a_sinogram_is_not_taken_for_an_image():
+    x, radon = picture(1, 33, 33), Radon(33, circle=True)  # of the image's shape
+    problem = InverseProblem(radon(x), radon)
+    assert torch.equal(problem.as_image(), problem.first_guess())
+
+
+def test_what_is_no_operator_is_refused():
+    for operator in (torch.ones(3, 3), lambda x: x):
+        with pytest.raises(ValueError, match=r"methods A and A_adjoint, got (Tensor|function)"):
+            InverseProblem(picture(), operator)
+
+
+def test_a_double_kernel_is_made_float():
+    assert Blur(torch.ones(3, 3, dtype=torch.float64)).kernel.dtype == torch.float32
 
 
 def test_a_module_of_others_moves_and_is_saved_with_the_problem():

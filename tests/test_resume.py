@@ -126,7 +126,7 @@ def test_a_finished_fit_is_extended_by_resuming_with_more_steps(make_trainer, tm
 
 @pytest.mark.parametrize("task", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_task_resumes_exactly(tmp_path, task):
-    write_image(tmp_path / "truth.png", picture(3, 36, 44))
+    write_image(tmp_path / "truth.png", picture(3, 37, 47))
 
     def fit(steps, folder, *more):
         main(

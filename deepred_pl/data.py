@@ -194,9 +194,9 @@ def _read(
 ) -> tuple[Tensor, ImageFormat]:
     if isinstance(path, np.ndarray):
         return to_tensor(path, intensity_range)
-    kind, _, name = str(path).partition(":")
-    if kind != "sample":
+    if not str(path).startswith("sample:"):
         return read_image(path, intensity_range, page)
+    name = str(path).removeprefix("sample:")
     if name not in SAMPLES:
         raise ValueError(f"expected one of the samples {', '.join(SAMPLES)}, got {path}")
     return to_tensor(getattr(skimage.data, name)()[SAMPLES[name]], intensity_range, str(path))

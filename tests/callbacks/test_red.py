@@ -13,6 +13,7 @@ from torch import nn
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate, RestorationDataModule
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Operator
 from tests.conftest import TinyNet, noisy_problem, picture, smooth
 
 # The transcription
@@ -464,17 +465,14 @@ def test_without_a_red_update_a_child_says_so(make_trainer):
 
 
 def test_an_inverse_problem_with_another_operator_drives_the_same_updates(make_trainer):
-    class Half(nn.Module):
+    class Half(Operator):
         """Keeps half the light: A = 0.5 I."""
 
         def forward(self, x):
             return 0.5 * x
 
-        def adjoint(self, y):
-            return 0.5 * y
-
-        def image_shape(self, shape):
-            return shape
+        def image_shape(self, measurement_shape):
+            return measurement_shape
 
         def first_guess(self, y):
             return 2 * y

@@ -297,9 +297,10 @@ class Mask(Operator):
     """Keeps the known pixels and makes the others 0: inpainting.
 
     Args:
-        mask: 1 or True where a pixel is known, 0 elsewhere: (1, 1, H, W), or (1, C, H, W) to
-            tell channels apart, or an image file in which white is known. It has the image's
-            size. A file is cut at half of its brightest value; one with many greys is refused.
+        mask: 1 or True where a pixel is known, 0 elsewhere: (H, W) or (1, 1, H, W), or
+            (1, C, H, W) to tell channels apart, or an image file in which white is known. It has
+            the image's size. A file is cut at half of its brightest value; one with many greys is
+            refused.
         keep_fraction: Fraction of pixels in (0, 1] to keep, drawn at random, where there is no
             mask: to simulate a measurement.
 
@@ -316,7 +317,7 @@ class Mask(Operator):
 
     def __init__(
         self,
-        mask: Tensor | str | os.PathLike | None = None,
+        mask: Tensor | np.ndarray | str | os.PathLike | None = None,
         keep_fraction: float | None = None,
     ) -> None:
         super().__init__()
@@ -327,9 +328,11 @@ class Mask(Operator):
             )
         if keep_fraction is not None and not 0 < keep_fraction <= 1:
             raise ValueError(f"keep_fraction must be in (0, 1], got {keep_fraction}; 0.5 is half")
-        if isinstance(mask, (str, os.PathLike)):
-            mask = _read_mask(mask)
         if mask is not None:
+            if isinstance(mask, (str, os.PathLike)):
+                mask = _read_mask(mask)
+            mask = torch.as_tensor(mask)
+            mask = mask[None, None] if mask.ndim == 2 else mask
             _check_mask(mask)
         self.keep_fraction = keep_fraction
         _keep(self, "mask", None if mask is None else mask.float())
@@ -578,7 +581,9 @@ def _check_kernel(kernel: Tensor) -> None:
 
 def _check_mask(mask: Tensor) -> None:
     if mask.ndim != 4 or mask.shape[0] != 1:
-        raise ValueError(f"mask must be (1, 1, H, W) or (1, C, H, W), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask must be (H, W), (1, 1, H, W) or (1, C, H, W), got {tuple(mask.shape)}"
+        )
     grey = (mask != 0) & (mask != 1)
     if grey.any():
         raise ValueError(

@@ -235,8 +235,13 @@ def _as_text(value: Any) -> str:
 
 def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
     """The image as an array, (H, W) or (H, W, C)."""
+    if isinstance(image, np.ndarray):
+        return image
     if not isinstance(image, Tensor):
-        return np.asarray(image)
+        raise ValueError(
+            f"expected a NumPy array or a tensor, got {type(image).__name__}; give "
+            "numpy.asarray(image), or use deepred_pl.images.read_image for files"
+        )
     if image.ndim not in (2, 3) and not (image.ndim == 4 and image.shape[0] == 1):
         raise ValueError(
             f"expected a tensor (H, W), (C, H, W) or (1, C, H, W), got {tuple(image.shape)}; "

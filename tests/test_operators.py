@@ -322,6 +322,12 @@ def test_a_mask_of_zeros_and_ones_is_read_too(tmp_path):
         assert (Mask(tmp_path / name).mask[0, 0].bool().numpy() == known).all()
 
 
+def test_a_mask_of_two_axes_serves():
+    known = picture(1, 33, 47)[0, 0] > 0.4
+    for mask in (known, known.numpy(), known.numpy().astype(np.float64)):
+        assert torch.equal(Mask(mask).mask, known.float()[None, None])
+
+
 def test_random_missing_pixels():
     shape, generator = (1, 3, 33, 47), torch.Generator().manual_seed(0)
     drawn = Mask(keep_fraction=0.3).drawn(shape, generator)
@@ -340,7 +346,7 @@ def test_random_missing_pixels():
     [
         (torch.zeros(1, 1, 4, 4), "no known pixel"),
         (torch.full((1, 1, 4, 4), 0.5), "16 other values"),
-        (torch.ones(4, 4), r"\(1, 1, H, W\)"),
+        (torch.ones(3, 4, 4), r"\(1, 1, H, W\)"),
     ],
 )
 def test_a_mask_that_is_none_is_refused(mask, message):

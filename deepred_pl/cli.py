@@ -1,7 +1,6 @@
 """The `deepred` command."""
 
 import argparse
-import logging
 import os
 import sys
 import warnings
@@ -30,8 +29,6 @@ def main(args: ArgsType = None) -> None:
     # Lightning calls what torch and jsonargparse have deprecated.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
-    rank_zero_log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    rank_zero_log.addFilter(_is_no_advertisement)
     try:
         RestorationCLI(args)
     except EXPECTED as error:
@@ -40,7 +37,3 @@ def main(args: ArgsType = None) -> None:
         lines = [line.strip(" -") for line in str(error).splitlines()]
         reason = " ".join(line for line in lines if line and not line.startswith(BESIDE))
         sys.exit(f"deepred: error: {shorten(reason, LONGEST)}")
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()

@@ -1,6 +1,7 @@
 """The one place that assembles a fit: settings to trainer, module and data."""
 
 import json
+import logging
 import sys
 import tempfile
 from argparse import ArgumentError
@@ -58,6 +59,8 @@ class RestorationCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        rank_zero_log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+        rank_zero_log.addFilter(_is_no_advertisement)
         # Errors are the caller's to tell, and a name cut short is one.
         raising = {"exit_on_error": False, "allow_abbrev": False}
         commands = {name: {"description": text, **raising} for name, text in SUBCOMMANDS.items()}
@@ -200,6 +203,10 @@ def restore(
         cli.trainer.fit(cli.model, datamodule=data)
         restored = to_array(cli.model.restored, data.image_format)
     return _like(image, restored)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 def _find_configs(args: Sequence[str]) -> list[str]:

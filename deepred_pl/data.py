@@ -140,7 +140,8 @@ class RestorationDataModule(LightningDataModule):
         if part is not None and self.intensity_range in ("minmax", "percentile"):
             raise ValueError(
                 f"intensity_range={self.intensity_range!r} moves 0, which {type(part).__name__} "
-                "needs where it is; give [0, hi], as [0, 182] for sums along rays at 182 detectors"
+                "needs where it is; give [0, hi]: for sums along rays hi is the number of "
+                "detectors times the object's maximum"
             )
 
     def train_dataloader(self) -> Iterable[int]:

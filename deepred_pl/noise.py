@@ -168,7 +168,7 @@ class PoissonNoise(NoiseModel):
 
     def __init__(self, peak: float = 30.0) -> None:
         super().__init__()
-        if not 0 < peak < math.inf:
+        if not (peak and 0 < peak < math.inf):
             raise ValueError(f"peak must be > 0 photons at white, got {peak}")
         self.peak = peak
 
@@ -207,7 +207,7 @@ class PoissonGaussianNoise(NoiseModel):
 
     def __init__(self, gain: float = 2.0, sigma: float = 5.0) -> None:
         super().__init__()
-        if not 0 < gain < math.inf:
+        if not (gain and 0 < gain < math.inf):
             raise ValueError(f"gain must be > 0 grey levels per photon, got {gain}")
         _check_sigma(sigma, "give 5 for 5/255, or PoissonNoise where there is no read noise")
         self.gain = gain
@@ -245,7 +245,7 @@ class GammaNoise(NoiseModel):
 
     def __init__(self, looks: float = 10.0) -> None:
         super().__init__()
-        if not 0 < looks < math.inf:
+        if not (looks and 0 < looks < math.inf):
             raise ValueError(f"looks must be > 0, got {looks}")
         self.looks = looks
 
@@ -278,7 +278,7 @@ def _unlikely_counts(expected: Tensor, counts: Tensor) -> Tensor:
 
 
 def _check_sigma(sigma: float, remedy: str) -> None:
-    if not 0 < sigma <= 255:
+    if not (sigma and 0 < sigma <= 255):
         raise ValueError(f"noise sigma must be in (0, 255] grey levels, got {sigma}; {remedy}")
 
 

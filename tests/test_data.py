@@ -138,7 +138,7 @@ def test_a_sinograms_range_is_not_the_images(photo, tmp_path):
     np.save(tmp_path / "sinogram.npy", sums)
     with pytest.raises(ValueError, match="intensity_range"):
         set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5))
-    with pytest.raises(ValueError, match=r"moves 0.*\[0, 182\]"):
+    with pytest.raises(ValueError, match=r"moves 0.*number of detectors"):
         set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5), intensity_range="minmax")
     data = set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5), intensity_range=[0, 58])
     np.testing.assert_allclose(data.problem.y[0, 0].numpy(), sums / 58, atol=1e-6)

@@ -168,7 +168,7 @@ def test_impossible_sigma_is_refused(model, sigma):
         model(sigma)
 
 
-@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, None])
 def test_impossible_counts_and_looks_are_refused(value):
     for model, name in (
         (PoissonNoise, "peak"),

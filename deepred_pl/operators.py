@@ -9,7 +9,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -137,17 +136,10 @@ class Blur(Operator):
     @classmethod
     def from_file(cls, path: str | os.PathLike, boundary: Boundary = "circular") -> "Blur":
         """A kernel stored as an NPY array (rows, columns) or a grey image (PNG, TIFF)."""
-        if Path(path).suffix.lower() != ".npy":
-            picture = read_image(path)[0][0]  # (C, rows, columns)
-            if (picture != picture[0]).any():
-                raise ValueError(f"expected a grey image of a blur kernel, got colours in {path}")
-            return cls(picture[0], boundary)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"expected a blur kernel, found none at {path}; check the path")
-        try:
-            return cls(torch.from_numpy(np.load(path, allow_pickle=False)).float(), boundary)
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"expected a blur kernel in {path}: {error}") from error
+        picture = read_image(path, [0, 1])[0][0]  # (C, rows, columns), whatever its depth
+        if (picture != picture[0]).any():
+            raise ValueError(f"expected a grey image of a blur kernel, got colours in {path}")
+        return cls(picture[0], boundary)
 
     def forward(self, x: Tensor) -> Tensor:
         self.image_shape(tuple(x.shape))
@@ -233,7 +225,7 @@ class Downsample(Operator):
         offsets = torch.arange(-reach, reach) + (0.5 if factor % 2 == 0 else 0.0)
         offsets = offsets[offsets.abs() < support * factor]
         profile = weight(offsets.double() / factor)
-        _keep(self, "profile", (profile / profile.sum()).float())
+        self.register_buffer("profile", (profile / profile.sum()).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

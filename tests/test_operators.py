@@ -132,15 +132,15 @@ def test_a_kernel_that_is_none_is_refused(kernel, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Blur(kernel)
     np.save(tmp_path / "kernel.npy", kernel.numpy())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"{message}|expected one image.*kernel\.npy"):
         Blur.from_file(tmp_path / "kernel.npy")
 
 
 def test_kernel_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"found none at .*kernel\.npy"):
         Blur.from_file(tmp_path / "kernel.npy")
-    np.save(tmp_path / "kernel.npy", np.array(["text"]))
-    with pytest.raises(ValueError, match="expected a blur kernel"):
+    np.save(tmp_path / "kernel.npy", np.array([["text"]]))
+    with pytest.raises(ValueError, match=r"integers or floats.*kernel\.npy"):
         Blur.from_file(tmp_path / "kernel.npy")
     Image.fromarray((picture(3, 5, 5)[0].movedim(0, -1) * 255).byte().numpy()).save(
         tmp_path / "photo.png"

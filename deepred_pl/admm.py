@@ -9,6 +9,7 @@ by ADMM with the scaled dual u. With v = T_θ(z) + u the updates are
     θ-update   Adam steps on  D(A T_θ(z), y) + μ/2 · ‖x − T_θ(z) − u‖²     (model.py)
     x-update   x ← (λ f(x) + μ v) / (λ + μ)                                 `fixed_point`
                x ← x − c [λ (x − f(x)) + μ (x − v)]                         `gradient_step`
+               x ← f(v)                                                     `plug_and_play`
     u-update   u ← u + T_θ(z) − x                                           `dual_update`
 
 Images are float tensors of shape (1, C, H, W) in [0, 1]; λ and μ are 0-dim tensors or
@@ -61,9 +62,18 @@ def gradient_step(
     return (x - c * (lam * (x - f_x) + mu * (x - v))).clamp(0, 1)
 
 
-def dual_update(u: Tensor, out: Tensor, x: Tensor) -> Tensor:
-    """Scaled dual ascent, u + T_θ(z) − x; all of shape (1, C, H, W)."""
-    return u + out - x
+def plug_and_play(x: Tensor, f_v: Tensor, v: Tensor, lam: Weight, mu: Weight) -> Tensor:
+    """The x-update of Plug-and-Play ADMM, f(v), clipped to [0, 1].
+
+    The denoiser takes the place of the whole x-update (Venkatakrishnan et al. 2013), so λ, μ
+    and x do not enter, and f_v is the denoised v = T_θ(z) + u, (1, C, H, W), and not f(x).
+    """
+    return f_v.clamp(0, 1)
+
+
+def dual_update(v: Tensor, x: Tensor) -> Tensor:
+    """Scaled dual ascent, v − x, which is u + T_θ(z) − x; all of shape (1, C, H, W)."""
+    return v - x
 
 
 def inner_iterations(
@@ -95,6 +105,41 @@ def red_prior(x: Tensor, f_x: Tensor) -> Tensor:
 def gap(out: Tensor, x: Tensor) -> Tensor:
     """How far the constraint x = T_θ(z) is from holding: ‖x − T_θ(z)‖₂, 0-dim (Figure 3)."""
     return torch.linalg.vector_norm(x - out)
+
+
+def discrepancy(
+    lam: Tensor,
+    mu: Tensor,
+    least: float,
+    residual: Tensor,
+    expected: Tensor,
+    gain: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """λ and μ that set themselves by Morozov's discrepancy principle, without a device sync.
+
+    The principle wants the λ at which the residual mean((A T_θ(z) − y)²) is what the noise makes
+    of it. Below that the network explains noise, so λ must grow; above, it may fall:
+
+        λ ← max(least, λ · (expected / residual)^gain),   μ in proportion.
+
+    This is dual ascent on the Lagrange multiplier 1/λ of  min prior  s.t.  residual <= expected,
+    in the logarithm of λ and so the same for every scale of noise. `least` keeps λ from falling
+    while the fit begins, when the residual is large because the network is not fitted yet.
+
+    Args:
+        lam: λ, 0-dim.
+        mu: μ, 0-dim; μ / λ is kept.
+        least: What λ does not fall below.
+        residual: mean((A T_θ(z) − y)²), 0-dim.
+        expected: Its expectation at the true image, 0-dim.
+        gain: Exponent per round, > 0.
+
+    Returns:
+        The new λ and μ.
+    """
+    factor = (expected / residual).clamp(0.5, 2) ** gain
+    new = (lam * factor).clamp(min=least)
+    return new, mu * (new / lam)
 
 
 def rise(

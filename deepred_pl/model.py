@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from deepred_pl import admm
+from deepred_pl.losses import Term
 from deepred_pl.networks import INPUT_CHANNELS, SkipNet
 from deepred_pl.problem import InverseProblem
 
@@ -43,6 +45,8 @@ class DeepImagePrior(LightningModule):
         input_scale: z is drawn once from U(0, input_scale).
         input_noise_std: σ_p, std of the fresh noise added to z at every step.
         average_decay: Decay of the exponential average of `out`, in [0, 1).
+        regularizer: A term beside the data term, called with `out` and this module
+            (`deepred_pl.losses`), or None.
         result: What `restored` returns: "average" or "out".
         seed: Seed of θ₀, z and the input noise; the noise of step n depends on (seed, n) alone.
         problem: The inverse problem, or None to take the datamodule's.
@@ -51,15 +55,18 @@ class DeepImagePrior(LightningModule):
         step: Number of θ-steps made.
         out: T_θ(z) at the latest step, before the optimizer moved θ.
         average: The exponential average of `out`; starts at the problem's first guess.
+        chosen: What a callback chose to return instead of `result`, or None.
 
     Raises:
-        ValueError: An argument out of range, or an image smaller than the network can take.
+        ValueError: An argument out of range, an image smaller than the network can take, or a
+            regularizer that does not apply to the problem.
     """
 
     RESULTS: ClassVar[tuple[str, ...]] = ("average", "out")
     z: Tensor
     out: Tensor
     average: Tensor
+    chosen: Tensor | None
 
     def __init__(
         self,
@@ -69,12 +76,15 @@ class DeepImagePrior(LightningModule):
         input_scale: float = 0.1,
         input_noise_std: float = 0.033,
         average_decay: float = 0.99,
+        regularizer: Term | Callable[[Tensor, "DeepImagePrior"], Tensor] | None = None,
         result: Literal["average", "out"] = "average",
         seed: int = 0,
         problem: InverseProblem | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["network", "optimizer", "lr_scheduler", "problem"])
+        self.save_hyperparameters(
+            ignore=["network", "optimizer", "lr_scheduler", "regularizer", "problem"]
+        )
         if not 0 < input_scale < math.inf:
             raise ValueError(f"input_scale must be > 0, got {input_scale}")
         if not 0 <= input_noise_std < math.inf:
@@ -91,11 +101,13 @@ class DeepImagePrior(LightningModule):
         self.input_scale = input_scale
         self.input_noise_std = input_noise_std
         self.average_decay = average_decay
+        self.regularizer = regularizer
         self.result = result
         self.seed = seed
         self.step = 0
         self.network: nn.Module | None = None
         self.problem: InverseProblem | None = None
+        self.register_buffer("chosen", None)
         self._saved_problem: dict[str, Tensor] = {}  # of a checkpoint loaded without a problem
         if problem is not None:
             self.build(problem)
@@ -127,6 +139,8 @@ class DeepImagePrior(LightningModule):
             problem.load_state_dict(self._saved_problem)  # refuses another measurement
             self._saved_problem = {}
         self.problem = problem
+        if isinstance(self.regularizer, Term):
+            self.regularizer.check(self)
 
     def _new_network(self, channels: int) -> nn.Module:
         network = self.make_network(channels)
@@ -188,19 +202,27 @@ class DeepImagePrior(LightningModule):
         self.average.lerp_(self.out, 1 - self.average_decay)
         self.step += 1
         with torch.autocast(out.device.type, enabled=False):  # A, D, x and u stay float32
-            return self.loss(out)
+            loss = self.loss(out)
+        if self.regularizer is not None:  # it may run the network
+            loss = loss + self.regularizer(out, self)
+        return loss
 
     def loss(self, out: Tensor) -> Tensor:
-        """What the θ-update minimises, 0-dim, for T_θ(z) = out."""
+        """What the θ-update minimises but for the regularizer, 0-dim, for T_θ(z) = out."""
         assert self.problem is not None
         return self.problem.data_term(out)
 
+    def generator(self, *purpose: int) -> torch.Generator:
+        """Random numbers of this step, a function of (seed, step, purpose) alone."""
+        # Torch's CPU generator keeps 32 bits of a seed; hashing puts all into them.
+        entropy = np.random.SeedSequence([self.seed, self.step, *purpose])
+        seed = int(entropy.generate_state(1)[0])
+        return torch.Generator(self.z.device).manual_seed(seed)
+
     def _input_noise(self) -> Tensor:
-        # Torch's CPU generator keeps 32 bits of a seed; hashing puts (seed, step) into them.
-        seed = int(np.random.SeedSequence([self.seed, self.step]).generate_state(1)[0])
-        generator = torch.Generator(self.z.device).manual_seed(seed)
         _, channels, height, width = self.z.shape
-        noise = torch.randn((1, height, width, channels), generator=generator, device=self.z.device)
+        shape = (1, height, width, channels)
+        noise = torch.randn(shape, generator=self.generator(), device=self.z.device)
         return noise.movedim(-1, 1)
 
     def _checked(self) -> nn.Module:
@@ -220,7 +242,7 @@ class DeepImagePrior(LightningModule):
 
     @property
     def restored(self) -> Tensor:
-        """The restored image, (1, C, H, W) in [0, 1]; which one, `result` says.
+        """The restored image, (1, C, H, W) in [0, 1]: `chosen`, or else what `result` says.
 
         Raises:
             RuntimeError: No step was made yet.
@@ -229,7 +251,8 @@ class DeepImagePrior(LightningModule):
             raise RuntimeError(
                 "nothing is restored yet; fit this module, or give a checkpoint (--ckpt_path)"
             )
-        return self._result().detach().clamp(0, 1)
+        image = self._result() if self.chosen is None else self.chosen
+        return image.detach().clamp(0, 1)
 
     def _result(self) -> Tensor:
         return self.average if self.result == "average" else self.out
@@ -264,6 +287,8 @@ class DeepImagePrior(LightningModule):
                 elif name.startswith("problem."):
                     self._saved_problem[name.removeprefix("problem.")] = value
                     del state_dict[prefix + name]
+        if self.chosen is None and prefix + "chosen" in state_dict:
+            self.chosen = torch.empty_like(state_dict[prefix + "chosen"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -287,9 +312,14 @@ class DeepRED(DeepImagePrior):
     Args:
         lam: λ > 0, weight of the RED prior.
         mu: μ > 0, ADMM penalty of x = T_θ(z).
-        rise_step: What λ and μ grow by at a round of x- and u-update where PSNR(A T_θ(z), y)
-            has passed a threshold, which then grows by 0.01 dB; 0 keeps them constant. It keeps
-            the network from learning the noise. 0.03 as released.
+        penalty: How λ and μ go on from there, once in a round of x- and u-update:
+            "fixed"         not at all;
+            "discrepancy"   they set themselves by Morozov's discrepancy principle
+                            (`admm.discrepancy`), so that the network does not learn the noise,
+                            and never fall below `lam` and `mu`; needs a noise model;
+            "rise"          the released rule: both grow by `rise_step` where PSNR(A T_θ(z), y)
+                            has passed a threshold, which then grows by 0.01 dB.
+        rise_step: Of the released rule, > 0; 0.03 as released.
         rise_start: The first threshold in dB, 20 as released, or "noise": the noise's own PSNR
             less 0.17 dB, which is 20 dB at σ = 25 and holds for other noise levels too.
         result: What `restored` returns: "average", "out", "x" or "x-u".
@@ -324,7 +354,8 @@ class DeepRED(DeepImagePrior):
         self,
         lam: float = 0.5,
         mu: float = 0.5,
-        rise_step: float = 0.0,
+        penalty: Literal["fixed", "discrepancy", "rise"] = "fixed",
+        rise_step: float = 0.03,
         rise_start: Literal["noise"] | float = "noise",
         result: Literal["average", "out", "x", "x-u"] = "average",
         **kwargs: Any,
@@ -335,11 +366,16 @@ class DeepRED(DeepImagePrior):
                     f"{name} must be > 0, got {value}; without the RED prior use the DIP method: "
                     "DeepImagePrior, or --config configs/methods/dip.yaml"
                 )
-        if not 0 <= rise_step < math.inf:
-            raise ValueError(f"rise_step must be >= 0, got {rise_step}; 0 keeps λ and μ constant")
+        if penalty not in ("fixed", "discrepancy", "rise"):
+            raise ValueError(f"penalty must be 'fixed', 'discrepancy' or 'rise', got {penalty!r}")
+        if not 0 < rise_step < math.inf:
+            raise ValueError(
+                f"rise_step must be > 0, got {rise_step}; penalty='fixed' keeps λ and μ constant"
+            )
         if isinstance(rise_start, str) and rise_start != "noise":
             raise ValueError(f"rise_start must be a number of dB or 'noise', got {rise_start!r}")
         self.initial_lam, self.initial_mu = lam, mu
+        self.penalty = penalty
         self.rise_step = rise_step
         self.rise_start = rise_start
         self.driven = False  # a REDUpdate sets it
@@ -364,17 +400,36 @@ class DeepRED(DeepImagePrior):
         }
 
     def _first_threshold(self, problem: InverseProblem) -> float:
+        by_noise = self.penalty == "discrepancy" or self.rise_start == "noise"
+        if self.penalty != "fixed" and by_noise and problem.noise is None:
+            raise ValueError(
+                f"penalty={self.penalty!r} needs a noise model, and this problem has none; give "
+                "noise, a rise_start in dB with penalty='rise', or penalty='fixed'"
+            )
         if self.rise_start != "noise":
             return self.rise_start
         variance = problem.noise_variance()
-        if variance is not None:
-            return -10 * math.log10(float(variance)) - NOISE_MARGIN
-        if self.rise_step > 0:
-            raise ValueError(
-                "rise_start='noise' needs a noise model, and this problem has none; give noise, "
-                "a rise_start in dB, or rise_step=0"
+        return 0.0 if variance is None else -10 * math.log10(float(variance)) - NOISE_MARGIN
+
+    @torch.no_grad()
+    def update_penalty(self) -> None:
+        """λ and μ for the next round, by the rule `penalty`; on the device, without waiting."""
+        assert self.problem is not None
+        if self.penalty == "rise":
+            psnr = -10 * torch.log10(self.problem.residual(self.out))
+            self.lam, self.mu, self.threshold = admm.rise(
+                self.lam, self.mu, self.threshold, psnr, self.rise_step
             )
-        return 0.0
+        elif self.penalty == "discrepancy":
+            expected = self.problem.expected_residual(self.out)
+            assert expected is not None
+            self.lam, self.mu = admm.discrepancy(
+                self.lam,
+                self.mu,
+                self.initial_lam,
+                self.problem.residual(self.out),
+                expected,
+            )
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
         """The loss of one θ-step, 0-dim, for a fit that a `REDUpdate` drives."""
@@ -422,6 +477,23 @@ class WarmupCosine(LambdaLR):
             return 0.5 * (1 + math.cos(math.pi * done))
 
         super().__init__(optimizer, factor)
+
+
+def find_restoration(module: LightningModule, submodule: str = "") -> DeepImagePrior:
+    """The restoration at the dotted name `submodule` of a trained module; "" is the module.
+
+    Raises:
+        ValueError: There is none; the message says where there are.
+    """
+    children = dict(module.named_modules())
+    found = children.get(submodule)
+    if not isinstance(found, DeepImagePrior):
+        names = [name for name, child in children.items() if isinstance(child, DeepImagePrior)]
+        raise ValueError(
+            f"expected a DeepImagePrior or DeepRED at submodule={submodule!r} of "
+            f"{type(module).__name__}, which has them at {names}; give one of these names"
+        )
+    return found
 
 
 def _check_size(network: nn.Module, problem: InverseProblem) -> None:

@@ -6,9 +6,13 @@ A network is built as `network(channels)` for the image's number of channels. It
     prepare(problem) -> z   to make its own fixed input, called once.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deepred_pl.problem import InverseProblem
 
 INPUT_CHANNELS = 32
 
@@ -26,6 +30,7 @@ class SkipNet(nn.Module):
         width: Channels of every convolution.
         skip_width: Channels of the skip connections.
         scales: Number of halvings; sides must have at least 2**scales + 1 pixels.
+        input_channels: Channels of z.
 
     Raises:
         ValueError: An argument below 1.
@@ -35,7 +40,12 @@ class SkipNet(nn.Module):
     """
 
     def __init__(
-        self, channels: int, width: int = 128, skip_width: int = 4, scales: int = 5
+        self,
+        channels: int,
+        width: int = 128,
+        skip_width: int = 4,
+        scales: int = 5,
+        input_channels: int = INPUT_CHANNELS,
     ) -> None:
         super().__init__()
         if min(channels, width, skip_width, scales) < 1:
@@ -47,7 +57,7 @@ class SkipNet(nn.Module):
         self.down = nn.ModuleList()
         self.skip = nn.ModuleList()
         self.up = nn.ModuleList()
-        inputs = INPUT_CHANNELS
+        inputs = input_channels
         for _ in range(scales):
             self.skip.append(_conv(inputs, skip_width, kernel=1))
             self.down.append(
@@ -64,7 +74,7 @@ class SkipNet(nn.Module):
         self.head = nn.Conv2d(width, channels, kernel_size=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z, (1, 32, H, W), to an image, (1, channels, H, W) in [0, 1], float32."""
+        """z, (1, input_channels, H, W), to an image, (1, channels, H, W) in [0, 1], float32."""
         x, skips = z, []
         for down, skip in zip(self.down, self.skip, strict=True):
             skips.append(skip(x))
@@ -74,6 +84,132 @@ class SkipNet(nn.Module):
             x = up(torch.cat([skipped, x], dim=1))
         # In float32 also under autocast: bfloat16 has about 8 bits for all of [0.5, 1].
         return torch.sigmoid(self.head(x).float())
+
+
+class MeasurementNet(SkipNet):
+    """A `SkipNet` whose fixed input z is the measurement, as Stein's estimate (`SURE`) needs it.
+
+    Args:
+        channels: Channels of the image.
+        width: Channels of every convolution.
+        skip_width: Channels of the skip connections.
+        scales: Number of halvings; sides must have at least 2**scales + 1 pixels.
+
+    Raises:
+        ValueError: An argument below 1; at `prepare`, a measurement not of the image's shape.
+    """
+
+    def __init__(
+        self, channels: int, width: int = 128, skip_width: int = 4, scales: int = 5
+    ) -> None:
+        super().__init__(channels, width, skip_width, scales, input_channels=channels)
+
+    def prepare(self, problem: InverseProblem) -> Tensor:
+        """The measurement y, (1, C, H, W)."""
+        if tuple(problem.y.shape) != problem.image_shape:
+            raise ValueError(
+                "MeasurementNet is for denoising: expected a measurement of the image's shape "
+                f"{problem.image_shape}, got {tuple(problem.y.shape)}; use SkipNet, or another "
+                "method, as methods/deepred"
+            )
+        return problem.y.clone()
+
+
+class DeepDecoder(nn.Module):
+    """The Deep Decoder: 1×1 convolutions and upsampling (Heckel & Hand 2019, arXiv:1810.03982).
+
+    Each of `scales` layers mixes channels, upsamples bilinearly, and applies ReLU and a channel
+    normalisation; one more does so at the image's size. Its few parameters and its input of a
+    few pixels are the prior: with the published width of 128, about 100 000 for images of
+    512×512; a smaller image wants a smaller width, so that values stay many times more than
+    parameters (32 for 128×128).
+
+    Args:
+        channels: Channels of the image.
+        width: Channels of every layer and of z.
+        scales: Number of doublings; sides must have at least 2**scales + 1 pixels.
+
+    Raises:
+        ValueError: An argument below 1.
+    """
+
+    def __init__(self, channels: int, width: int = 128, scales: int = 5) -> None:
+        super().__init__()
+        if min(channels, width, scales) < 1:
+            raise ValueError(
+                "DeepDecoder needs channels, width and scales of at least 1, "
+                f"got {channels}, {width}, {scales}"
+            )
+        self.smallest_side = 2**scales + 1
+        self.mix = nn.ModuleList(
+            nn.Conv2d(width, width, kernel_size=1, bias=False) for _ in range(scales + 1)
+        )
+        self.norm = nn.ModuleList(
+            nn.BatchNorm2d(width, track_running_stats=False) for _ in range(scales + 1)
+        )
+        self.head = nn.Conv2d(width, channels, kernel_size=1)
+        self.side = [0, 0]  # the image's, known from `prepare` or from a checkpoint
+
+    def prepare(self, problem: InverseProblem) -> Tensor:
+        """z, drawn from U(0, 1), (1, width, ⌈H / 2**scales⌉, ⌈W / 2**scales⌉)."""
+        self.side = list(problem.image_shape[-2:])
+        return torch.rand(1, self.head.in_channels, *self._sides()[0])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z to an image, (1, channels, H, W) in [0, 1], float32."""
+        x, sides = z, self._sides()
+        for mix, norm, side in zip(self.mix, self.norm, [*sides[1:], sides[-1]], strict=True):
+            x = mix(x)
+            if x.shape[-2:] != side:
+                x = F.interpolate(x, side, mode="bilinear", align_corners=False)
+            x = norm(F.relu(x))
+        return torch.sigmoid(self.head(x).float())
+
+    def _sides(self) -> list[tuple[int, int]]:
+        """(H, W) of every layer, from z to the image."""
+        sides = [(self.side[0], self.side[1])]
+        for _ in range(len(self.mix) - 1):
+            height, width = sides[0]
+            sides.insert(0, ((height + 1) // 2, (width + 1) // 2))
+        return sides
+
+    def get_extra_state(self) -> list[int]:
+        """The image's height and width."""
+        return self.side
+
+    def set_extra_state(self, state: list[int]) -> None:
+        """Restore them."""
+        self.side = state
+
+
+class ImageParameter(nn.Module):
+    """No network: every value of the image is a parameter, started at the first guess.
+
+    With it T_θ(z) is any image, so that the denoiser is the only prior: RED alone (Romano et al.
+    2017, arXiv:1611.02862) and Plug-and-Play. z is not used.
+
+    Args:
+        channels: Channels of the image.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.empty(1, channels, 0, 0))  # until the size is known
+
+    def prepare(self, problem: InverseProblem) -> Tensor:
+        """Take the problem's first guess; z is one 0."""
+        self.image = nn.Parameter(problem.first_guess())
+        return torch.zeros(1, 1, 1, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The image, (1, channels, H, W), not clipped."""
+        return self.image.clone()  # a copy, for the optimizer moves the parameter in place
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "image")
+        if saved is not None and self.image.numel() == 0:
+            self.image = nn.Parameter(torch.empty_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:

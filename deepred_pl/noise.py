@@ -43,13 +43,17 @@ class NoiseModel(nn.Module, ABC):
         """−log p(y | A x) for every value, up to a constant of y; `prediction` is A x."""
 
     @abstractmethod
-    def variance(self, y: Tensor) -> Tensor:
-        """The variance on the scale of images in [0, 1], as y tells it: of every value, or one."""
+    def variance(self, clean: Tensor) -> Tensor:
+        """The variance of y where A x is `clean`, on the [0, 1] scale: of every value, or one."""
+
+    def mean_variance(self, y: Tensor, observed: Tensor | None = None) -> Tensor:
+        """σ̄², the mean variance of the observed values as y tells it, 0-dim."""
+        return mean_over(self.variance(y), observed)  # unbiased where it is linear in A x
 
     def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
         """D(prediction, y) in squared-error units, 0-dim, over the observed values."""
         unlikely = self.negative_log_likelihood(prediction, y)
-        return 2 * mean_over(self.variance(y), observed) * mean_over(unlikely, observed)
+        return 2 * self.mean_variance(y, observed) * mean_over(unlikely, observed)
 
     def fitted(self, y: Tensor) -> "NoiseModel":
         """The model with everything it left open estimated from the measurement y.
@@ -96,8 +100,8 @@ class GaussianNoise(NoiseModel):
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
         return (prediction - y).square() / (2 * self._variance())
 
-    def variance(self, y: Tensor) -> Tensor:
-        return y.new_full((), self._variance())
+    def variance(self, clean: Tensor) -> Tensor:
+        return clean.new_full((), self._variance())
 
     def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
         return mean_over((prediction - y).square(), observed)  # where σ̄² cancels, exactly
@@ -147,8 +151,8 @@ class LaplaceNoise(NoiseModel):
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
         return (prediction - y).abs() / self._scale
 
-    def variance(self, y: Tensor) -> Tensor:
-        return y.new_full((), 2 * self._scale**2)
+    def variance(self, clean: Tensor) -> Tensor:
+        return clean.new_full((), 2 * self._scale**2)
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:.2f}"
@@ -178,8 +182,8 @@ class PoissonNoise(NoiseModel):
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
         return _unlikely_counts(self.peak * prediction, self.peak * y)
 
-    def variance(self, y: Tensor) -> Tensor:
-        return y / self.peak
+    def variance(self, clean: Tensor) -> Tensor:
+        return clean / self.peak
 
     def fitted(self, y: Tensor) -> "PoissonNoise":
         _check_light(y, "photon counts (PoissonNoise)", "PoissonGaussianNoise")
@@ -224,8 +228,8 @@ class PoissonGaussianNoise(NoiseModel):
         counts = photons * (y + self._shift).clamp(min=0)
         return _unlikely_counts(photons * (prediction + self._shift), counts)
 
-    def variance(self, y: Tensor) -> Tensor:
-        return self.gain * y / 255 + (self.sigma / 255) ** 2
+    def variance(self, clean: Tensor) -> Tensor:
+        return self.gain * clean / 255 + (self.sigma / 255) ** 2
 
     def extra_repr(self) -> str:
         return f"gain={self.gain:g}, sigma={self.sigma:.2f}"
@@ -260,8 +264,12 @@ class GammaNoise(NoiseModel):
         beyond = (prediction - lit) / lit  # 0 where it is not darker
         return self.looks * (lit.log() + beyond + y / lit * (1 - beyond))
 
-    def variance(self, y: Tensor) -> Tensor:
-        return y.square() / (self.looks + 1)  # E[y²] = (A x)² (1 + 1 / looks)
+    def variance(self, clean: Tensor) -> Tensor:
+        return clean.square() / self.looks
+
+    def mean_variance(self, y: Tensor, observed: Tensor | None = None) -> Tensor:
+        # E[y²] = (A x)² (1 + 1 / looks)
+        return super().mean_variance(y, observed) * self.looks / (self.looks + 1)
 
     def fitted(self, y: Tensor) -> "GammaNoise":
         _check_light(y, "speckle (GammaNoise)", "GaussianNoise")

@@ -18,11 +18,18 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 import deepred_pl.denoisers  # noqa: F401  their short names
-from deepred_pl.callbacks import LastCheckpoint, Monitor, REDUpdate, RestorationBar, Writer
+from deepred_pl.callbacks import (
+    CollapseGuard,
+    LastCheckpoint,
+    Monitor,
+    REDUpdate,
+    RestorationBar,
+    Writer,
+)
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.images import to_array
-from deepred_pl.model import DeepImagePrior
+from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 
@@ -46,9 +53,9 @@ CONFIGS = next(
 class RestorationCLI(LightningCLI):
     """Parses settings and builds trainer, module and data; with `run`, runs a subcommand.
 
-    Beside Lightning's sections `trainer`, `model` and `data` there are `red` (`REDUpdate`) and
-    `checkpoint` (`LastCheckpoint`): sections, because an overlay that sets `trainer.callbacks`
-    would replace callbacks listed there.
+    Beside Lightning's sections `trainer`, `model` and `data` there are `guard` (`CollapseGuard`),
+    `red` (`REDUpdate`) and `checkpoint` (`LastCheckpoint`): sections, because an overlay that sets
+    `trainer.callbacks` would replace callbacks listed there.
 
     It lives here and not with the command line, for everything that runs a fit uses this parser.
 
@@ -84,7 +91,8 @@ class RestorationCLI(LightningCLI):
         return {name: inherited[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections `red` and `checkpoint`."""
+        """Add the sections `guard`, `red` and `checkpoint`."""
+        parser.add_lightning_class_args(CollapseGuard, "guard")
         parser.add_lightning_class_args(REDUpdate, "red")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.set_defaults({"red.denoiser": {"class_path": "deepred_pl.denoisers.NonLocalMeans"}})
@@ -132,6 +140,9 @@ class RestorationCLI(LightningCLI):
         """Find bad input before anything is written."""
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.problem)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, REDUpdate) and isinstance(self.model, DeepRED):
+                callback.check(self.model)
         if not self.trainer.fast_dev_run:
             check_writable(run_directory(self.trainer))
 

@@ -70,22 +70,92 @@ def result_of(run):
     return json.loads((run / "result.json").read_text())
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("method", [None, *METHODS], ids=lambda p: p.stem if p else "as it is")
-@pytest.mark.parametrize("task", TASKS, ids=lambda p: p.stem)
+def fits(task, method):
+    """Whether a method applies to a task: SURE is for Gaussian denoising alone."""
+    return method.stem != "dip_sure" or task.stem == "denoising"
+
+
+# Every pair of a task and a method, every second one grey; tasks by themselves grey and colour.
+RUNS = [(task, None, channels) for task in TASKS for channels in (1, 3)]
+RUNS += [
+    (task, method, 1 if (i + j) % 2 else 3)
+    for i, task in enumerate(TASKS)
+    for j, method in enumerate(METHODS)
+    if fits(task, method)
+]
+
+
+@pytest.mark.filterwarnings("ignore:AutoStop is off")
+@pytest.mark.parametrize(
+    ("task", "method", "channels"),
+    RUNS,
+    ids=[f"{t.stem}-{m.stem if m else 'as it is'}-{c}" for t, m, c in RUNS],
+)
 def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, channels):
     image = tmp_path / "image.png"
     write_image(image, picture(channels, 37, 47))
     overlay = ["--config", method] if method else []
-    run = deepred("--config", task, *overlay, data__ground_truth=image)
+    with_network = method is None or method.stem not in ("red", "pnp")
+    run = deepred("--config", task, *overlay, tiny=with_network, data__ground_truth=image)
     result = result_of(run)
     assert result["psnr"]["restored"] > 0 and result["steps"] == 4
-    assert (result["psnr"]["x"] is None) == (method is not None and method.stem == "dip")
+    alone = method is not None and method.stem.startswith(("dip", "deep_decoder"))
+    assert (result["psnr"]["x"] is None) == alone
     assert {"config.yaml", "restored.png", "comparison.png", "checkpoints"} <= {
         path.name for path in run.iterdir()
     }
     assert list(run.glob("events.out.tfevents.*"))
     assert Image.open(run / "restored.png").mode == {1: "L", 3: "RGB"}[channels]
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("denoising_poisson", "expected GaussianNoise, got PoissonNoise"),
+        ("deblurring_uniform", "expected the Identity operator, got Blur"),
+        ("super_resolution", "MeasurementNet is for denoising"),
+        ("inpainting", "expected the Identity operator, got Mask"),
+        ("tomography", "MeasurementNet is for denoising"),
+    ],
+)
+def test_sure_is_refused_with_a_reason_where_it_does_not_hold(refused, photo, task, reason):
+    said = refused("--config", task, "--config", "methods/dip_sure", data__ground_truth=photo)
+    assert reason in said
+
+
+def network_of(run):
+    return yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["network"]
+
+
+def test_methods_keep_the_width_of_quick_and_stack(deepred, photo):
+    quick = ("--config", DENOISING, "--config", "methods/quick")
+    for method, name in {"dip_sure": "MeasurementNet", "deep_decoder": "DeepDecoder"}.items():
+        run = deepred(*quick, "--config", f"methods/{method}", tiny=False, data__ground_truth=photo)
+        assert network_of(run)["class_path"] == f"deepred_pl.networks.{name}"
+        assert network_of(run)["init_args"]["width"] == 32
+    run = deepred(
+        *(*quick, "--config", "methods/deep_decoder", "--config", "methods/deepred"),
+        tiny=False,
+        data__ground_truth=photo,
+    )
+    assert network_of(run)["class_path"] == "deepred_pl.networks.DeepDecoder"
+    assert result_of(run)["psnr"]["x"] is not None
+
+
+def test_callbacks_of_two_overlays_stack_and_their_settings_can_be_given(deepred, photo):
+    run = deepred(
+        *("--config", DENOISING, "--config", "methods/dip_sgld", "--config", "methods/auto_stop"),
+        *("--trainer.callbacks.init_args.window=2", "--trainer.callbacks.init_args.patience=1"),
+        data__ground_truth=photo,
+        trainer__max_steps=30,
+    )
+    callbacks = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert [c["class_path"].split(".")[-1] for c in callbacks] == ["Langevin", "AutoStop"]
+    assert result_of(run)["stop_reason"].startswith("auto_stop: variance, best at step")
+    assert result_of(run)["steps"] < 30
+    again = ("--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    predicted = deepred(*again, command="predict", tiny=False)
+    assert (predicted / "restored.png").read_bytes() == (run / "restored.png").read_bytes()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -188,7 +258,7 @@ def test_the_shipped_settings_are_the_released_ones():
     cli = RestorationCLI(["--config", str(DENOISING)], run=False)
     assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
     model = cli.model
-    assert (model.initial_lam, model.initial_mu, model.rise_step) == (0.5, 0.5, 0.03)
+    assert (model.initial_lam, model.initial_mu, model.penalty) == (0.5, 0.5, "discrepancy")
     assert (model.input_scale, model.input_noise_std) == (0.1, 0.033)
     cli.datamodule.setup()
     assert model._first_threshold(cli.datamodule.problem) == pytest.approx(20, abs=0.01)
@@ -308,6 +378,10 @@ def test_the_processes_random_numbers_are_left_alone(deepred, photo):
         ({"data__noise": "PoissonNoise", "data__noise__peak": 0}, "peak must be > 0"),
         ({"data__degrade": "antialiased_resize"}, "needs a Downsample"),
         ({"data__metric_on": "y"}, "metric_on"),
+        ({"guard__drop": 0}, "drop must be > 0 dB"),
+        ({"model__penalty": "growing"}, "penalty"),
+        ({"red__denoiser": "Learned"}, "expected a path or a module, got neither"),
+        ({"red__denoiser": "Learned", "red__denoiser__path": "nowhere.pt"}, "found none at"),
         ({"red__every_n_step": 2}, "every_n_step"),
         ({"trainer__max_steps": "many"}, "Expected a <class 'int'>"),
         ({"config": "nowhere.yaml"}, "found no nowhere.yaml; shipped are deblurring_gaussian"),

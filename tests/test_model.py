@@ -155,18 +155,18 @@ def test_the_result_asked_for_is_returned_clipped(result):
 @pytest.mark.parametrize("noise_sigma", [10, 25, 50])
 def test_the_rise_starts_at_the_noises_own_psnr(noise_sigma):
     problem = InverseProblem(picture(1, 9, 9), noise=GaussianNoise(noise_sigma))
-    threshold = make(DeepRED, problem=problem, rise_step=0.1).threshold.item()
+    threshold = make(DeepRED, problem=problem, penalty="rise").threshold.item()
     assert threshold == pytest.approx(-20 * math.log10(noise_sigma / 255) - 0.17, abs=1e-3)
-    released = make(DeepRED, problem=problem, rise_step=0.1, rise_start=20.0)
+    released = make(DeepRED, problem=problem, penalty="rise", rise_start=20.0)
     assert released.threshold.item() == 20
 
 
 def test_the_rise_needs_a_noise_level():
     plain = InverseProblem(picture(1, 9, 9))
     with pytest.raises(ValueError, match="needs a noise model"):
-        make(DeepRED, problem=plain, rise_step=0.1)
+        make(DeepRED, problem=plain, penalty="rise")
     assert make(DeepRED, problem=plain).lam == 0.5
-    assert make(DeepRED, problem=plain, rise_step=0.1, rise_start=20.0).threshold == 20
+    assert make(DeepRED, problem=plain, penalty="rise", rise_start=20.0).threshold == 20
 
 
 @pytest.mark.parametrize("wrong", [{"lam": 0}, {"mu": -0.1}, {"lam": math.nan}])
@@ -182,7 +182,8 @@ def test_weights_must_be_positive_and_the_message_names_dip(wrong):
         {"input_noise_std": -1},
         {"average_decay": 1.0},
         {"seed": -1},
-        {"rise_step": -0.1},
+        {"rise_step": 0.0},
+        {"penalty": "growing"},
         {"rise_start": "nosie"},
         {"input_scale": math.nan},
         {"input_noise_std": math.nan},

@@ -1,8 +1,14 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deepred_pl.networks import SkipNet
+from deepred_pl import DeepImagePrior, InverseProblem
+from deepred_pl.networks import DeepDecoder, ImageParameter, MeasurementNet, SkipNet
+from deepred_pl.operators import Downsample
+from tests.conftest import noisy_problem, picture
 
 
 def reference(net: SkipNet, z: torch.Tensor) -> torch.Tensor:
@@ -71,3 +77,95 @@ def test_output_stays_float32_under_autocast():
     net = SkipNet(1, width=4, scales=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(torch.rand(1, 32, 9, 9)).dtype == torch.float32
+
+
+# The Deep Decoder
+
+
+def upsampled(image, shape):
+    """Bilinear with half-pixel centres and edges held, of (C, H, W), in NumPy."""
+    for axis, size in ((1, shape[0]), (2, shape[1])):
+        old = image.shape[axis]
+        place = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.floor(place).astype(int)
+        high = np.minimum(low + 1, old - 1)
+        weight = (place - low).reshape([-1 if i == axis else 1 for i in range(3)])
+        image = (1 - weight) * image.take(low, axis) + weight * image.take(high, axis)
+    return image
+
+
+def decoded(net, z, shapes):
+    """The formula of the paper, B ← cn(relu(U B C)) and sigmoid(B C) at the end, in NumPy."""
+    b = z[0].numpy()
+    for mix, shape in zip(net.mix, shapes, strict=True):
+        b = upsampled(np.einsum("oi,ihw->ohw", mix.weight.detach().numpy()[:, :, 0, 0], b), shape)
+        b = np.maximum(b, 0)
+        spread = b.var((1, 2), keepdims=True) + 1e-5
+        b = (b - b.mean((1, 2), keepdims=True)) / np.sqrt(spread)
+    weight, bias = (p.detach().numpy() for p in (net.head.weight, net.head.bias))
+    return 1 / (1 + np.exp(-np.einsum("oi,ihw->ohw", weight[:, :, 0, 0], b) - bias[:, None, None]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(33, 47), (20, 9)])
+def test_deep_decoder_is_the_papers_formula(channels, size):
+    torch.manual_seed(0)
+    net = DeepDecoder(channels, width=6, scales=3).double()
+    z = net.prepare(InverseProblem(picture(channels, *size))).double()
+    halves = [size]
+    for _ in range(3):
+        halves.append(tuple(math.ceil(side / 2) for side in halves[-1]))
+    assert z.shape == (1, 6, *halves[3]) and z.min() >= 0 and z.max() <= 1
+    want = decoded(net, z, [halves[2], halves[1], halves[0], halves[0]])
+    np.testing.assert_allclose(net(z)[0].detach().numpy(), want, atol=1e-6)
+
+
+def test_deep_decoder_has_the_published_number_of_parameters():
+    # Heckel & Hand count 100 224 for k = 128 and 6 layers: 6 · 128² of the mixing, 6 · 2 · 128 of
+    # the normalisation and 3 · 128 of the head; ours has the head's 3 biases too.
+    assert sum(p.numel() for p in DeepDecoder(3).parameters()) == 100_224 + 3
+
+
+def test_deep_decoder_has_a_smallest_side():
+    net = DeepDecoder(1, width=4, scales=2)
+    with pytest.raises(ValueError, match="at least 5×5 pixels"):
+        DeepImagePrior(lambda c: net, problem=noisy_problem(1, 4, 9))
+    with pytest.raises(ValueError, match="at least 1"):
+        DeepDecoder(3, width=0)
+
+
+# The image itself, and the measurement as input
+
+
+def test_image_parameter_starts_at_the_first_guess_and_leaves_its_output_alone():
+    problem = noisy_problem(3, 9, 11)
+    net = ImageParameter(3)
+    z = net.prepare(problem)
+    out = net(z)
+    assert torch.equal(out, problem.first_guess())
+    with torch.no_grad():
+        net.image += 1  # as an optimizer does
+    assert torch.equal(out, problem.first_guess())
+    net(z).sum().backward()
+    assert torch.equal(net.image.grad, torch.ones_like(net.image))
+
+
+def test_measurement_net_is_fed_the_measurement():
+    problem = noisy_problem(2, 9, 11)
+    net = MeasurementNet(2, width=4, scales=2)
+    assert torch.equal(net.prepare(problem), problem.y)
+    assert net(problem.y).shape == (1, 2, 9, 11)
+    with pytest.raises(ValueError, match="MeasurementNet is for denoising"):
+        net.prepare(InverseProblem(picture(2, 9, 11), Downsample(2)))
+
+
+@pytest.mark.parametrize("network", [ImageParameter, lambda c: DeepDecoder(c, width=4, scales=2)])
+def test_a_module_that_prepared_its_input_is_loaded_from_its_state(network):
+    problem = noisy_problem(1, 9, 11)
+    model = DeepImagePrior(network, problem=problem, input_noise_std=0)
+    torch.optim.SGD(model.network.parameters(), lr=0.1).step(model.training_step)
+    other = DeepImagePrior(network, input_noise_std=0)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.restored, model.restored)
+    other.build(noisy_problem(1, 9, 11))
+    assert torch.equal(other.training_step(), model.training_step())

@@ -1,8 +1,20 @@
-"""Lightning callbacks: the RED update, the monitor, and what a run leaves behind."""
+"""Lightning callbacks: updates, watchers, and what a run leaves behind."""
 
 from deepred_pl.callbacks.checkpoint import LastCheckpoint
+from deepred_pl.callbacks.guard import CollapseGuard
+from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.monitor import Monitor, RestorationBar
 from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.callbacks.stopping import AutoStop
 from deepred_pl.callbacks.writer import Writer
 
-__all__ = ["LastCheckpoint", "Monitor", "REDUpdate", "RestorationBar", "Writer"]
+__all__ = [
+    "AutoStop",
+    "CollapseGuard",
+    "Langevin",
+    "LastCheckpoint",
+    "Monitor",
+    "REDUpdate",
+    "RestorationBar",
+    "Writer",
+]

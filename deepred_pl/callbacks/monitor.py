@@ -13,7 +13,7 @@ from torch import Tensor
 from deepred_pl import admm
 from deepred_pl.callbacks.red import wait_seconds
 from deepred_pl.metrics import psnr, ssim
-from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.model import DeepImagePrior, DeepRED, find_restoration
 
 
 class Monitor(Callback):
@@ -41,14 +41,14 @@ class Monitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if logs_now(trainer):
-            model = self._restoration(pl_module)
+            model = find_restoration(pl_module, self.submodule)
             curves = measure(model)
             if isinstance(model, DeepRED):
                 curves["denoiser_wait"] = torch.tensor(wait_seconds(trainer, self.submodule))
             self._log(pl_module, curves, group=self.submodule or "curves")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        model = self._restoration(pl_module)
+        model = find_restoration(pl_module, self.submodule)
         truth = None if model.problem is None else model.problem.ground_truth
         if truth is None:
             raise ValueError(
@@ -58,15 +58,6 @@ class Monitor(Callback):
         restored, on = model.restored, model.problem.metric_on
         scores = {"psnr": psnr(restored, truth, on), "ssim": ssim(restored, truth, on)}
         self._log(pl_module, scores, group=self.submodule)
-
-    def _restoration(self, pl_module: LightningModule) -> DeepImagePrior:
-        model = pl_module.get_submodule(self.submodule)
-        if not isinstance(model, DeepImagePrior):
-            raise ValueError(
-                f"Monitor needs a DeepImagePrior or DeepRED at submodule={self.submodule!r}, "
-                f"got {type(model).__name__}"
-            )
-        return model
 
     def _log(self, pl_module: LightningModule, values: dict[str, Tensor], group: str) -> None:
         named = {f"{group}/{name}".lstrip("/"): value for name, value in values.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepred_pl import admm
 from deepred_pl.background import Background
 from deepred_pl.denoisers import Denoiser
-from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.model import DeepRED, find_restoration
 
 
 class REDUpdate(Callback):
@@ -39,9 +39,10 @@ class REDUpdate(Callback):
             call at a time.
         every_n_steps: θ-steps per round of x- and u-update, at least 1.
         rounds_per_denoising: Rounds per denoiser call, at least 1.
-        x_update: "fixed_point", "gradient" (steepest descent), or "mixed": fixed point in the
+        x_update: "fixed_point", "gradient" (steepest descent), "mixed": fixed point in the
             first half of the trainer's max_steps, then gradient (so a fit resumed with more
-            steps is not the longer fit).
+            steps is not the longer fit), or "pnp": Plug-and-Play, x ← f(v), with the
+            v = T_θ(z) + u of the round's start, for the denoiser needs the round.
         step_size: Of the gradient step, in (0, 2), in units of 1 / (λ + μ).
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
@@ -60,7 +61,7 @@ class REDUpdate(Callback):
         denoiser: Denoiser | Callable[[Tensor], Tensor],
         every_n_steps: int = 10,
         rounds_per_denoising: int = 1,
-        x_update: Literal["fixed_point", "gradient", "mixed"] = "fixed_point",
+        x_update: Literal["fixed_point", "gradient", "mixed", "pnp"] = "fixed_point",
         step_size: float = 0.5,
         inner_iterations: int = 1,
         submodule: str = "",
@@ -75,9 +76,14 @@ class REDUpdate(Callback):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not 0 < step_size < 2:
             raise ValueError(f"step_size must be in (0, 2), got {step_size}; beyond it diverges")
-        if x_update not in ("fixed_point", "gradient", "mixed"):
+        if x_update not in ("fixed_point", "gradient", "mixed", "pnp"):
             raise ValueError(
-                f"x_update must be 'fixed_point', 'gradient' or 'mixed', got {x_update!r}"
+                f"x_update must be 'fixed_point', 'gradient', 'mixed' or 'pnp', got {x_update!r}"
+            )
+        if x_update == "pnp" and (rounds_per_denoising, inner_iterations) != (1, 1):
+            raise ValueError(
+                "x_update='pnp' is one denoiser call a round: expected rounds_per_denoising and "
+                f"inner_iterations of 1, got {rounds_per_denoising} and {inner_iterations}"
             )
         if not callable(denoiser):
             raise ValueError(f"denoiser must be callable, image to image, got {denoiser!r}")
@@ -114,14 +120,16 @@ class REDUpdate(Callback):
         self._waited_before = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._model = _find(pl_module, self.submodule)
-        if self._model is None:
+        model = find_restoration(pl_module, self.submodule)
+        if not isinstance(model, DeepRED):
             return
         if self.x_update == "mixed" and trainer.max_steps < 1:
             raise ValueError(
                 "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="
                 f"{trainer.max_steps}; give it max_steps"
             )
+        self.check(model)
+        self._model = model
         self._model.driven = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +153,23 @@ class REDUpdate(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close(timeout=5.0)
 
+    def check(self, model: DeepRED) -> None:
+        """Refuse a denoiser that cannot take the model's images; called before the fit.
+
+        Raises:
+            ValueError: From the denoiser's own `check`.
+        """
+        if isinstance(self.denoiser, Denoiser):
+            self.denoiser.check(model.x)
+
     # The updates
+
+    def restart(self, trainer: Trainer) -> None:
+        """Denoise the pending snapshot afresh, after the model was set back to an earlier state."""
+        if self._model is not None and self._background is not None:
+            if self._background.busy:
+                self._background.result()
+            self._start_job(self._model, trainer)
 
     @torch.no_grad()
     def _round(self, model: DeepRED, trainer: Trainer) -> None:
@@ -163,20 +187,18 @@ class REDUpdate(Callback):
                 self._submit(model, trainer)
             else:
                 x = denoised_x  # the same x, or with J > 1 the last inner iterate
-        v = model.out + model.u
+        # Plug-and-Play takes the v that was denoised, for x and u must come from one v.
+        v = model.v_pending if self.x_update == "pnp" else model.out + model.u
         model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)
-        model.u = admm.dual_update(model.u, model.out, model.x)
-        if model.rise_step > 0:
-            assert model.problem is not None
-            psnr = -10 * torch.log10(model.problem.residual(model.out))
-            model.lam, model.mu, model.threshold = admm.rise(
-                model.lam, model.mu, model.threshold, psnr, model.rise_step
-            )
+        model.u = admm.dual_update(v, model.x)
+        model.update_penalty()
         if denoised and not reusing:
             self._submit(model, trainer)
 
     def _update_at(self, step: int, trainer: Trainer) -> admm.XUpdate:
         second_half = 2 * step > trainer.max_steps
+        if self.x_update == "pnp":
+            return admm.plug_and_play
         if self.x_update == "gradient" or (self.x_update == "mixed" and second_half):
             return partial(admm.gradient_step, step_size=self.step_size)
         return admm.fixed_point
@@ -194,13 +216,14 @@ class REDUpdate(Callback):
     def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
         """Denoise the pending snapshot; a resumed fit starts the job it was saved with."""
         step = model.step - model.step % (self.every_n_steps * self.rounds_per_denoising)
+        pnp = self.x_update == "pnp"
         assert self._background is not None
         self._background.submit(
-            f"denoiser {_name(self.denoiser)} on the x of step {step}",
+            f"denoiser {_name(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
             partial(_denoise, self.denoiser),
             self._update_at(step, trainer),
-            model.x_pending,
+            model.v_pending if pnp else model.x_pending,
             model.v_pending,
             model.lam_pending,
             model.mu_pending,
@@ -221,20 +244,6 @@ def wait_seconds(trainer: Trainer, submodule: str | None = None) -> float:
     """Seconds the trainer's fit has waited for denoisers; for one submodule's, or for all."""
     updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate)]
     return sum(c.wait_seconds for c in updates if submodule in (None, c.submodule))
-
-
-def _find(module: LightningModule, submodule: str) -> DeepRED | None:
-    """The DeepRED to act on; None where there is only a DeepImagePrior."""
-    model = dict(module.named_modules()).get(submodule)
-    if isinstance(model, DeepRED):
-        return model
-    if isinstance(model, DeepImagePrior):
-        return None
-    inside = [name for name, child in module.named_modules() if isinstance(child, DeepRED)]
-    raise ValueError(
-        f"REDUpdate needs a DeepRED, and {type(module).__name__} has none at "
-        f"submodule={submodule!r}; it has them at {inside}"
-    )
 
 
 @torch.no_grad()

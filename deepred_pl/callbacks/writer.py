@@ -1,5 +1,6 @@
 """What a run leaves behind: the restored image, a comparison, and the figures."""
 
+import io
 import json
 import math
 import time
@@ -14,7 +15,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from deepred_pl.callbacks.guard import rollbacks
+from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.red import wait_seconds
+from deepred_pl.callbacks.stopping import AutoStop
 from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.images import ImageFormat, write_bytes, write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
@@ -25,8 +29,10 @@ class Writer(Callback):
     """Writes into the run directory when a fit ends.
 
     `restored.png` (at the input's depth; `.tif` for float input), `comparison.png` and
-    `result.json`. `predict` writes the first alone. That the directory can be written is
-    found out before the fit.
+    `result.json`; with `Langevin` also the samples' standard deviation, `uncertainty.npy`,
+    (H, W, C) on the [0, 1] scale, and `uncertainty.png`, its mean over the channels, white at the
+    largest. `predict` writes the first alone. That the directory can be written is found out
+    before the fit.
 
     Raises:
         OSError: The run directory cannot be written.
@@ -59,6 +65,9 @@ class Writer(Callback):
         picture = compare(pl_module)
         write_image(directory / "comparison.png", picture)
         write_bytes(directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        for callback in trainer.callbacks:
+            if isinstance(callback, Langevin) and callback.std is not None:
+                _write_uncertainty(directory, callback.std)
         scores = [result["psnr"][name] for name in ("measurement", "restored")]
         gain = "" if None in scores else " (PSNR {:.2f} -> {:.2f} dB)".format(*scores)
         rank_zero_info(f"restored image{gain}: {path}")
@@ -100,7 +109,6 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         return {k: None if v is None or not v.isfinite() else float(v) for k, v in known.items()}
 
     variance = problem.noise_variance()
-    stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
     return {
         "psnr": scores(psnr),
         "ssim": scores(ssim),
@@ -109,9 +117,26 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         "steps": model.step,
         "seconds": round(seconds, 3),
         "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
-        "stop_reason": "stopped early" if stopped else "max_steps",
+        "rollbacks": rollbacks(trainer),
+        "stop_reason": _stop_reason(trainer),
         "seed": model.seed,
     }
+
+
+def _stop_reason(trainer: Trainer) -> str:
+    for callback in trainer.callbacks:
+        if isinstance(callback, AutoStop) and callback.stopped:
+            return f"auto_stop: {callback.rule}, best at step {callback.best_step}"
+    stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
+    return "stopped early" if stopped else "max_steps"
+
+
+def _write_uncertainty(directory: Path, std: Tensor) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, std[0].movedim(0, -1).cpu().numpy())  # (H, W, C)
+    write_bytes(directory / "uncertainty.npy", buffer.getvalue())
+    grey = std.mean(dim=1, keepdim=True)
+    write_image(directory / "uncertainty.png", grey / grey.max().clamp(min=1e-12))
 
 
 def compare(model: DeepImagePrior) -> Tensor:

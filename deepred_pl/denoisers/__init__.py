@@ -4,8 +4,19 @@ Any callable from (1, C, H, W) to (1, C, H, W) serves as a denoiser; these are r
 """
 
 from deepred_pl.denoisers.bm3d import BM3D
+from deepred_pl.denoisers.classical import Bilateral, Median, Wavelet
 from deepred_pl.denoisers.denoiser import Denoiser
+from deepred_pl.denoisers.learned import Learned
 from deepred_pl.denoisers.nlm import NonLocalMeans
 from deepred_pl.denoisers.tv import TotalVariation
 
-__all__ = ["BM3D", "Denoiser", "NonLocalMeans", "TotalVariation"]
+__all__ = [
+    "BM3D",
+    "Bilateral",
+    "Denoiser",
+    "Learned",
+    "Median",
+    "NonLocalMeans",
+    "TotalVariation",
+    "Wavelet",
+]

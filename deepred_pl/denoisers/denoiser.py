@@ -18,6 +18,13 @@ class Denoiser(ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """The denoised x, of its shape, device and dtype."""
 
+    def check(self, x: Tensor) -> None:  # noqa: B027  most take any image
+        """Refuse images like x; called before the fit.
+
+        Raises:
+            ValueError: It cannot denoise them; the message says why.
+        """
+
 
 def through_numpy(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Tensor:
     """Apply `function`, (H, W, C) to (H, W, C) in float64, to an image (1, C, H, W)."""

@@ -50,14 +50,20 @@ def transcribe(
     for step, out in enumerate(outs, start=1):
         if step % k == 0:
             start = x
+            begun = job
             if step % (k * rounds) == 0:
                 inner_x, f_x = denoise(job)
                 if rounds > 1:
                     job = (x, out + u, lam, mu, step)  # submitted before the update
                 else:
                     start = inner_x
-            x = x_update(start, f_x, out + u, step, lam, mu)
-            u = u + out - x
+            if kind == "pnp":  # f of the v that the round began with, and u from the same v
+                _, v, *_ = begun
+                x = np.clip(smooth_numpy(v), 0, 1)
+                f_x, u = x, v - x
+            else:
+                x = x_update(start, f_x, out + u, step, lam, mu)
+                u = u + out - x
             psnr = -10 * np.log10(((out - y) ** 2).mean())
             if rise and psnr > threshold:
                 lam, mu, threshold = lam + rise, mu + rise, threshold + 0.01
@@ -85,7 +91,7 @@ class Recorder(Callback):
 @pytest.mark.parametrize("inner", [1, 2])
 def test_a_fit_equals_the_transcription(make_trainer, channels, kind, k, rounds, inner):
     problem = noisy_problem(channels)
-    settings = {"lam": 0.5, "mu": 0.4, "rise_step": 0.1, "rise_start": 10.0}
+    settings = {"lam": 0.5, "mu": 0.4, "penalty": "rise", "rise_step": 0.1, "rise_start": 10.0}
     model = DeepRED(network=TinyNet, problem=problem, **settings)
     update = REDUpdate(smooth, k, rounds, kind, step_size=0.7, inner_iterations=inner)
     recorder = Recorder()
@@ -98,6 +104,20 @@ def test_a_fit_equals_the_transcription(make_trainer, channels, kind, k, rounds,
         for got, expected in zip(got_state, want_state, strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-5)
     assert recorder.states[-1][3] > 0.5  # the rise did happen
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_plug_and_play_equals_the_transcription(make_trainer, k):
+    problem = noisy_problem(3)
+    model = DeepRED(network=TinyNet, problem=problem, lam=0.5, mu=0.4)
+    recorder = Recorder()
+    make_trainer(max_steps=23, callbacks=[REDUpdate(smooth, k, x_update="pnp"), recorder]).fit(
+        model
+    )
+    want = transcribe(recorder.outs, problem.y.double().numpy(), k, 1, "pnp", 1)
+    for (x, u, *_), (want_x, want_u, *_) in zip(recorder.states, want, strict=True):
+        np.testing.assert_allclose(x, want_x, atol=1e-5)
+        np.testing.assert_allclose(u, want_u, atol=1e-5)
 
 
 # The schedule
@@ -199,7 +219,7 @@ def test_the_ground_truth_reaches_the_metrics_and_nothing_else(make_trainer, tmp
     measured = RestorationDataModule(measurement=tmp_path / "y.npy", noise=GaussianNoise(25))
     states = []
     for data in (simulated, measured):
-        model = DeepRED(network=TinyNet, rise_step=0.1)
+        model = DeepRED(network=TinyNet, penalty="rise")
         trainer = make_trainer(max_steps=9, callbacks=[REDUpdate(smooth, every_n_steps=2)])
         trainer.fit(model, data)
         states.append(tensors(model))
@@ -216,6 +236,8 @@ def test_the_ground_truth_reaches_the_metrics_and_nothing_else(make_trainer, tmp
         {"every_n_steps": 0},
         {"rounds_per_denoising": 0},
         {"inner_iterations": 0},
+        {"x_update": "pnp", "inner_iterations": 2},
+        {"x_update": "pnp", "rounds_per_denoising": 10},
         {"step_size": 0},
         {"step_size": 2},
         {"x_update": "newton"},

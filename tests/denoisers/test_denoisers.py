@@ -2,12 +2,26 @@ import bm3d
 import numpy as np
 import pytest
 import torch
-from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
+from scipy.ndimage import median_filter
+from skimage.restoration import (
+    denoise_bilateral,
+    denoise_nl_means,
+    denoise_tv_chambolle,
+    denoise_wavelet,
+)
 
-from deepred_pl.denoisers import BM3D, NonLocalMeans, TotalVariation
+from deepred_pl.denoisers import BM3D, Bilateral, Median, NonLocalMeans, TotalVariation, Wavelet
 from tests.conftest import noisy_problem, picture
 
-ALL = [NonLocalMeans(10), TotalVariation(0.05), BM3D(10, profile="lc")]
+ALL = [
+    NonLocalMeans(10),
+    TotalVariation(0.05),
+    BM3D(10, profile="lc"),
+    Wavelet(10),
+    Median(3),
+    Bilateral(25),
+]
+STRONG = {TotalVariation: TotalVariation(0.1), Median: Median(5), Bilateral: Bilateral(25, 1)}
 
 
 def name(denoiser):
@@ -40,7 +54,7 @@ def test_dtype_comes_back(denoiser, dtype):
 def test_noise_is_taken_away(denoiser, channels):
     problem = noisy_problem(channels, 40, 51)
     error = lambda x: ((x - problem.ground_truth) ** 2).mean()  # noqa: E731
-    strong = type(denoiser)(0.1) if isinstance(denoiser, TotalVariation) else type(denoiser)(25)
+    strong = STRONG.get(type(denoiser)) or type(denoiser)(25)
     assert error(strong(problem.y)) < 0.6 * error(problem.y)
 
 
@@ -83,6 +97,26 @@ def test_tv_is_scikit_images_over_all_channels():
     np.testing.assert_allclose(to_numpy(TotalVariation(0.07)(x)), want, atol=1e-6)
 
 
+def test_wavelet_is_scikit_images_per_channel():
+    x = noisy_problem(3, 21, 34).y
+    want = [denoise_wavelet(c, sigma=10 / 255, rescale_sigma=True) for c in x[0].double().numpy()]
+    np.testing.assert_allclose(Wavelet(10)(x)[0].numpy(), np.stack(want), atol=1e-6)
+
+
+def test_median_is_scipys_per_channel():
+    x = noisy_problem(3, 21, 34).y
+    want = [median_filter(c, size=5, mode="nearest") for c in x[0].double().numpy()]
+    np.testing.assert_allclose(Median(5)(x)[0].numpy(), np.stack(want), atol=1e-6)
+
+
+def test_bilateral_is_scikit_images_over_all_channels():
+    x = noisy_problem(3, 21, 34).y
+    want = denoise_bilateral(
+        to_numpy(x), sigma_color=0.2, sigma_spatial=2, mode="symmetric", channel_axis=-1
+    )
+    np.testing.assert_allclose(to_numpy(Bilateral(51, 2)(x)), want, atol=1e-6)
+
+
 def test_bm3d_is_the_packages_colour_and_grey_denoiser():
     colour, grey = noisy_problem(3, 21, 34).y, noisy_problem(1, 21, 34).y
     want = bm3d.bm3d_rgb(to_numpy(colour), 10 / 255)
@@ -103,7 +137,7 @@ def test_bm3d_survives_colours_without_contrast():
     assert BM3D(10)(x).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [NonLocalMeans, BM3D])
+@pytest.mark.parametrize("kind", [NonLocalMeans, BM3D, Wavelet, Bilateral])
 @pytest.mark.parametrize("sigma", [0, -3, 256, float("nan")])
 def test_impossible_sigma_is_refused(kind, sigma):
     with pytest.raises(ValueError, match="grey levels"):
@@ -113,6 +147,11 @@ def test_impossible_sigma_is_refused(kind, sigma):
 def test_other_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="weight"):
         TotalVariation(0)
+    for size in (1, 4):
+        with pytest.raises(ValueError, match="odd number of pixels"):
+            Median(size)
+    with pytest.raises(ValueError, match="width must be > 0"):
+        Bilateral(width=0)
     with pytest.raises(ValueError, match="patch"):
         NonLocalMeans(patch_size=0)
     with pytest.raises(ValueError, match="profile"):

@@ -1,0 +1,171 @@
+"""A way back for a fit that collapses."""
+
+import math
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.model import DeepImagePrior, find_restoration
+
+RECENT = 0.2  # weight of the latest look in the usual PSNR
+HARMLESS = 30.0  # dB; out and average this near each other are no collapse, whatever was usual
+DIP_ROUND = 10  # θ-steps between two looks where no REDUpdate has rounds
+
+
+class CollapseGuard(Callback):
+    """Takes a fit that collapses back to its last good state: network, optimizer, x, u and job.
+
+    Before each denoiser round, every 10 θ-steps for a `DeepImagePrior`, it compares `out` with
+    `average`, what the fit gave recently. From one look to the next their PSNR falls by less than
+    2 dB in ordinary fits of photographs; small spikes are left alone. A loss of more than `drop`
+    is a collapse, and so is a NaN. The fit then goes on from its last good state, with the input
+    noise and the learning rate of the present step. A loss that stays is no collapse: what is
+    usual follows it.
+
+    It must stand before `REDUpdate` among the callbacks, so that no x is made of a bad `out`. Each
+    look waits for the device once, and copies network and optimizer.
+
+    Args:
+        drop: Loss of PSNR(out, average) that is a collapse, in dB, > 0.
+        patience: How many looks in a row may find NaN, at least 1.
+        submodule: Dotted name of the restoration inside the trained module; "" is the module.
+
+    Attributes:
+        rollbacks: How often the fit was taken back.
+
+    Raises:
+        ValueError: An argument out of range, or no restoration where `submodule` says.
+        RuntimeError: NaN at more than `patience` looks in a row.
+    """
+
+    def __init__(self, drop: float = 6.0, patience: int = 3, submodule: str = "") -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        if not drop > 0:
+            raise ValueError(f"drop must be > 0 dB, got {drop}; .inf leaves all but NaN alone")
+        self.drop = drop
+        self.patience = patience
+        self.submodule = submodule
+        self.rollbacks = 0
+        self._usual = math.nan  # PSNR(out, average) at the recent looks, in dB
+        self._failures = 0  # looks in a row that found NaN
+        self._every_n_steps = DIP_ROUND
+        self._looks = 0
+        self._good: tuple[dict, list] = {}, []
+
+    # Lightning's hooks
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(submodule=self.submodule)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollbacks": self.rollbacks, "usual": self._usual, "failures": self._failures}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rollbacks, self._usual = state_dict["rollbacks"], state_dict["usual"]
+        self._failures = state_dict["failures"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.rollbacks, self._usual, self._failures = 0, math.nan, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = find_restoration(pl_module, self.submodule)
+        updates = self._updates(trainer)
+        if any(trainer.callbacks.index(u) < trainer.callbacks.index(self) for u in updates):
+            raise ValueError(
+                "expected CollapseGuard before REDUpdate among the trainer's callbacks, got it "
+                "behind; x would be made of a collapsed output: change their order"
+            )
+        rounds = [u.every_n_steps * u.rounds_per_denoising for u in updates]
+        self._every_n_steps = min(rounds, default=DIP_ROUND)
+        self._looks = model.step // self._every_n_steps
+        self._good = _copy(model, trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        model = find_restoration(pl_module, self.submodule)
+        if model.step // self._every_n_steps > self._looks:
+            self._looks = model.step // self._every_n_steps
+            self._look(model, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._good = {}, []
+
+    # The guard
+
+    def _look(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        level = float(_level(model))  # the one wait for the device
+        if not math.isfinite(level):
+            self._failures += 1
+            if self._failures > self.patience:
+                raise RuntimeError(
+                    f"the fit gave NaN at {self._failures} looks in a row, the last at step "
+                    f"{model.step}, and each time went on from its last good state; take a lower "
+                    "learning rate, or --trainer.precision 32"
+                )
+            self._go_back(model, trainer, "gave NaN")
+            return
+        self._failures = 0
+        lost = 0.0 if math.isnan(self._usual) else self._usual - level
+        self._usual = level if math.isnan(self._usual) else self._usual - RECENT * lost
+        if lost > self.drop and level < HARMLESS:
+            self._go_back(model, trainer, f"lost {lost:.1f} dB against its recent output")
+        else:
+            self._good = _copy(model, trainer)
+
+    def _go_back(self, model: DeepImagePrior, trainer: Trainer, why: str) -> None:
+        self.rollbacks += 1
+        _copy_back(model, trainer, *self._good)
+        for update in self._updates(trainer):
+            update.restart(trainer)
+        rank_zero_warn(f"step {model.step}: the fit {why}; it goes on from its last good state")
+
+    def _updates(self, trainer: Trainer) -> list[REDUpdate]:
+        updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate)]
+        return [u for u in updates if u.submodule == self.submodule]
+
+
+def rollbacks(trainer: Trainer) -> int:
+    """How often the trainer's fits were taken back."""
+    return sum(c.rollbacks for c in trainer.callbacks if isinstance(c, CollapseGuard))
+
+
+@torch.no_grad()
+def _level(model: DeepImagePrior) -> Tensor:
+    """PSNR(out, average) in dB, 0-dim; NaN where they or the network are not finite."""
+    assert model.network is not None
+    norms = torch._foreach_norm([p.detach() for p in model.network.parameters()])
+    distance = (model.out - model.average).square().mean().clamp(min=1e-12)
+    return -10 * torch.log10(distance) + 0 * torch.stack(norms).sum()  # 0 · NaN is NaN
+
+
+def _copy(model: DeepImagePrior, trainer: Trainer) -> tuple[dict[str, Tensor], list[dict]]:
+    """The module's tensors but the problem's, and the optimizer's state of each parameter."""
+    tensors = {
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and not name.startswith("problem.")
+    }
+    return tensors, [_cloned(o.state.get(p, {})) for o, p in _optimized(model, trainer)]
+
+
+def _copy_back(
+    model: DeepImagePrior, trainer: Trainer, tensors: dict[str, Tensor], states: list[dict]
+) -> None:
+    model.load_state_dict(tensors, strict=False)  # the step goes on
+    for (optimizer, parameter), state in zip(_optimized(model, trainer), states, strict=True):
+        optimizer.state[parameter] = _cloned(state)
+
+
+def _optimized(model: DeepImagePrior, trainer: Trainer) -> list[tuple]:
+    assert model.network is not None
+    parameters = list(model.network.parameters())
+    return [(optimizer, p) for optimizer in trainer.optimizers for p in parameters]
+
+
+def _cloned(state: dict) -> dict:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}

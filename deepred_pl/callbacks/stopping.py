@@ -1,0 +1,131 @@
+"""Stopping without a ground truth."""
+
+import math
+from typing import Any, Literal
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from deepred_pl.model import DeepImagePrior, find_restoration
+from deepred_pl.moments import RunningMoments
+
+
+class AutoStop(Callback):
+    """Stops a fit that begins to learn the noise, and returns its best window's average.
+
+    The outputs of every `window` θ-steps are averaged, and where a window ends, it is judged:
+
+        variance      The variance of its outputs. It falls while the image forms and rises when
+                      the noise comes (Wang et al. 2021, arXiv:2112.06074, with windows side by
+                      side instead of one that slides: a running mean and variance in place of 100
+                      images). The least one is the best; the fit stops when none was better for
+                      `patience` θ-steps. A learning rate that falls makes it fall too, so it
+                      wants a constant one.
+        discrepancy   Whether the residual of its average is down to what the noise makes of it
+                      (Morozov's principle; `InverseProblem.expected_residual`). The first such
+                      window is the best, and the fit stops there. It needs a noise model.
+
+    The best window's average becomes the module's `chosen`, which `restored` returns instead of
+    what `result` says, also where the fit ran to its end.
+
+    Args:
+        rule: "variance" or "discrepancy".
+        window: θ-steps in a window, at least 2. A window longer than the run switches the
+            callback off, with a warning.
+        patience: θ-steps without a better window, at least 1.
+        submodule: Dotted name of the restoration inside the trained module; "" is the module.
+
+    Attributes:
+        best_step: Last step of the best window, or None.
+        stopped: Whether it ended the fit.
+
+    Raises:
+        ValueError: An argument out of range, or no noise model where one is needed.
+    """
+
+    def __init__(
+        self,
+        rule: Literal["variance", "discrepancy"] = "variance",
+        window: int = 100,
+        patience: int = 1000,
+        submodule: str = "",
+    ) -> None:
+        if rule not in ("variance", "discrepancy"):
+            raise ValueError(f"rule must be 'variance' or 'discrepancy', got {rule!r}")
+        for name, (count, least) in {"window": (window, 2), "patience": (patience, 1)}.items():
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}")
+        self.rule = rule
+        self.window = window
+        self.patience = patience
+        self.submodule = submodule
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best_step: int | None = None
+        self.stopped = False
+        self._best = math.inf
+        self._window = RunningMoments()
+        self._on = True
+
+    # Lightning's hooks
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(submodule=self.submodule)
+
+    def state_dict(self) -> dict[str, Any]:
+        window = self._window.state_dict()
+        return {"best_step": self.best_step, "best": self._best, "window": window}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_step, self._best = state_dict["best_step"], state_dict["best"]
+        self._window.load_state_dict(state_dict["window"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._reset()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = find_restoration(pl_module, self.submodule)
+        if self.rule == "discrepancy" and model.problem is not None and model.problem.noise is None:
+            raise ValueError(
+                "AutoStop(rule='discrepancy') needs a noise model, and this problem has none; "
+                "give noise, or rule='variance'"
+            )
+        if 0 < trainer.max_steps < self.window:
+            self._on = False
+            rank_zero_warn(
+                f"AutoStop is off: its window of {self.window} θ-steps is longer than the run of "
+                f"{trainer.max_steps}; take a shorter window, or more steps"
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if not self._on:
+            return
+        model = find_restoration(pl_module, self.submodule)
+        self._window.add(model.out)
+        if self._window.count == self.window:
+            self._judge(model, trainer)
+            self._window = RunningMoments()
+
+    # The rules
+
+    def _judge(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        value = float(self._value(model))  # waits for the device, once in a window
+        if value < self._best:
+            self.best_step, self._best = model.step, value
+            model.chosen = self._window.mean
+        waited = model.step - (self.best_step or 0)
+        found = value < 0 if self.rule == "discrepancy" else waited >= self.patience
+        if found:
+            self.stopped = trainer.should_stop = True
+
+    def _value(self, model: DeepImagePrior) -> Tensor:
+        """What the best window has least of, 0-dim."""
+        if self.rule == "variance":
+            return self._window.variance.mean()
+        assert model.problem is not None
+        expected = model.problem.expected_residual(self._window.mean)
+        assert expected is not None
+        return model.problem.residual(self._window.mean) / expected - 1

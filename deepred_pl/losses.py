@@ -1,0 +1,100 @@
+"""Terms that the θ-update minimises beside the likelihood.
+
+A term is any callable `term(out, model) -> Tensor`, 0-dim, for T_θ(z) = out, (1, C, H, W);
+`DeepImagePrior(regularizer=term)` adds it to the data term.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import total_variation
+
+from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Identity
+
+if TYPE_CHECKING:
+    from deepred_pl.model import DeepImagePrior
+
+PURPOSE = 1  # of SURE's random numbers, beside the input noise's
+PERTURBATION = 0.01  # of σ: small against the noise, large against the rounding of float32
+
+
+class Term(ABC):
+    """A term beside the likelihood; the base class lets the command line find it by name."""
+
+    def check(self, model: "DeepImagePrior") -> None:  # noqa: B027  most apply everywhere
+        """Refuse a model and problem it does not apply to; called before the fit.
+
+        Raises:
+            ValueError: It does not apply; the message says why.
+        """
+
+    @abstractmethod
+    def __call__(self, out: Tensor, model: "DeepImagePrior") -> Tensor:
+        """The term at T_θ(z) = out, 0-dim."""
+
+
+class TotalVariationPenalty(Term):
+    """Anisotropic total variation per value, weight · Σ(|∂ᵥ out| + |∂ₕ out|) / N.
+
+    Args:
+        weight: > 0, in the squared-error units of the data term.
+
+    Raises:
+        ValueError: weight not above 0.
+    """
+
+    def __init__(self, weight: float = 0.01) -> None:
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be > 0, got {weight}; leave the term out instead")
+        self.weight = weight
+
+    def __call__(self, out: Tensor, model: "DeepImagePrior") -> Tensor:
+        return self.weight * total_variation(out) / out.numel()
+
+
+class SURE(Term):
+    """What Stein's unbiased risk estimate adds to the mean squared residual (Stein 1981).
+
+    2σ²/N · div_y T_θ(y) − σ², so that the data term and this term together estimate
+    mean((T_θ(y) − x)²) without x. The divergence is Monte-Carlo (Ramani et al. 2008): a second
+    pass through the network, on the measurement moved by a little fresh noise. It holds for
+    Gaussian noise, not clipped, of known σ; A must be the identity, and the network's input the
+    measurement alone (`MeasurementNet`, input_noise_std=0).
+
+    Raises:
+        ValueError: At `check`, another noise, operator or network input.
+    """
+
+    def check(self, model: "DeepImagePrior") -> None:
+        problem = model.problem
+        assert problem is not None
+        if not isinstance(problem.operator, Identity):
+            raise ValueError(
+                "SURE is for denoising: expected the Identity operator, got "
+                f"{type(problem.operator).__name__}; use another method, as methods/deepred"
+            )
+        if not isinstance(problem.noise, GaussianNoise):
+            got = "none" if problem.noise is None else type(problem.noise).__name__
+            raise ValueError(
+                f"SURE needs the sigma of Gaussian noise: expected GaussianNoise, got {got}; give "
+                "noise, or use another method, as methods/deepred"
+            )
+        if model.input_noise_std > 0 or not torch.equal(model.z, problem.y):
+            raise ValueError(
+                "SURE needs the measurement as the network's only input: expected "
+                "network=MeasurementNet and input_noise_std=0, got "
+                f"{type(model.network).__name__} and {model.input_noise_std}"
+            )
+
+    def __call__(self, out: Tensor, model: "DeepImagePrior") -> Tensor:
+        assert model.network is not None and model.problem is not None
+        variance = model.problem.noise_variance()
+        assert variance is not None
+        moved = torch.randn(out.shape, generator=model.generator(PURPOSE), device=out.device)
+        step = PERTURBATION * variance.sqrt()
+        change = model.network(model.z + step * moved).float() - out
+        return 2 * variance * (moved * change).mean() / step - variance

@@ -1,0 +1,165 @@
+"""Collapses and NaN: the fit recovers."""
+
+import json
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
+from deepred_pl.callbacks import CollapseGuard, LastCheckpoint, Writer
+from deepred_pl.metrics import psnr
+from tests.conftest import TinyNet, noisy_problem, smooth
+
+STEPS = 120
+
+
+class Disturb(Callback):
+    """Spoils the network after the given steps."""
+
+    def __init__(self, at, spoil):
+        self.at, self.spoil = at, spoil
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer, model, *args):
+        if model.step in self.at:
+            self.spoil(model)
+
+
+def collapse(model):
+    model.network.head.weight.zero_()
+    model.network.head.bias.fill_(-8.0)  # a black image, in a sigmoid's flat part
+
+
+def poison(model):
+    next(iter(model.network.parameters())).fill_(float("nan"))
+
+
+def spike(model):
+    model.network.head.bias.add_(0.2)
+
+
+def fit(make_trainer, kind=DeepRED, at=(), spoil=poison, steps=STEPS, guard=None, **red):
+    model = kind(network=TinyNet, problem=noisy_problem(3, 16, 17))
+    guard = guard or CollapseGuard()
+    update = REDUpdate(smooth, **{"every_n_steps": 5, **red})
+    trainer = make_trainer(max_steps=steps, callbacks=[Disturb(at, spoil), guard, update, Writer()])
+    trainer.fit(model)
+    return model, guard
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+@pytest.mark.parametrize("red", [{}, {"every_n_steps": 1, "rounds_per_denoising": 4}])
+@pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
+@pytest.mark.parametrize("spoil", [collapse, poison])
+def test_a_forced_failure_is_survived(make_trainer, tmp_path, kind, spoil, red):
+    at = (62,)
+    model, guard = fit(make_trainer, kind, at, spoil, **red)
+    untouched, _ = fit(make_trainer, kind, **red)
+    assert guard.rollbacks == 1
+    truth = model.problem.ground_truth
+    assert psnr(model.restored, truth) > psnr(untouched.restored, truth) - 1
+    assert all(p.isfinite().all() for p in model.network.parameters())
+    if kind is DeepRED:
+        for image in (model.x, model.u, model.f_x):
+            assert image.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_the_count_is_in_the_result(make_trainer, tmp_path):
+    fit(make_trainer, at=(31, 62), spoil=poison)
+    assert json.loads((tmp_path / "result.json").read_text())["rollbacks"] == 2
+
+
+@pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
+def test_an_ordinary_fit_and_a_small_spike_are_left_alone(make_trainer, kind):
+    assert fit(make_trainer, kind)[1].rollbacks == 0
+    assert fit(make_trainer, kind, at=(59,), spoil=spike)[1].rollbacks == 0
+
+
+def test_a_guarded_fit_is_the_same_as_an_unguarded_one(make_trainer):
+    guarded, _ = fit(make_trainer)
+    model = DeepRED(network=TinyNet, problem=noisy_problem(3, 16, 17))
+    make_trainer(max_steps=STEPS, callbacks=[REDUpdate(smooth, every_n_steps=5)]).fit(model)
+    assert torch.equal(guarded.restored, model.restored) and torch.equal(guarded.u, model.u)
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_network_optimizer_images_and_job_go_back_to_the_last_good_round(make_trainer):
+    class Snapshots(Callback):
+        """The state at the looks: before the collapse, and behind the return."""
+
+        def __init__(self):
+            self.states = {}
+
+        def on_train_batch_end(self, trainer, model, *args):
+            optimizer = trainer.optimizers[0]
+            tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+            state = {n: t.clone() for n, t in tensors.items()}
+            for i, p in enumerate(model.network.parameters()):
+                state[f"adam {i}"] = optimizer.state[p]["exp_avg"].clone()
+                state[f"adam steps {i}"] = optimizer.state[p]["step"].clone()
+            self.states[model.step] = state
+
+    class Look(CollapseGuard):
+        """Records right behind the guard's look, before REDUpdate goes on."""
+
+        def on_train_batch_end(self, trainer, model, *batch):
+            super().on_train_batch_end(trainer, model, *batch)
+            looks.on_train_batch_end(trainer, model)
+
+    looks = Snapshots()
+    model = DeepRED(network=TinyNet, problem=noisy_problem(3, 16, 17))
+    callbacks = [Disturb((62,), poison), Look(), REDUpdate(smooth, every_n_steps=5)]
+    make_trainer(max_steps=66, callbacks=callbacks).fit(model)
+    good, back = looks.states[60], looks.states[65]
+    assert good.keys() == back.keys()
+    for name, value in good.items():
+        assert torch.equal(value, back[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_nan_again_and_again_ends_the_run_with_a_clear_error(make_trainer):
+    with pytest.raises(RuntimeError, match=r"NaN at 4 looks in a row.*lower learning rate"):
+        fit(make_trainer, at=range(60, STEPS), spoil=poison)
+    # With good looks between them, NaN is survived as often as it comes.
+    _, guard = fit(make_trainer, at=(52, 62, 72, 82, 92, 102), spoil=poison)
+    assert guard.rollbacks == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_nan_in_the_first_round_is_survived(make_trainer):
+    model, guard = fit(make_trainer, at=(2,), spoil=poison)
+    assert guard.rollbacks == 1 and model.restored.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_the_count_survives_a_resume(make_trainer, tmp_path):
+    def part(steps, ckpt_path=None):
+        guard = CollapseGuard()
+        model = DeepRED(network=TinyNet, problem=noisy_problem(3, 16, 17))
+        callbacks = [
+            Disturb((32,), poison),
+            guard,
+            REDUpdate(smooth, every_n_steps=5),
+            LastCheckpoint(),
+        ]
+        trainer = make_trainer(max_steps=steps, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(model, ckpt_path=ckpt_path)
+        return guard
+
+    assert part(43).rollbacks == 1
+    assert part(60, tmp_path / "checkpoints" / "last.ckpt").rollbacks == 1
+
+
+def test_it_must_stand_before_the_update(make_trainer):
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    trainer = make_trainer(max_steps=3, callbacks=[REDUpdate(smooth), CollapseGuard()])
+    with pytest.raises(ValueError, match="CollapseGuard before REDUpdate"):
+        trainer.fit(model)
+
+
+@pytest.mark.parametrize("wrong", [{"drop": 0}, {"drop": float("nan")}, {"patience": 0}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CollapseGuard(**wrong)

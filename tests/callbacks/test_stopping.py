@@ -1,0 +1,139 @@
+"""Stopping without a ground truth, against NumPy on the networks' outputs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import Callback
+from torch import nn
+
+from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
+from deepred_pl.callbacks import AutoStop, LastCheckpoint, Writer
+from deepred_pl.noise import GaussianNoise
+from tests.conftest import TinyNet, noisy_problem, picture, smooth
+
+
+class Script(nn.Module):
+    """Gives outputs of a known course: a level, and a spread around it, per step."""
+
+    def __init__(self, channels, levels, spreads):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.levels, self.spreads, self.calls = levels, spreads, 0
+
+    def prepare(self, problem):
+        return torch.zeros(problem.image_shape)
+
+    def forward(self, z):
+        generator = torch.Generator().manual_seed(self.calls)
+        level, spread = self.levels[self.calls], self.spreads[self.calls]
+        self.calls += 1
+        return level + spread * torch.randn(z.shape, generator=generator) + 0 * self.weight
+
+
+class Outs(Callback):
+    def __init__(self):
+        self.outs = []
+
+    def on_train_batch_end(self, trainer, model, *args):
+        self.outs.append(model.out.double().numpy().copy())
+
+
+def scripted(levels, spreads, problem=None):
+    return DeepImagePrior(
+        lambda c: Script(c, levels, spreads),
+        input_noise_std=0,
+        problem=problem or noisy_problem(1, 9, 11),
+    )
+
+
+def test_the_window_of_least_variance_is_returned_and_the_fit_stops(make_trainer, tmp_path):
+    # The spread falls to step 60 and rises again, as of a network that learns the noise.
+    spreads = [0.01 + 0.01 * abs(step - 60) / 60 for step in range(400)]
+    model, outs = scripted([0.5] * 400, spreads), Outs()
+    stop = AutoStop(window=20, patience=100)
+    make_trainer(max_steps=400, callbacks=[outs, stop, Writer()]).fit(model)
+    windows = np.stack(outs.outs).reshape(-1, 20, *model.out.shape)
+    best = windows.var(1).mean((1, 2, 3, 4)).argmin()
+    assert stop.best_step == 20 * (best + 1) and best in (2, 3)
+    assert model.step == stop.best_step + 100 and stop.stopped
+    np.testing.assert_allclose(model.restored, windows[best].mean(0), atol=1e-6)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["stop_reason"] == f"auto_stop: variance, best at step {stop.best_step}"
+
+
+def test_the_best_window_is_returned_of_a_fit_that_ran_to_its_end_too(make_trainer):
+    spreads = [0.05] * 20 + [0.01] * 20 + [0.05] * 20
+    model, outs, stop = scripted([0.5] * 60, spreads), Outs(), AutoStop(window=20)
+    make_trainer(max_steps=60, callbacks=[outs, stop]).fit(model)
+    assert (model.step, stop.stopped, stop.best_step) == (60, False, 40)
+    np.testing.assert_allclose(model.restored, np.mean(outs.outs[20:40], 0), atol=1e-6)
+
+
+def test_the_discrepancy_rule_stops_where_the_residual_is_the_noises(make_trainer):
+    truth = torch.full((1, 1, 30, 31), 0.5)
+    noise = GaussianNoise(25)
+    y = noise.sample(truth, torch.Generator().manual_seed(0))
+    y = 0.5 + (y - y.mean()) * 0.97 * 25 / 255 / y.std()  # a little quieter than it could be
+    # The level comes nearer to the truth; within 0.024 the residual is that of the noise.
+    levels = [0.5 + 0.2 * 0.97**step for step in range(200)]
+    problem = InverseProblem(y, noise=noise, ground_truth=truth)
+    model, outs = scripted(levels, [0.0] * 200, problem), Outs()
+    stop = AutoStop("discrepancy", window=10)
+    make_trainer(max_steps=200, callbacks=[outs, stop]).fit(model)
+    means = np.stack(outs.outs).reshape(-1, 10, *y.shape).mean(1)
+    residuals = ((means - y.double().numpy()) ** 2).mean((1, 2, 3, 4))
+    assert stop.stopped and residuals[-1] <= (25 / 255) ** 2 < residuals[-2]
+    np.testing.assert_allclose(model.restored, means[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [8, 14, 20, 33])
+def test_a_resumed_fit_chooses_the_same_window(make_trainer, tmp_path, cut):
+    def fit(steps, folder, ckpt_path=None):
+        model = DeepRED(network=TinyNet, problem=noisy_problem())
+        stop = AutoStop(window=7, patience=14)
+        make_trainer(
+            max_steps=steps,
+            callbacks=[REDUpdate(smooth, every_n_steps=4), stop, LastCheckpoint()],
+            enable_checkpointing=True,
+            default_root_dir=tmp_path / folder,
+        ).fit(model, ckpt_path=ckpt_path)
+        return model, stop, tmp_path / folder / "checkpoints" / "last.ckpt"
+
+    whole, stopped, _ = fit(60, "whole")
+    assert stopped.stopped and whole.step > 33
+    resumed, again, _ = fit(60, "resumed", fit(cut, "cut")[2])
+    assert (again.best_step, again.stopped) == (stopped.best_step, True)
+    assert resumed.step == whole.step
+    assert torch.equal(resumed.restored, whole.restored)
+
+
+def test_the_choice_is_in_the_checkpoint(make_trainer, tmp_path):
+    model = DeepImagePrior(TinyNet, problem=noisy_problem())
+    callbacks = [AutoStop(window=5), LastCheckpoint()]
+    make_trainer(max_steps=12, callbacks=callbacks, enable_checkpointing=True).fit(model)
+    saved = tmp_path / "checkpoints" / "last.ckpt"
+    other = DeepImagePrior.load_from_checkpoint(saved, network=TinyNet, map_location="cpu")
+    assert torch.equal(other.restored, model.restored)
+    assert not torch.equal(other.restored, other.average.clamp(0, 1))
+
+
+def test_a_window_longer_than_the_run_switches_the_rule_off_with_one_warning(make_trainer):
+    model = DeepImagePrior(TinyNet, problem=noisy_problem())
+    with pytest.warns(UserWarning, match="AutoStop is off: its window of 100") as warned:
+        make_trainer(max_steps=99, callbacks=[AutoStop()]).fit(model)
+    assert sum("AutoStop" in str(w.message) for w in warned) == 1
+    assert model.step == 99 and model.chosen is None
+
+
+@pytest.mark.parametrize("wrong", [{"window": 1}, {"patience": 0}, {"rule": "psnr"}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        AutoStop(**wrong)
+
+
+def test_the_discrepancy_rule_needs_a_noise_model(make_trainer):
+    model = DeepImagePrior(TinyNet, problem=InverseProblem(picture(1, 9, 9)))
+    with pytest.raises(ValueError, match="needs a noise model"):
+        make_trainer(max_steps=200, callbacks=[AutoStop("discrepancy")]).fit(model)

@@ -1,0 +1,20 @@
+import numpy as np
+import pytest
+import torch
+
+from deepred_pl.moments import RunningMoments
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 7), (1, 3, 4, 4)])
+def test_mean_and_variance_are_numpys(shape):
+    images = torch.rand(17, *shape, generator=torch.Generator().manual_seed(0)) + 100
+    moments = RunningMoments()
+    for i, image in enumerate(images):
+        if i == 6:  # as if a fit were cut off and went on
+            state, moments = moments.state_dict(), RunningMoments()
+            moments.load_state_dict(state)
+        moments.add(image)
+    array = images.double().numpy()
+    assert moments.count == 17
+    np.testing.assert_allclose(moments.mean, array.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(moments.variance, array.var(0), rtol=2e-3)

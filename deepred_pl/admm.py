@@ -21,6 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+PER_VARIANCE = 450.0  # κ of `discrepancy`
+SHARPNESS = 10.0  # its p
+LARGEST_RATIO = 1.5  # a residual of 0 must not give an infinite λ
+
 Weight = Tensor | float
 XUpdate = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 
@@ -107,39 +111,27 @@ def gap(out: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x - out)
 
 
-def discrepancy(
-    lam: Tensor,
-    mu: Tensor,
-    least: float,
-    residual: Tensor,
-    expected: Tensor,
-    gain: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """λ and μ that set themselves by Morozov's discrepancy principle, without a device sync.
+def discrepancy(residual: Tensor, expected: Tensor) -> Tensor:
+    """λ by Morozov's discrepancy principle, 0-dim, without a device sync.
 
     The principle wants the λ at which the residual mean((A T_θ(z) − y)²) is what the noise makes
-    of it. Below that the network explains noise, so λ must grow; above, it may fall:
+    of it: below that, the network explains noise. Here λ answers to their ratio at once,
 
-        λ ← max(least, λ · (expected / residual)^gain),   μ in proportion.
+        λ = κ · expected · (expected / residual)^p,   κ = 450, p = 10.
 
-    This is dual ascent on the Lagrange multiplier 1/λ of  min prior  s.t.  residual <= expected,
-    in the logarithm of λ and so the same for every scale of noise. `least` keeps λ from falling
-    while the fit begins, when the residual is large because the network is not fitted yet.
+    At residual = expected λ is κ times the noise's variance, in proportion to it as in RED, whose
+    data term is divided by σ² (arXiv:1611.02862); the power makes λ next to nothing while the
+    network is not fitted yet, and lets it rise steeply before noise is learned. That must be
+    early: a weak denoiser does not take learned noise out again. For p → ∞ it is the principle
+    itself. κ and p were chosen on 128×128 crops of scikit-image's astronaut and camera, for
+    Gaussian noise of σ = 25 and 50 and Poisson noise, with non-local means of σ_f = 3.
 
     Args:
-        lam: λ, 0-dim.
-        mu: μ, 0-dim; μ / λ is kept.
-        least: What λ does not fall below.
         residual: mean((A T_θ(z) − y)²), 0-dim.
         expected: Its expectation at the true image, 0-dim.
-        gain: Exponent per round, > 0.
-
-    Returns:
-        The new λ and μ.
     """
-    factor = (expected / residual).clamp(0.5, 2) ** gain
-    new = (lam * factor).clamp(min=least)
-    return new, mu * (new / lam)
+    ratio = (expected / residual).clamp(max=LARGEST_RATIO)
+    return PER_VARIANCE * expected * ratio**SHARPNESS
 
 
 def rise(

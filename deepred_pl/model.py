@@ -314,9 +314,9 @@ class DeepRED(DeepImagePrior):
         mu: μ > 0, ADMM penalty of x = T_θ(z).
         penalty: How λ and μ go on from there, once in a round of x- and u-update:
             "fixed"         not at all;
-            "discrepancy"   they set themselves by Morozov's discrepancy principle
-                            (`admm.discrepancy`), so that the network does not learn the noise,
-                            and never fall below `lam` and `mu`; needs a noise model;
+            "discrepancy"   λ sets itself by Morozov's discrepancy principle, so that the network
+                            does not learn the noise (`admm.discrepancy`), but not below `lam`;
+                            μ keeps its proportion to λ; needs a noise model;
             "rise"          the released rule: both grow by `rise_step` where PSNR(A T_θ(z), y)
                             has passed a threshold, which then grows by 0.01 dB.
         rise_step: Of the released rule, > 0; 0.03 as released.
@@ -423,13 +423,9 @@ class DeepRED(DeepImagePrior):
         elif self.penalty == "discrepancy":
             expected = self.problem.expected_residual(self.out)
             assert expected is not None
-            self.lam, self.mu = admm.discrepancy(
-                self.lam,
-                self.mu,
-                self.initial_lam,
-                self.problem.residual(self.out),
-                expected,
-            )
+            lam = admm.discrepancy(self.problem.residual(self.out), expected)
+            self.lam = lam.clamp(min=self.initial_lam)
+            self.mu = self.lam * (self.initial_mu / self.initial_lam)
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
         """The loss of one θ-step, 0-dim, for a fit that a `REDUpdate` drives."""

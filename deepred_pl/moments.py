@@ -1,5 +1,6 @@
 """Mean and variance of many images that are seen one after another."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,3 +40,10 @@ class RunningMoments:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.count, self.mean, self.scatter = state["count"], state["mean"], state["scatter"]
+
+
+def together(parts: Sequence[RunningMoments]) -> tuple[Tensor, Tensor]:
+    """Mean and variance per value of all images of several parts, each of as many images."""
+    means = torch.stack([part.mean for part in parts])
+    within = torch.stack([part.variance for part in parts]).mean(0)
+    return means.mean(0), within + means.var(0, correction=0)

@@ -86,3 +86,12 @@ def test_rise_follows_the_threshold():
     assert [t.item() for t in above] == pytest.approx([0.53, 0.43, 20.01])
     # A perfect fit has infinite PSNR and must not spoil the weights.
     assert all(t.isfinite() for t in admm.rise(lam, mu, threshold, torch.tensor(torch.inf), 0.03))
+
+
+@pytest.mark.parametrize("variance", [3e-5, 0.01, 0.04])
+def test_discrepancy_is_the_noises_variance_times_a_power_of_the_ratio(variance):
+    for ratio in (0.8, 0.95, 1.0, 1.1, 3.0):
+        got = admm.discrepancy(torch.tensor(ratio * variance), torch.tensor(variance))
+        assert got.item() == pytest.approx(450 * variance / ratio**10, rel=1e-5)
+    # A perfect fit has no residual and must not spoil the weight.
+    assert admm.discrepancy(torch.tensor(0.0), torch.tensor(variance)).isfinite()

@@ -145,7 +145,7 @@ def test_methods_keep_the_width_of_quick_and_stack(deepred, photo):
 def test_callbacks_of_two_overlays_stack_and_their_settings_can_be_given(deepred, photo):
     run = deepred(
         *("--config", DENOISING, "--config", "methods/dip_sgld", "--config", "methods/auto_stop"),
-        *("--trainer.callbacks.init_args.window=2", "--trainer.callbacks.init_args.patience=1"),
+        *("--trainer.callbacks.init_args.window=10", "--trainer.callbacks.init_args.patience=1"),
         data__ground_truth=photo,
         trainer__max_steps=30,
     )

@@ -161,6 +161,26 @@ def test_the_rise_starts_at_the_noises_own_psnr(noise_sigma):
     assert released.threshold.item() == 20
 
 
+def test_the_discrepancy_rule_sets_lam_and_keeps_mus_proportion_and_lams_floor():
+    problem = noisy_problem(3, 33, 47)
+    model = make(DeepRED, problem=problem, penalty="discrepancy", lam=0.3, mu=0.6)
+    assert (model.lam.item(), model.mu.item()) == pytest.approx((0.3, 0.6))
+    for weight in (0.0, 0.5, 0.9):  # from the measurement to far from it
+        model.out = (1 - weight) * problem.y + weight * problem.ground_truth.flip(-1)
+        model.update_penalty()
+        residual = ((model.out - problem.y) ** 2).mean().item()
+        expected = problem.expected_residual(model.out).item()
+        want = max(0.3, 450 * expected * min(1.5, expected / max(residual, 1e-30)) ** 10)
+        assert model.lam.item() == pytest.approx(want, rel=1e-4)
+        assert model.mu.item() == pytest.approx(2 * want, rel=1e-4)
+    assert want == 0.3
+
+
+def test_the_discrepancy_rule_needs_a_noise_model():
+    with pytest.raises(ValueError, match="'discrepancy' needs a noise model"):
+        make(DeepRED, problem=InverseProblem(picture(1, 9, 9)), penalty="discrepancy")
+
+
 def test_the_rise_needs_a_noise_level():
     plain = InverseProblem(picture(1, 9, 9))
     with pytest.raises(ValueError, match="needs a noise model"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepred_pl.moments import RunningMoments
+from deepred_pl.moments import RunningMoments, together
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5, 7), (1, 3, 4, 4)])
@@ -18,3 +18,16 @@ def test_mean_and_variance_are_numpys(shape):
     assert moments.count == 17
     np.testing.assert_allclose(moments.mean, array.mean(0), rtol=1e-6)
     np.testing.assert_allclose(moments.variance, array.var(0), rtol=2e-3)
+
+
+def test_parts_together_are_all_their_images():
+    images = torch.rand(5, 4, 1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for part in images:
+        parts.append(RunningMoments())
+        for image in part:
+            parts[-1].add(image)
+    mean, variance = together(parts)
+    array = images.double().numpy().reshape(20, 1, 3, 5, 7)
+    np.testing.assert_allclose(mean, array.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, array.var(0), rtol=1e-4, atol=1e-7)

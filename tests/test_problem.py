@@ -1,9 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 
 from deepred_pl import InverseProblem
-from deepred_pl.noise import GaussianNoise
+from deepred_pl.noise import (
+    GammaNoise,
+    GaussianNoise,
+    LaplaceNoise,
+    PoissonGaussianNoise,
+    PoissonNoise,
+)
+from deepred_pl.operators import Blur, Mask
 from tests.conftest import noisy_problem, picture
 
 
@@ -64,3 +72,59 @@ def test_a_checkpoint_of_another_measurement_is_refused():
         with pytest.raises(ValueError, match="is not this problem's"):
             InverseProblem(other).load_state_dict(state)
     InverseProblem(picture(3, 9, 11)).load_state_dict(state)
+
+
+def truncated(mean, sigma, low, high):
+    """E[(clip(mean + n, low, high) − mean)²], n ~ N(0, σ²), by numerical integration."""
+    n = np.linspace(-12 * sigma, 12 * sigma, 40_001)
+    density = np.exp(-0.5 * (n / sigma) ** 2) / (sigma * (2 * np.pi) ** 0.5)
+    return trapezoid(density * (np.clip(mean + n, low, high) - mean) ** 2, n)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sigma", [5, 25, 80])
+def test_the_expected_residual_of_a_clipped_measurement_is_that_of_clipped_noise(channels, sigma):
+    truth = picture(channels, 9, 11)
+    truth[..., 0], truth[..., 1] = 0, 1
+    noise = GaussianNoise(sigma)
+    y = noise.sample(truth, torch.Generator().manual_seed(0))
+    clipped = InverseProblem(y.clamp(0, 1), noise=noise).expected_residual(truth).item()
+    values = truth.double().numpy().ravel()
+    want = np.mean([truncated(value, sigma / 255, 0, 1) for value in values])
+    assert clipped == pytest.approx(want, rel=1e-4)
+    assert clipped < 0.95 * (sigma / 255) ** 2
+    free = InverseProblem(y, noise=noise).expected_residual(truth).item()
+    assert free == pytest.approx((sigma / 255) ** 2, rel=1e-5)
+
+
+NOISES = [
+    GaussianNoise(25),
+    LaplaceNoise(20),
+    PoissonNoise(30),
+    PoissonGaussianNoise(2, 5),
+    GammaNoise(9),
+]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_expected_residual_is_the_residuals_mean_at_the_true_image(noise):
+    truth = 0.2 + 0.5 * picture(1, 33, 47)
+    operator = Blur.uniform(3)
+    measured = [
+        noise.sample(operator(truth), torch.Generator().manual_seed(seed)) for seed in range(40)
+    ]
+    problems = [InverseProblem(y, operator, noise) for y in measured]
+    residuals = torch.stack([p.residual(truth) for p in problems])
+    want, error = residuals.mean().item(), residuals.std().item() / 40**0.5
+    got = torch.stack([p.expected_residual(truth) for p in problems]).mean().item()
+    assert got == pytest.approx(want, abs=4 * error)
+    assert error < 0.01 * want
+
+
+def test_the_expected_residual_counts_observed_values_alone():
+    mask = picture(1, 9, 11) > 0.4
+    problem = InverseProblem(picture(3, 9, 11), Mask(mask), PoissonNoise(30))
+    truth = picture(3, 9, 11).flip(-1)
+    want = (truth / 30)[mask.expand_as(truth)].mean()
+    torch.testing.assert_close(problem.expected_residual(truth), want)
+    assert InverseProblem(picture()).expected_residual(picture()) is None

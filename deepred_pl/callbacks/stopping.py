@@ -1,27 +1,29 @@
 """Stopping without a ground truth."""
 
 import math
+from collections import deque
 from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from deepred_pl.model import DeepImagePrior, find_restoration
-from deepred_pl.moments import RunningMoments
+from deepred_pl.moments import RunningMoments, together
+
+BLOCKS = 5  # in a window, which slides by one of them
 
 
 class AutoStop(Callback):
     """Stops a fit that begins to learn the noise, and returns its best window's average.
 
-    The outputs of every `window` θ-steps are averaged, and where a window ends, it is judged:
+    A window holds the outputs of the latest `window` θ-steps. Every fifth of it, it is judged:
 
         variance      The variance of its outputs. It falls while the image forms and rises when
-                      the noise comes (Wang et al. 2021, arXiv:2112.06074, with windows side by
-                      side instead of one that slides: a running mean and variance in place of 100
-                      images). The least one is the best; the fit stops when none was better for
-                      `patience` θ-steps. A learning rate that falls makes it fall too, so it
-                      wants a constant one.
+                      the noise comes (Wang et al. 2021, arXiv:2112.06074; here the window slides
+                      by a fifth, whose running means and variances take the place of 100 images).
+                      The least one is the best; the fit stops when none was better for `patience`
+                      θ-steps. A learning rate that falls makes it fall too, so it wants a
+                      constant one.
         discrepancy   Whether the residual of its average is down to what the noise makes of it
                       (Morozov's principle; `InverseProblem.expected_residual`). The first such
                       window is the best, and the fit stops there. It needs a noise model.
@@ -31,8 +33,8 @@ class AutoStop(Callback):
 
     Args:
         rule: "variance" or "discrepancy".
-        window: θ-steps in a window, at least 2. A window longer than the run switches the
-            callback off, with a warning.
+        window: θ-steps in a window, a multiple of 5, at least 10. A window longer than the run
+            switches the callback off, with a warning.
         patience: θ-steps without a better window, at least 1.
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
 
@@ -53,9 +55,12 @@ class AutoStop(Callback):
     ) -> None:
         if rule not in ("variance", "discrepancy"):
             raise ValueError(f"rule must be 'variance' or 'discrepancy', got {rule!r}")
-        for name, (count, least) in {"window": (window, 2), "patience": (patience, 1)}.items():
-            if count < least:
-                raise ValueError(f"{name} must be at least {least}, got {count}")
+        if window < 2 * BLOCKS or window % BLOCKS:
+            raise ValueError(
+                f"window must be a multiple of {BLOCKS}, at least {2 * BLOCKS}, got {window}"
+            )
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
         self.rule = rule
         self.window = window
         self.patience = patience
@@ -66,7 +71,7 @@ class AutoStop(Callback):
         self.best_step: int | None = None
         self.stopped = False
         self._best = math.inf
-        self._window = RunningMoments()
+        self._blocks = deque([RunningMoments()], maxlen=BLOCKS)  # of the window; the last grows
         self._on = True
 
     # Lightning's hooks
@@ -76,12 +81,15 @@ class AutoStop(Callback):
         return self._generate_state_key(submodule=self.submodule)
 
     def state_dict(self) -> dict[str, Any]:
-        window = self._window.state_dict()
-        return {"best_step": self.best_step, "best": self._best, "window": window}
+        blocks = [block.state_dict() for block in self._blocks]
+        return {"best_step": self.best_step, "best": self._best, "blocks": blocks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_step, self._best = state_dict["best_step"], state_dict["best"]
-        self._window.load_state_dict(state_dict["window"])
+        self._blocks.clear()
+        for state in state_dict["blocks"]:
+            self._blocks.append(RunningMoments())
+            self._blocks[-1].load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._reset()
@@ -104,28 +112,28 @@ class AutoStop(Callback):
         if not self._on:
             return
         model = find_restoration(pl_module, self.submodule)
-        self._window.add(model.out)
-        if self._window.count == self.window:
-            self._judge(model, trainer)
-            self._window = RunningMoments()
+        self._blocks[-1].add(model.out)
+        if self._blocks[-1].count == self.window // BLOCKS:
+            if len(self._blocks) == BLOCKS:
+                self._judge(model, trainer)
+            self._blocks.append(RunningMoments())  # and drop the oldest
 
     # The rules
 
     def _judge(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        value = float(self._value(model))  # waits for the device, once in a window
+        mean, variance = together(self._blocks)
+        if self.rule == "variance":
+            value = float(variance.mean())  # waits for the device, five times in a window
+            found = False
+        else:
+            assert model.problem is not None
+            expected = model.problem.expected_residual(mean)
+            assert expected is not None
+            value = float(model.problem.residual(mean) / expected)
+            found = value <= 1
         if value < self._best:
             self.best_step, self._best = model.step, value
-            model.chosen = self._window.mean
+            model.chosen = mean
         waited = model.step - (self.best_step or 0)
-        found = value < 0 if self.rule == "discrepancy" else waited >= self.patience
-        if found:
+        if found or (self.rule == "variance" and waited >= self.patience):
             self.stopped = trainer.should_stop = True
-
-    def _value(self, model: DeepImagePrior) -> Tensor:
-        """What the best window has least of, 0-dim."""
-        if self.rule == "variance":
-            return self._window.variance.mean()
-        assert model.problem is not None
-        expected = model.problem.expected_residual(self._window.mean)
-        assert expected is not None
-        return model.problem.residual(self._window.mean) / expected - 1

@@ -123,6 +123,38 @@ def test_sure_is_refused_with_a_reason_where_it_does_not_hold(refused, photo, ta
     assert reason in said
 
 
+# For each overlay, the same run without what defines it.
+WITHOUT = {
+    "deepred_gradient": ["--red.x_update=fixed_point"],
+    "deepred_tv": ["--red.denoiser=NonLocalMeans"],
+    "dip": ["--model=DeepRED"],
+    "dip_tv": ["--model.regularizer=null"],
+    "dip_sure": ["--model.regularizer=null"],
+    "dip_sgld": ["--trainer.callbacks=null"],
+    "deep_decoder": ["--model.network=SkipNet"],
+    "red": ["--model.network=SkipNet"],
+    "pnp": ["--red.x_update=fixed_point"],
+}
+
+
+def state_of(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("method", WITHOUT)
+def test_without_its_defining_term_a_method_is_another(deepred, photo, method):
+    settings = ["--config", DENOISING, "--config", "methods/quick", "--config", f"methods/{method}"]
+    settings += ["--red.every_n_steps=2"]
+    tiny = method not in ("red", "pnp")
+    whole = deepred(*settings, tiny=tiny, data__ground_truth=photo, trainer__max_steps=8)
+    less = deepred(
+        *(*settings, *WITHOUT[method]), tiny=tiny, data__ground_truth=photo, trainer__max_steps=8
+    )
+    first, second = state_of(whole), state_of(less)
+    assert torch.equal(first["problem.y"], second["problem.y"])
+    assert not torch.allclose(first["out"], second["out"], atol=1e-4)
+
+
 def network_of(run):
     return yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["network"]
 

@@ -12,6 +12,7 @@ from deepred_pl.callbacks.red import REDUpdate
 from deepred_pl.model import DeepImagePrior, find_restoration
 
 RECENT = 0.2  # weight of the latest look in the usual PSNR
+FORGOTTEN = 2.0  # spans of `average`, 1 / (1 − decay) θ-steps each, until its start is forgotten
 HARMLESS = 30.0  # dB; out and average this near each other are no collapse, whatever was usual
 DIP_ROUND = 10  # θ-steps between two looks where no REDUpdate has rounds
 
@@ -22,9 +23,10 @@ class CollapseGuard(Callback):
     Before each denoiser round, every 10 θ-steps for a `DeepImagePrior`, it compares `out` with
     `average`, what the fit gave recently. From one look to the next their PSNR falls by less than
     2 dB in ordinary fits of photographs; small spikes are left alone. A loss of more than `drop`
-    is a collapse, and so is a NaN. The fit then goes on from its last good state, with the input
-    noise and the learning rate of the present step. A loss that stays is no collapse: what is
-    usual follows it.
+    is a collapse, once `average` has forgotten its start (after 2 / (1 − its decay) θ-steps, 200);
+    NaN is one at any time. The fit then goes on from its last good state, with the input noise and
+    the learning rate of the present step. A loss that stays is no collapse: what is usual follows
+    it.
 
     It must stand before `REDUpdate` among the callbacks, so that no x is made of a bad `out`. Each
     look waits for the device once, and copies network and optimizer.
@@ -110,8 +112,9 @@ class CollapseGuard(Callback):
             self._go_back(model, trainer, "gave NaN")
             return
         self._failures = 0
-        lost = 0.0 if math.isnan(self._usual) else self._usual - level
-        self._usual = level if math.isnan(self._usual) else self._usual - RECENT * lost
+        fresh = model.step * (1 - model.average_decay) < FORGOTTEN
+        lost = 0.0 if fresh or math.isnan(self._usual) else self._usual - level
+        self._usual = level if lost == 0 else self._usual - RECENT * lost
         if lost > self.drop and level < HARMLESS:
             self._go_back(model, trainer, f"lost {lost:.1f} dB against its recent output")
         else:

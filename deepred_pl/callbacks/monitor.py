@@ -24,8 +24,9 @@ class Monitor(Callback):
         data_term           D(A T_θ(z), y)
         gap                 ‖x − T_θ(z)‖₂
         psnr_…              PSNR of out, average and x in dB, where the ground truth is known
-        residual_to_sigma   the residual's root mean square over the noise's σ, where σ is
-                            known: at 1 the network explains all but the noise, below it the noise
+        residual_to_sigma   the residual's root mean square over what the noise makes of it,
+                            where the noise is known: at 1 the network explains all but the
+                            noise, below it the noise
         lam, mu             λ and μ
         denoiser_wait       seconds waited for the denoiser so far
     A `DeepImagePrior` has data_term, psnr_… and residual_to_sigma. `test` logs PSNR and SSIM of
@@ -80,9 +81,9 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     if problem.ground_truth is not None:
         for name, image in images.items():
             curves[f"psnr_{name}"] = psnr(image, problem.ground_truth, problem.metric_on)
-    variance = problem.noise_variance()
-    if variance is not None:
-        curves["residual_to_sigma"] = (problem.residual(model.out) / variance).sqrt()
+    expected = problem.expected_residual(model.out)
+    if expected is not None:
+        curves["residual_to_sigma"] = (problem.residual(model.out) / expected).sqrt()
     return curves
 
 

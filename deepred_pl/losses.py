@@ -6,26 +6,36 @@ A term is any callable `term(out, model) -> Tensor`, 0-dim, for T_θ(z) = out, (
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import total_variation
 
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Identity
-
-if TYPE_CHECKING:
-    from deepred_pl.model import DeepImagePrior
+from deepred_pl.problem import InverseProblem
 
 PURPOSE = 1  # of SURE's random numbers, beside the input noise's
 PERTURBATION = 0.01  # of σ: small against the noise, large against the rounding of float32
 
 
+class Restoration(Protocol):
+    """What a term sees of the module that is fitted."""
+
+    network: nn.Module | None
+    problem: InverseProblem | None
+    z: Tensor
+    input_noise_std: float
+
+    def generator(self, *purpose: int) -> torch.Generator:
+        """Random numbers of this step."""
+
+
 class Term(ABC):
     """A term beside the likelihood; the base class lets the command line find it by name."""
 
-    def check(self, model: "DeepImagePrior") -> None:  # noqa: B027  most apply everywhere
+    def check(self, model: Restoration) -> None:  # noqa: B027  most apply everywhere
         """Refuse a model and problem it does not apply to; called before the fit.
 
         Raises:
@@ -33,7 +43,7 @@ class Term(ABC):
         """
 
     @abstractmethod
-    def __call__(self, out: Tensor, model: "DeepImagePrior") -> Tensor:
+    def __call__(self, out: Tensor, model: Restoration) -> Tensor:
         """The term at T_θ(z) = out, 0-dim."""
 
 
@@ -52,7 +62,7 @@ class TotalVariationPenalty(Term):
             raise ValueError(f"weight must be > 0, got {weight}; leave the term out instead")
         self.weight = weight
 
-    def __call__(self, out: Tensor, model: "DeepImagePrior") -> Tensor:
+    def __call__(self, out: Tensor, model: Restoration) -> Tensor:
         return self.weight * total_variation(out) / out.numel()
 
 
@@ -69,7 +79,7 @@ class SURE(Term):
         ValueError: At `check`, another noise, operator or network input.
     """
 
-    def check(self, model: "DeepImagePrior") -> None:
+    def check(self, model: Restoration) -> None:
         problem = model.problem
         assert problem is not None
         if not isinstance(problem.operator, Identity):
@@ -90,7 +100,7 @@ class SURE(Term):
                 f"{type(model.network).__name__} and {model.input_noise_std}"
             )
 
-    def __call__(self, out: Tensor, model: "DeepImagePrior") -> Tensor:
+    def __call__(self, out: Tensor, model: Restoration) -> Tensor:
         assert model.network is not None and model.problem is not None
         variance = model.problem.noise_variance()
         assert variance is not None

@@ -16,8 +16,7 @@ from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Identity
 from deepred_pl.problem import InverseProblem
 
-PURPOSE = 1  # of SURE's random numbers, beside the input noise's
-PERTURBATION = 0.01  # of σ: small against the noise, large against the rounding of float32
+PERTURBATION = 0.1  # of σ: small against the noise, large against rounding, TF32's too
 
 
 class Restoration(Protocol):
@@ -28,7 +27,7 @@ class Restoration(Protocol):
     z: Tensor
     input_noise_std: float
 
-    def generator(self, *purpose: int) -> torch.Generator:
+    def generator(self, purpose: str = "") -> torch.Generator:
         """Random numbers of this step."""
 
 
@@ -71,9 +70,11 @@ class SURE(Term):
 
     2σ²/N · div_y T_θ(y) − σ², so that the data term and this term together estimate
     mean((T_θ(y) − x)²) without x. The divergence is Monte-Carlo (Ramani et al. 2008): a second
-    pass through the network, on the measurement moved by a little fresh noise. It holds for
-    Gaussian noise, not clipped, of known σ; A must be the identity, and the network's input the
-    measurement alone (`MeasurementNet`, input_noise_std=0).
+    pass through the network, on the measurement moved by a little fresh noise; under autocast a
+    third one, for both are made in float32: bfloat16 would round the difference away. It holds
+    for Gaussian noise of known σ, and is a little off near black and white where that was
+    clipped; A must be the identity, and the network's input the measurement alone
+    (`MeasurementNet`, input_noise_std=0).
 
     Raises:
         ValueError: At `check`, another noise, operator or network input.
@@ -104,7 +105,10 @@ class SURE(Term):
         assert model.network is not None and model.problem is not None
         variance = model.problem.noise_variance()
         assert variance is not None
-        moved = torch.randn(out.shape, generator=model.generator(PURPOSE), device=out.device)
+        moved = torch.randn(out.shape, generator=model.generator("SURE"), device=out.device)
         step = PERTURBATION * variance.sqrt()
-        change = model.network(model.z + step * moved).float() - out
+        rounded = torch.is_autocast_enabled(out.device.type)
+        with torch.autocast(out.device.type, enabled=False):
+            here = model.network(model.z) if rounded else out
+            change = model.network(model.z + step * moved) - here
         return 2 * variance * (moved * change).mean() / step - variance

@@ -162,6 +162,8 @@ class DeepImagePrior(LightningModule):
         """Lightning's hook: take the datamodule's problem."""
         if self._trainer is None:  # load_from_checkpoint; the state comes from the file
             return
+        if self.trainer.training:
+            self.chosen = None  # of an earlier fit; a checkpoint's comes back with it
         timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)
         if self.trainer.training and self.trainer.max_steps == -1 and not timed:
             raise ValueError(
@@ -212,10 +214,10 @@ class DeepImagePrior(LightningModule):
         assert self.problem is not None
         return self.problem.data_term(out)
 
-    def generator(self, *purpose: int) -> torch.Generator:
+    def generator(self, purpose: str = "") -> torch.Generator:
         """Random numbers of this step, a function of (seed, step, purpose) alone."""
         # Torch's CPU generator keeps 32 bits of a seed; hashing puts all into them.
-        entropy = np.random.SeedSequence([self.seed, self.step, *purpose])
+        entropy = np.random.SeedSequence([self.seed, self.step, *purpose.encode()])
         seed = int(entropy.generate_state(1)[0])
         return torch.Generator(self.z.device).manual_seed(seed)
 
@@ -287,8 +289,8 @@ class DeepImagePrior(LightningModule):
                 elif name.startswith("problem."):
                     self._saved_problem[name.removeprefix("problem.")] = value
                     del state_dict[prefix + name]
-        if self.chosen is None and prefix + "chosen" in state_dict:
-            self.chosen = torch.empty_like(state_dict[prefix + "chosen"])
+        chosen = state_dict.get(prefix + "chosen")
+        self.chosen = None if chosen is None else torch.empty_like(chosen)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -312,7 +314,7 @@ class DeepRED(DeepImagePrior):
     Args:
         lam: λ > 0, weight of the RED prior.
         mu: μ > 0, ADMM penalty of x = T_θ(z).
-        penalty: How λ and μ go on from there, once in a round of x- and u-update:
+        weighting: How λ and μ go on from there, once in a round of x- and u-update:
             "fixed"         not at all;
             "discrepancy"   λ sets itself by Morozov's discrepancy principle, so that the network
                             does not learn the noise (`admm.discrepancy`), but not below `lam`;
@@ -324,7 +326,7 @@ class DeepRED(DeepImagePrior):
             less 0.17 dB, which is 20 dB at σ = 25 and holds for other noise levels too.
         result: What `restored` returns: "average", "out", "x" or "x-u".
         kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
-            input_scale, input_noise_std, average_decay, seed and problem.
+            input_scale, input_noise_std, average_decay, regularizer, seed and problem.
 
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.
@@ -354,7 +356,7 @@ class DeepRED(DeepImagePrior):
         self,
         lam: float = 0.5,
         mu: float = 0.5,
-        penalty: Literal["fixed", "discrepancy", "rise"] = "fixed",
+        weighting: Literal["fixed", "discrepancy", "rise"] = "fixed",
         rise_step: float = 0.03,
         rise_start: Literal["noise"] | float = "noise",
         result: Literal["average", "out", "x", "x-u"] = "average",
@@ -366,16 +368,18 @@ class DeepRED(DeepImagePrior):
                     f"{name} must be > 0, got {value}; without the RED prior use the DIP method: "
                     "DeepImagePrior, or --config configs/methods/dip.yaml"
                 )
-        if penalty not in ("fixed", "discrepancy", "rise"):
-            raise ValueError(f"penalty must be 'fixed', 'discrepancy' or 'rise', got {penalty!r}")
+        if weighting not in ("fixed", "discrepancy", "rise"):
+            raise ValueError(
+                f"weighting must be 'fixed', 'discrepancy' or 'rise', got {weighting!r}"
+            )
         if not 0 < rise_step < math.inf:
             raise ValueError(
-                f"rise_step must be > 0, got {rise_step}; penalty='fixed' keeps λ and μ constant"
+                f"rise_step must be > 0, got {rise_step}; weighting='fixed' keeps λ and μ constant"
             )
         if isinstance(rise_start, str) and rise_start != "noise":
             raise ValueError(f"rise_start must be a number of dB or 'noise', got {rise_start!r}")
         self.initial_lam, self.initial_mu = lam, mu
-        self.penalty = penalty
+        self.weighting = weighting
         self.rise_step = rise_step
         self.rise_start = rise_start
         self.driven = False  # a REDUpdate sets it
@@ -400,11 +404,11 @@ class DeepRED(DeepImagePrior):
         }
 
     def _first_threshold(self, problem: InverseProblem) -> float:
-        by_noise = self.penalty == "discrepancy" or self.rise_start == "noise"
-        if self.penalty != "fixed" and by_noise and problem.noise is None:
+        by_noise = self.weighting == "discrepancy" or self.rise_start == "noise"
+        if self.weighting != "fixed" and by_noise and problem.noise is None:
             raise ValueError(
-                f"penalty={self.penalty!r} needs a noise model, and this problem has none; give "
-                "noise, a rise_start in dB with penalty='rise', or penalty='fixed'"
+                f"weighting={self.weighting!r} needs a noise model, and this problem has none; "
+                "give noise, a rise_start in dB with weighting='rise', or weighting='fixed'"
             )
         if self.rise_start != "noise":
             return self.rise_start
@@ -412,15 +416,15 @@ class DeepRED(DeepImagePrior):
         return 0.0 if variance is None else -10 * math.log10(float(variance)) - NOISE_MARGIN
 
     @torch.no_grad()
-    def update_penalty(self) -> None:
-        """λ and μ for the next round, by the rule `penalty`; on the device, without waiting."""
+    def update_weighting(self) -> None:
+        """λ and μ for the next round, by the rule `weighting`; on the device, without waiting."""
         assert self.problem is not None
-        if self.penalty == "rise":
+        if self.weighting == "rise":
             psnr = -10 * torch.log10(self.problem.residual(self.out))
             self.lam, self.mu, self.threshold = admm.rise(
                 self.lam, self.mu, self.threshold, psnr, self.rise_step
             )
-        elif self.penalty == "discrepancy":
+        elif self.weighting == "discrepancy":
             expected = self.problem.expected_residual(self.out)
             assert expected is not None
             lam = admm.discrepancy(self.problem.residual(self.out), expected)

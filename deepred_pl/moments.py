@@ -44,6 +44,7 @@ class RunningMoments:
 
 def together(parts: Sequence[RunningMoments]) -> tuple[Tensor, Tensor]:
     """Mean and variance per value of all images of several parts, each of as many images."""
-    means = torch.stack([part.mean for part in parts])
-    within = torch.stack([part.variance for part in parts]).mean(0)
+    device = parts[-1].mean.device  # those of a checkpoint may still be on the CPU
+    means = torch.stack([part.mean.to(device) for part in parts])
+    within = torch.stack([part.variance.to(device) for part in parts]).mean(0)
     return means.mean(0), within + means.var(0, correction=0)

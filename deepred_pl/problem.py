@@ -76,8 +76,10 @@ class InverseProblem(nn.Module):
                     f"ground_truth must be {self.image_shape} like the image behind the "
                     f"measurement, got {tuple(ground_truth.shape)}; give two files of one scene"
                 )
-        # A measurement that keeps to [0, 1] was clipped; counts are never below 0 anyway.
-        low_is_cut = noise is not None and not noise.from_zero and bool(y.min() >= 0)
+        # A measurement that keeps to [0, 1] was clipped; counts and speckle are never below 0.
+        black = y.new_zeros(())
+        noisy_black = self.noise is not None and bool(self.noise.variance(black) > 0)
+        low_is_cut = noisy_black and bool(y.min() >= 0)
         self._limits = (0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf)
         self.register_buffer("y", y.detach().clone().float())
         truth = None if ground_truth is None else ground_truth.detach().clone().float()

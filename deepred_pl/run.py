@@ -19,7 +19,9 @@ from torch import Tensor
 
 import deepred_pl.denoisers  # noqa: F401  their short names
 from deepred_pl.callbacks import (
+    AutoStop,
     CollapseGuard,
+    Langevin,
     LastCheckpoint,
     Monitor,
     REDUpdate,
@@ -29,7 +31,7 @@ from deepred_pl.callbacks import (
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.images import to_array
-from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.model import DeepImagePrior
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 
@@ -141,8 +143,8 @@ class RestorationCLI(LightningCLI):
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.problem)
         for callback in self.trainer.callbacks:
-            if isinstance(callback, REDUpdate) and isinstance(self.model, DeepRED):
-                callback.check(self.model)
+            if isinstance(callback, REDUpdate | AutoStop | Langevin):
+                callback.check(self.model, self.trainer)
         if not self.trainer.fast_dev_run:
             check_writable(run_directory(self.trainer))
 

@@ -159,35 +159,73 @@ def network_of(run):
     return yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["network"]
 
 
-def test_methods_keep_the_width_of_quick_and_stack(deepred, photo):
+def test_methods_keep_the_width_of_quick(deepred, photo):
     quick = ("--config", DENOISING, "--config", "methods/quick")
     for method, name in {"dip_sure": "MeasurementNet", "deep_decoder": "DeepDecoder"}.items():
         run = deepred(*quick, "--config", f"methods/{method}", tiny=False, data__ground_truth=photo)
         assert network_of(run)["class_path"] == f"deepred_pl.networks.{name}"
         assert network_of(run)["init_args"]["width"] == 32
+
+
+def test_another_network_goes_with_red_and_keeps_the_tasks_weights(deepred, photo):
     run = deepred(
-        *(*quick, "--config", "methods/deep_decoder", "--config", "methods/deepred"),
+        *("--config", "deblurring_uniform", "--config", "methods/quick"),
+        *("--model.network=DeepDecoder", "--model.input_noise_std=0"),
         tiny=False,
         data__ground_truth=photo,
     )
     assert network_of(run)["class_path"] == "deepred_pl.networks.DeepDecoder"
+    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    assert (settings["lam"], settings["mu"], settings["result"]) == (0.02, 0.04, "x-u")
     assert result_of(run)["psnr"]["x"] is not None
 
 
-def test_callbacks_of_two_overlays_stack_and_their_settings_can_be_given(deepred, photo):
+def test_callbacks_of_two_overlays_stack_and_their_settings_can_be_given(
+    deepred, refused, tmp_path, photo
+):
+    rate = {"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"}
+    (tmp_path / "rate.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [rate]}}))
     run = deepred(
-        *("--config", DENOISING, "--config", "methods/dip_sgld", "--config", "methods/auto_stop"),
+        *("--config", DENOISING, "--config", tmp_path / "rate.yaml"),
+        *("--config", "methods/dip", "--config", "methods/auto_stop"),
         *("--trainer.callbacks.init_args.window=10", "--trainer.callbacks.init_args.patience=1"),
         data__ground_truth=photo,
         trainer__max_steps=30,
     )
     callbacks = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"]
-    assert [c["class_path"].split(".")[-1] for c in callbacks] == ["Langevin", "AutoStop"]
+    names = [c["class_path"].split(".")[-1] for c in callbacks]
+    assert names == ["LearningRateMonitor", "AutoStop"]
     assert result_of(run)["stop_reason"].startswith("auto_stop: variance, best at step")
     assert result_of(run)["steps"] < 30
     again = ("--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
     predicted = deepred(*again, command="predict", tiny=False)
     assert (predicted / "restored.png").read_bytes() == (run / "restored.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "message"),
+    [
+        ("inpainting", ["auto_stop", "rule=discrepancy"], "needs a noise model"),
+        ("denoising", ["dip_sgld", "burn_in=7000"], "burn_in must be a fraction of the run"),
+    ],
+)
+def test_what_a_callback_cannot_do_is_found_before_anything_is_written(
+    refused, tmp_path, photo, task, more, message
+):
+    method, setting = more
+    said = refused(
+        *("--config", task, "--config", f"methods/{method}"),
+        f"--trainer.callbacks.init_args.{setting}",
+        data__ground_truth=photo,
+    )
+    assert message in said
+    assert not list(tmp_path.glob("lightning_logs/version_*/config.yaml"))
+
+
+def test_two_callbacks_that_choose_the_image_are_refused(refused, photo):
+    stacked = ("--config", "methods/dip_sgld", "--config", "methods/auto_stop")
+    said = refused("--config", DENOISING, *stacked, data__ground_truth=photo)
+    assert "expected AutoStop or Langevin, got both" in said
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -290,7 +328,7 @@ def test_the_shipped_settings_are_the_released_ones():
     cli = RestorationCLI(["--config", str(DENOISING)], run=False)
     assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
     model = cli.model
-    assert (model.initial_lam, model.initial_mu, model.penalty) == (0.5, 0.5, "discrepancy")
+    assert (model.initial_lam, model.initial_mu, model.weighting) == (0.5, 0.5, "discrepancy")
     assert (model.input_scale, model.input_noise_std) == (0.1, 0.033)
     cli.datamodule.setup()
     assert model._first_threshold(cli.datamodule.problem) == pytest.approx(20, abs=0.01)
@@ -411,7 +449,7 @@ def test_the_processes_random_numbers_are_left_alone(deepred, photo):
         ({"data__degrade": "antialiased_resize"}, "needs a Downsample"),
         ({"data__metric_on": "y"}, "metric_on"),
         ({"guard__drop": 0}, "drop must be > 0 dB"),
-        ({"model__penalty": "growing"}, "penalty"),
+        ({"model__weighting": "growing"}, "weighting"),
         ({"red__denoiser": "Learned"}, "expected a path or a module, got neither"),
         ({"red__denoiser": "Learned", "red__denoiser__path": "nowhere.pt"}, "found none at"),
         ({"red__every_n_step": 2}, "every_n_step"),

@@ -91,6 +91,7 @@ def test_sure_estimates_the_error_against_the_true_image_without_it():
             lambda c: Linear(c, matrix),
             input_noise_std=0,
             regularizer=SURE(),
+            seed=seed,  # other directions too, or their error would be common to all
             problem=InverseProblem(y, noise=noise),
         )
         estimates.append(sure_of(model, 8).mean())
@@ -140,3 +141,20 @@ def test_sure_is_refused_where_it_does_not_hold(problem, settings, message):
     settings = {"network": network, "input_noise_std": 0, **settings}
     with pytest.raises(ValueError, match=message):
         DeepImagePrior(**settings, regularizer=SURE(), problem=problem)
+
+
+def test_sures_gradient_survives_bfloat16():
+    def gradient(enabled):
+        model = DeepImagePrior(
+            lambda c: MeasurementNet(c, width=4, scales=2),
+            input_noise_std=0,
+            regularizer=SURE(),
+            problem=noisy_problem(3, 33, 47),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model.network(model.z).float()
+            model.regularizer(out, model).backward()
+        return torch.cat([p.grad.flatten() for p in model.network.parameters()])
+
+    full, mixed = gradient(False), gradient(True)
+    assert torch.nn.functional.cosine_similarity(full, mixed, dim=0) > 0.999

@@ -155,19 +155,19 @@ def test_the_result_asked_for_is_returned_clipped(result):
 @pytest.mark.parametrize("noise_sigma", [10, 25, 50])
 def test_the_rise_starts_at_the_noises_own_psnr(noise_sigma):
     problem = InverseProblem(picture(1, 9, 9), noise=GaussianNoise(noise_sigma))
-    threshold = make(DeepRED, problem=problem, penalty="rise").threshold.item()
+    threshold = make(DeepRED, problem=problem, weighting="rise").threshold.item()
     assert threshold == pytest.approx(-20 * math.log10(noise_sigma / 255) - 0.17, abs=1e-3)
-    released = make(DeepRED, problem=problem, penalty="rise", rise_start=20.0)
+    released = make(DeepRED, problem=problem, weighting="rise", rise_start=20.0)
     assert released.threshold.item() == 20
 
 
 def test_the_discrepancy_rule_sets_lam_and_keeps_mus_proportion_and_lams_floor():
     problem = noisy_problem(3, 33, 47)
-    model = make(DeepRED, problem=problem, penalty="discrepancy", lam=0.3, mu=0.6)
+    model = make(DeepRED, problem=problem, weighting="discrepancy", lam=0.3, mu=0.6)
     assert (model.lam.item(), model.mu.item()) == pytest.approx((0.3, 0.6))
     for weight in (0.0, 0.5, 0.9):  # from the measurement to far from it
         model.out = (1 - weight) * problem.y + weight * problem.ground_truth.flip(-1)
-        model.update_penalty()
+        model.update_weighting()
         residual = ((model.out - problem.y) ** 2).mean().item()
         expected = problem.expected_residual(model.out).item()
         want = max(0.3, 450 * expected * min(1.5, expected / max(residual, 1e-30)) ** 10)
@@ -178,15 +178,15 @@ def test_the_discrepancy_rule_sets_lam_and_keeps_mus_proportion_and_lams_floor()
 
 def test_the_discrepancy_rule_needs_a_noise_model():
     with pytest.raises(ValueError, match="'discrepancy' needs a noise model"):
-        make(DeepRED, problem=InverseProblem(picture(1, 9, 9)), penalty="discrepancy")
+        make(DeepRED, problem=InverseProblem(picture(1, 9, 9)), weighting="discrepancy")
 
 
 def test_the_rise_needs_a_noise_level():
     plain = InverseProblem(picture(1, 9, 9))
     with pytest.raises(ValueError, match="needs a noise model"):
-        make(DeepRED, problem=plain, penalty="rise")
+        make(DeepRED, problem=plain, weighting="rise")
     assert make(DeepRED, problem=plain).lam == 0.5
-    assert make(DeepRED, problem=plain, penalty="rise", rise_start=20.0).threshold == 20
+    assert make(DeepRED, problem=plain, weighting="rise", rise_start=20.0).threshold == 20
 
 
 @pytest.mark.parametrize("wrong", [{"lam": 0}, {"mu": -0.1}, {"lam": math.nan}])
@@ -203,7 +203,7 @@ def test_weights_must_be_positive_and_the_message_names_dip(wrong):
         {"average_decay": 1.0},
         {"seed": -1},
         {"rise_step": 0.0},
-        {"penalty": "growing"},
+        {"weighting": "growing"},
         {"rise_start": "nosie"},
         {"input_scale": math.nan},
         {"input_noise_std": math.nan},

@@ -31,3 +31,11 @@ def test_parts_together_are_all_their_images():
     array = images.double().numpy().reshape(20, 1, 3, 5, 7)
     np.testing.assert_allclose(mean, array.mean(0), rtol=1e-5)
     np.testing.assert_allclose(variance, array.var(0), rtol=1e-4, atol=1e-7)
+
+
+def test_parts_of_a_checkpoint_may_be_on_another_device():
+    parts = [RunningMoments() for _ in range(2)]
+    for part, device in zip(parts, ("cpu", "meta"), strict=True):
+        part.add(torch.zeros(1, 1, 2, 3, device=device))
+    mean, variance = together(parts)
+    assert mean.device.type == variance.device.type == "meta"

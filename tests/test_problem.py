@@ -128,3 +128,13 @@ def test_the_expected_residual_counts_observed_values_alone():
     want = (truth / 30)[mask.expand_as(truth)].mean()
     torch.testing.assert_close(problem.expected_residual(truth), want)
     assert InverseProblem(picture()).expected_residual(picture()) is None
+
+
+def test_read_noise_is_cut_off_at_black():
+    truth = torch.full((1, 1, 100, 100), 0.02)
+    noise = PoissonGaussianNoise(gain=1, sigma=20)
+    y = noise.sample(truth, torch.Generator().manual_seed(0)).clamp(0, 1)
+    problem = InverseProblem(y, noise=noise)
+    got, want = problem.expected_residual(truth).item(), problem.residual(truth).item()
+    assert got == pytest.approx(want, rel=0.05)
+    assert got < 0.6 * noise.variance(truth).mean().item()

@@ -64,7 +64,7 @@ def new_model():
     return DeepRED(
         network=TinyNet,
         problem=noisy_problem(),
-        penalty="rise",
+        weighting="rise",
         rise_step=0.1,
         rise_start=10.0,
         lr_scheduler=partial(WarmupCosine, total_steps=100, warmup_steps=10),

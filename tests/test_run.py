@@ -65,7 +65,7 @@ def test_it_is_what_the_same_fit_gives_by_hand():
         network=partial(SkipNet, width=4, scales=2),
         optimizer=partial(torch.optim.Adam, lr=0.008),
         lam=0.3,
-        penalty="rise",
+        weighting="rise",
         rise_step=0.03,
         rise_start=20.0,
         problem=InverseProblem(y, noise=GaussianNoise(10)),

@@ -1,15 +1,19 @@
 """A way back for a fit that collapses."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.callbacks.stopping import AutoStop
 from deepred_pl.model import DeepImagePrior, find_restoration
+
+C = TypeVar("C", REDUpdate, AutoStop, Langevin)
 
 RECENT = 0.2  # weight of the latest look in the usual PSNR
 FORGOTTEN = 2.0  # spans of `average`, 1 / (1 − decay) θ-steps each, until its start is forgotten
@@ -20,13 +24,13 @@ DIP_ROUND = 10  # θ-steps between two looks where no REDUpdate has rounds
 class CollapseGuard(Callback):
     """Takes a fit that collapses back to its last good state: network, optimizer, x, u and job.
 
-    Before each denoiser round, every 10 θ-steps for a `DeepImagePrior`, it compares `out` with
-    `average`, what the fit gave recently. From one look to the next their PSNR falls by less than
-    2 dB in ordinary fits of photographs; small spikes are left alone. A loss of more than `drop`
-    is a collapse, once `average` has forgotten its start (after 2 / (1 − its decay) θ-steps, 200);
-    NaN is one at any time. The fit then goes on from its last good state, with the input noise and
-    the learning rate of the present step. A loss that stays is no collapse: what is usual follows
-    it.
+    At each denoiser round of the `REDUpdate`, or every 10 θ-steps without one, it compares `out`
+    with `average`, what the fit gave recently (with average_decay=0 that is `out`, and NaN alone
+    is seen). From one look to the next their PSNR falls by less than 2 dB in ordinary fits of
+    photographs; small spikes are left alone. A loss of more than `drop` is a collapse, once
+    `average` has forgotten its start (after 2 / (1 − its decay) θ-steps, 200); NaN is one at any
+    time. The fit then goes on from its last good state, with the input noise and the learning rate
+    of the present step. A loss that stays is no collapse: what is usual follows it.
 
     It must stand before `REDUpdate` among the callbacks, so that no x is made of a bad `out`. Each
     look waits for the device once, and copies network and optimizer.
@@ -41,7 +45,7 @@ class CollapseGuard(Callback):
 
     Raises:
         ValueError: An argument out of range, or no restoration where `submodule` says.
-        RuntimeError: NaN at more than `patience` looks in a row.
+        RuntimeError: NaN at more than `patience` looks in a row, or at the start.
     """
 
     def __init__(self, drop: float = 6.0, patience: int = 3, submodule: str = "") -> None:
@@ -57,7 +61,8 @@ class CollapseGuard(Callback):
         self._failures = 0  # looks in a row that found NaN
         self._every_n_steps = DIP_ROUND
         self._looks = 0
-        self._good: tuple[dict, list] = {}, []
+        self._model: DeepImagePrior | None = None
+        self._good: _State | None = None
 
     # Lightning's hooks
 
@@ -76,8 +81,8 @@ class CollapseGuard(Callback):
         self.rollbacks, self._usual, self._failures = 0, math.nan, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = find_restoration(pl_module, self.submodule)
-        updates = self._updates(trainer)
+        self._model = model = find_restoration(pl_module, self.submodule)
+        updates = _of(REDUpdate, self.submodule, trainer)
         if any(trainer.callbacks.index(u) < trainer.callbacks.index(self) for u in updates):
             raise ValueError(
                 "expected CollapseGuard before REDUpdate among the trainer's callbacks, got it "
@@ -86,16 +91,26 @@ class CollapseGuard(Callback):
         rounds = [u.every_n_steps * u.rounds_per_denoising for u in updates]
         self._every_n_steps = min(rounds, default=DIP_ROUND)
         self._looks = model.step // self._every_n_steps
-        self._good = _copy(model, trainer)
+        if not math.isfinite(_level(model)):
+            raise RuntimeError(
+                f"expected a finite state to go on from, got NaN at step {model.step}; give an "
+                "earlier checkpoint, or start without"
+            )
+        self._good = _State(model, self.submodule, trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        model = find_restoration(pl_module, self.submodule)
-        if model.step // self._every_n_steps > self._looks:
-            self._looks = model.step // self._every_n_steps
-            self._look(model, trainer)
+        assert self._model is not None
+        if self._model.step // self._every_n_steps > self._looks:
+            self._looks = self._model.step // self._every_n_steps
+            self._look(self._model, trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._model is not None
+        if self._model.step % self._every_n_steps:  # before anything is written
+            self._look(self._model, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._good = {}, []
+        self._model = self._good = None
 
     # The guard
 
@@ -118,18 +133,15 @@ class CollapseGuard(Callback):
         if lost > self.drop and level < HARMLESS:
             self._go_back(model, trainer, f"lost {lost:.1f} dB against its recent output")
         else:
-            self._good = _copy(model, trainer)
+            self._good = _State(model, self.submodule, trainer)
 
     def _go_back(self, model: DeepImagePrior, trainer: Trainer, why: str) -> None:
         self.rollbacks += 1
-        _copy_back(model, trainer, *self._good)
-        for update in self._updates(trainer):
-            update.restart(trainer)
+        for update in _of(REDUpdate, self.submodule, trainer):
+            update.discard()
+        assert self._good is not None
+        self._good.restore()
         rank_zero_warn(f"step {model.step}: the fit {why}; it goes on from its last good state")
-
-    def _updates(self, trainer: Trainer) -> list[REDUpdate]:
-        updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate)]
-        return [u for u in updates if u.submodule == self.submodule]
 
 
 def rollbacks(trainer: Trainer) -> int:
@@ -146,28 +158,43 @@ def _level(model: DeepImagePrior) -> Tensor:
     return -10 * torch.log10(distance) + 0 * torch.stack(norms).sum()  # 0 · NaN is NaN
 
 
-def _copy(model: DeepImagePrior, trainer: Trainer) -> tuple[dict[str, Tensor], list[dict]]:
-    """The module's tensors but the problem's, and the optimizer's state of each parameter."""
-    tensors = {
-        name: value.clone()
-        for name, value in model.state_dict().items()
-        if isinstance(value, Tensor) and not name.startswith("problem.")
-    }
-    return tensors, [_cloned(o.state.get(p, {})) for o, p in _optimized(model, trainer)]
+class _State:
+    """A copy of everything a fit goes on from but the problem and the step."""
+
+    def __init__(self, model: DeepImagePrior, submodule: str, trainer: Trainer) -> None:
+        assert model.network is not None
+        self._model = model
+        self._tensors = {
+            name: value.clone()
+            for name, value in model.state_dict().items()
+            if isinstance(value, Tensor) and not name.startswith(("problem.", "chosen"))
+        }
+        parameters = set(model.network.parameters())
+        self._optimized = [
+            (optimizer, p, _cloned(optimizer.state.get(p, {})))
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p in parameters
+        ]
+        # What chooses an image goes back with the fit; these never write into a tensor.
+        self._chosen = model.chosen
+        choosing = [*_of(AutoStop, submodule, trainer), *_of(Langevin, submodule, trainer)]
+        self._callbacks = [(callback, callback.state_dict()) for callback in choosing]
+
+    def restore(self) -> None:
+        """Put it back, as often as need be."""
+        self._model.load_state_dict(self._tensors, strict=False)  # the step goes on
+        self._model.chosen = self._chosen
+        for optimizer, parameter, state in self._optimized:
+            optimizer.state[parameter] = _cloned(state)
+        for callback, state in self._callbacks:
+            callback.load_state_dict(state)
 
 
-def _copy_back(
-    model: DeepImagePrior, trainer: Trainer, tensors: dict[str, Tensor], states: list[dict]
-) -> None:
-    model.load_state_dict(tensors, strict=False)  # the step goes on
-    for (optimizer, parameter), state in zip(_optimized(model, trainer), states, strict=True):
-        optimizer.state[parameter] = _cloned(state)
-
-
-def _optimized(model: DeepImagePrior, trainer: Trainer) -> list[tuple]:
-    assert model.network is not None
-    parameters = list(model.network.parameters())
-    return [(optimizer, p) for optimizer in trainer.optimizers for p in parameters]
+def _of(kind: type[C], submodule: str, trainer: Trainer) -> list[C]:
+    """The trainer's callbacks of a kind that act on the submodule."""
+    return [c for c in trainer.callbacks if isinstance(c, kind) and c.submodule == submodule]
 
 
 def _cloned(state: dict) -> dict:

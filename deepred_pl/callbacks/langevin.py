@@ -7,10 +7,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from deepred_pl.model import find_restoration
+from deepred_pl.model import DeepImagePrior, find_restoration
 from deepred_pl.moments import RunningMoments
-
-PURPOSE = 2  # of its random numbers, beside the input noise's and SURE's
 
 
 class Langevin(Callback):
@@ -44,6 +42,7 @@ class Langevin(Callback):
         self.burn_in = burn_in
         self.submodule = submodule
         self._samples = RunningMoments()
+        self._model: DeepImagePrior | None = None
 
     @property
     def std(self) -> Tensor | None:
@@ -60,11 +59,22 @@ class Langevin(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples.load_state_dict(state_dict)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._model = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._samples = RunningMoments()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        find_restoration(pl_module, self.submodule)
+        self._model = find_restoration(pl_module, self.submodule)
+        self.check(self._model, trainer)
+
+    def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        """Refuse a run without an end; called before the fit.
+
+        Raises:
+            ValueError: A trainer without max_steps.
+        """
         if trainer.max_steps < 1:
             raise ValueError(
                 "Langevin's burn_in is a fraction of the trainer's max_steps, got max_steps="
@@ -73,16 +83,16 @@ class Langevin(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        model = find_restoration(pl_module, self.submodule)
-        assert model.network is not None
+        model = self._model
+        assert model is not None and model.network is not None
         if trainer.global_step > self.burn_in * trainer.max_steps:
             self._samples.add(model.out)
             model.chosen = self._samples.mean
         rates = {
             p: g["lr"] for o in trainer.optimizers for g in o.param_groups for p in g["params"]
         }
-        generator = model.generator(PURPOSE)
+        generator = model.generator("Langevin")
         for weight in model.network.parameters():
-            if weight.ndim == 4:
+            if weight.ndim == 4 and weight in rates:
                 noise = torch.randn(weight.shape, generator=generator, device=weight.device)
                 weight.add_(noise, alpha=self.noise * rates[weight])

@@ -20,7 +20,8 @@ class Monitor(Callback):
     """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
 
     Every `trainer.log_every_n_steps` θ-steps, in the group "curves":
-        objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, on an x and its f(x)
+        objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, on an x and its f(x);
+                            Plug-and-Play has v in place of x, and minimises no objective
         data_term           D(A T_θ(z), y)
         gap                 ‖x − T_θ(z)‖₂
         psnr_…              PSNR of out, average and x in dB, where the ground truth is known

@@ -1,6 +1,7 @@
 """The RED x-update and the u-update, with the denoiser in the background."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from deepred_pl import admm
 from deepred_pl.background import Background
 from deepred_pl.denoisers import Denoiser
-from deepred_pl.model import DeepRED, find_restoration
+from deepred_pl.model import DeepImagePrior, DeepRED, find_restoration
 
 
 class REDUpdate(Callback):
@@ -123,12 +124,7 @@ class REDUpdate(Callback):
         model = find_restoration(pl_module, self.submodule)
         if not isinstance(model, DeepRED):
             return
-        if self.x_update == "mixed" and trainer.max_steps < 1:
-            raise ValueError(
-                "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="
-                f"{trainer.max_steps}; give it max_steps"
-            )
-        self.check(model)
+        self.check(model, trainer)
         self._model = model
         self._model.driven = True
 
@@ -153,23 +149,32 @@ class REDUpdate(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close(timeout=5.0)
 
-    def check(self, model: DeepRED) -> None:
-        """Refuse a denoiser that cannot take the model's images; called before the fit.
+    def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        """Refuse what cannot be fitted; called before the fit.
 
         Raises:
-            ValueError: From the denoiser's own `check`.
+            ValueError: The denoiser cannot take the model's images, or a setting cannot be.
         """
+        if not isinstance(model, DeepRED):
+            return
+        if self.x_update == "mixed" and trainer.max_steps < 1:
+            raise ValueError(
+                "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="
+                f"{trainer.max_steps}; give it max_steps"
+            )
         if isinstance(self.denoiser, Denoiser):
             self.denoiser.check(model.x)
 
     # The updates
 
-    def restart(self, trainer: Trainer) -> None:
-        """Denoise the pending snapshot afresh, after the model was set back to an earlier state."""
-        if self._model is not None and self._background is not None:
-            if self._background.busy:
+    def discard(self) -> None:
+        """Forget the job, before the model goes back to an earlier state.
+
+        The next denoiser round makes one of the snapshot that the model then has.
+        """
+        if self._background is not None and self._background.busy:
+            with suppress(RuntimeError):  # nobody wants its result, or its error
                 self._background.result()
-            self._start_job(self._model, trainer)
 
     @torch.no_grad()
     def _round(self, model: DeepRED, trainer: Trainer) -> None:
@@ -179,8 +184,8 @@ class REDUpdate(Callback):
         x = model.x
         if denoised:
             assert self._background is not None
-            if not self._background.busy:  # _submit took it for beyond max_steps, which counts
-                self._start_job(model, trainer)  # batches where a batch makes several steps
+            if not self._background.busy:  # it was discarded, or _submit took it for beyond
+                self._start_job(model, trainer)  # max_steps, where a batch makes several steps
             denoised_x, model.f_x = self._background.result()
             model.prior = admm.red_prior(denoised_x, model.f_x)
             if reusing:
@@ -191,7 +196,7 @@ class REDUpdate(Callback):
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
         model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)
         model.u = admm.dual_update(v, model.x)
-        model.update_penalty()
+        model.update_weighting()
         if denoised and not reusing:
             self._submit(model, trainer)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.model import DeepImagePrior, find_restoration
 from deepred_pl.moments import RunningMoments, together
 
@@ -73,6 +74,7 @@ class AutoStop(Callback):
         self._best = math.inf
         self._blocks = deque([RunningMoments()], maxlen=BLOCKS)  # of the window; the last grows
         self._on = True
+        self._model: DeepImagePrior | None = None
 
     # Lightning's hooks
 
@@ -82,9 +84,16 @@ class AutoStop(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         blocks = [block.state_dict() for block in self._blocks]
-        return {"best_step": self.best_step, "best": self._best, "blocks": blocks}
+        settings = {"rule": self.rule, "window": self.window}
+        return {"best_step": self.best_step, "best": self._best, "blocks": blocks, **settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = (state_dict["rule"], state_dict["window"]), (self.rule, self.window)
+        if before != now:
+            raise ValueError(
+                f"the checkpoint's AutoStop has rule and window {before}, got {now}; a fit that "
+                "goes on keeps them"
+            )
         self.best_step, self._best = state_dict["best_step"], state_dict["best"]
         self._blocks.clear()
         for state in state_dict["blocks"]:
@@ -95,12 +104,8 @@ class AutoStop(Callback):
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = find_restoration(pl_module, self.submodule)
-        if self.rule == "discrepancy" and model.problem is not None and model.problem.noise is None:
-            raise ValueError(
-                "AutoStop(rule='discrepancy') needs a noise model, and this problem has none; "
-                "give noise, or rule='variance'"
-            )
+        self._model = find_restoration(pl_module, self.submodule)
+        self.check(self._model, trainer)
         if 0 < trainer.max_steps < self.window:
             self._on = False
             rank_zero_warn(
@@ -111,12 +116,33 @@ class AutoStop(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if not self._on:
             return
-        model = find_restoration(pl_module, self.submodule)
-        self._blocks[-1].add(model.out)
+        assert self._model is not None
+        self._blocks[-1].add(self._model.out)
         if self._blocks[-1].count == self.window // BLOCKS:
             if len(self._blocks) == BLOCKS:
-                self._judge(model, trainer)
+                self._judge(self._model, trainer)
             self._blocks.append(RunningMoments())  # and drop the oldest
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._model = None
+
+    def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        """Refuse what it cannot judge; called before the fit.
+
+        Raises:
+            ValueError: The discrepancy rule without a noise model, or a `Langevin` beside it.
+        """
+        if self.rule == "discrepancy" and model.problem is not None and model.problem.noise is None:
+            raise ValueError(
+                "AutoStop(rule='discrepancy') needs a noise model, and this problem has none; "
+                "give noise, or rule='variance'"
+            )
+        others = [c for c in trainer.callbacks if isinstance(c, Langevin)]
+        if any(c.submodule == self.submodule for c in others):
+            raise ValueError(
+                "expected AutoStop or Langevin, got both, and each chooses the image that is "
+                "returned: leave one out"
+            )
 
     # The rules
 

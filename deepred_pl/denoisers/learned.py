@@ -12,9 +12,10 @@ class Learned(Denoiser):
     """A trained network from a file, or any module.
 
     It is called as module(x), or as module(x, sigma) where a sigma is given, with x of shape
-    (1, C, H, W) in [0, 1] and sigma of shape (1,) on the same scale; on the fit's device, in
-    evaluation mode and without gradients. It must return an image of x's shape. What else it
-    wants (another range, padding, a channel order, a residual to subtract) is a wrapper around it.
+    (1, C, H, W) in [0, 1] and sigma of shape (1,) on the same scale; on the fit's device, without
+    gradients, and in evaluation mode (an exported program in the mode it was exported in). It must
+    return an image of x's shape. What else it wants (another range, padding, a channel order, a
+    residual to subtract) is a wrapper around it.
 
     A file holds code that is run: load none that you do not trust.
 
@@ -39,6 +40,11 @@ class Learned(Denoiser):
     ) -> None:
         if (path is None) == (module is None):
             raise ValueError("expected a path or a module, got " + ("both" if path else "neither"))
+        if module is not None and not isinstance(module, nn.Module):
+            raise ValueError(
+                f"expected a torch.nn.Module, got {type(module).__name__}; a plain function is a "
+                "denoiser as it is: REDUpdate(function)"
+            )
         self.sigma = sigma
         self._level = None if sigma is None else grey_levels(sigma)
         self._module = _load(Path(path)) if path is not None else module.eval()  # type: ignore[union-attr]
@@ -74,6 +80,8 @@ class Learned(Denoiser):
                 f"expected a module that gives {tuple(x.shape)} like its input, got {got}; wrap "
                 "it in one that does"
             )
+        if not denoised.isfinite().all():
+            raise ValueError("expected a module that gives finite values, got NaN or infinity")
 
 
 def _load(path: Path) -> nn.Module:

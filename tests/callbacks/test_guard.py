@@ -7,12 +7,12 @@ import torch
 from pytorch_lightning import Callback
 
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
-from deepred_pl.callbacks import CollapseGuard, LastCheckpoint, Writer
+from deepred_pl.callbacks import AutoStop, CollapseGuard, Langevin, LastCheckpoint, Writer
 from deepred_pl.metrics import psnr
 from deepred_pl.networks import ImageParameter
 from tests.conftest import TinyNet, noisy_problem, smooth
 
-STEPS = 120
+STEPS = 100
 
 
 class Disturb(Callback):
@@ -119,12 +119,81 @@ def test_network_optimizer_images_and_job_go_back_to_the_last_good_round(make_tr
         assert torch.equal(value, back[name]), name
 
 
+class After(Callback):
+    """The state at the end of a step; listed last."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, model, *args):
+        if model.step == self.step:
+            tensors = model.state_dict().items()
+            self.state = {n: t.clone() for n, t in tensors if isinstance(t, torch.Tensor)}
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_the_round_behind_a_return_denoises_the_x_that_was_returned_to(make_trainer):
+    class Before(CollapseGuard):
+        """What the guard left to the round that follows."""
+
+        def on_train_batch_end(self, trainer, model, *batch):
+            super().on_train_batch_end(trainer, model, *batch)
+            if model.step == 65:
+                self.state = {n: getattr(model, n).clone() for n in ("x_pending", "out", "u")}
+
+    model = DeepRED(network=TinyNet, problem=noisy_problem(3, 16, 17), average_decay=0.95)
+    guard, after = Before(), After(65)
+    update = REDUpdate(smooth, every_n_steps=5)
+    make_trainer(max_steps=70, callbacks=[Disturb((62,), poison), guard, update, after]).fit(model)
+    f_x = smooth(guard.state["x_pending"])
+    v = guard.state["out"] + guard.state["u"]
+    torch.testing.assert_close(after.state["f_x"], f_x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.state["x"], ((f_x + v) / 2).clamp(0, 1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+@pytest.mark.parametrize("spoil", [collapse, poison])
+def test_what_was_chosen_goes_back_too(make_trainer, spoil):
+    def fitted(callback):
+        model = DeepImagePrior(
+            network=TinyNet, problem=noisy_problem(3, 16, 17), average_decay=0.95
+        )
+        callbacks = [Disturb((62,), spoil), callback, CollapseGuard()]
+        make_trainer(max_steps=STEPS, callbacks=callbacks).fit(model)
+        assert callbacks[-1].rollbacks == 1
+        return model
+
+    langevin = Langevin(noise=0.1, burn_in=0.25)
+    model = fitted(langevin)
+    # The outputs between the last good look and the return are no samples.
+    assert langevin._samples.count == STEPS - STEPS // 4 - 10
+    assert torch.equal(model.chosen, langevin._samples.mean)
+    assert model.restored.isfinite().all() and langevin.std.isfinite().all()
+    stop = AutoStop(window=10, patience=STEPS)
+    assert fitted(stop).restored.isfinite().all()
+    assert stop.best_step not in range(61, 71)
+
+
+@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
+def test_a_failure_behind_the_last_look_is_mended_before_anything_is_written(make_trainer):
+    model, guard = fit(make_trainer, at=(STEPS + 1,), steps=STEPS + 3)
+    assert guard.rollbacks == 1 and model.restored.isfinite().all()
+
+
+def test_a_state_of_nan_is_refused(make_trainer):
+    model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
+    with torch.no_grad():
+        poison(model)
+    with pytest.raises(RuntimeError, match="expected a finite state to go on from"):
+        make_trainer(max_steps=5, callbacks=[CollapseGuard()]).fit(model)
+
+
 @pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_nan_again_and_again_ends_the_run_with_a_clear_error(make_trainer):
     with pytest.raises(RuntimeError, match=r"NaN at 4 looks in a row.*lower learning rate"):
         fit(make_trainer, at=range(60, STEPS), spoil=poison)
     # With good looks between them, NaN is survived as often as it comes.
-    _, guard = fit(make_trainer, at=(52, 62, 72, 82, 92, 102), spoil=poison)
+    _, guard = fit(make_trainer, at=(42, 52, 62, 72, 82, 92), spoil=poison)
     assert guard.rollbacks == 6
 
 

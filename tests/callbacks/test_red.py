@@ -91,7 +91,7 @@ class Recorder(Callback):
 @pytest.mark.parametrize("inner", [1, 2])
 def test_a_fit_equals_the_transcription(make_trainer, channels, kind, k, rounds, inner):
     problem = noisy_problem(channels)
-    settings = {"lam": 0.5, "mu": 0.4, "penalty": "rise", "rise_step": 0.1, "rise_start": 10.0}
+    settings = {"lam": 0.5, "mu": 0.4, "weighting": "rise", "rise_step": 0.1, "rise_start": 10.0}
     model = DeepRED(network=TinyNet, problem=problem, **settings)
     update = REDUpdate(smooth, k, rounds, kind, step_size=0.7, inner_iterations=inner)
     recorder = Recorder()
@@ -219,7 +219,7 @@ def test_the_ground_truth_reaches_the_metrics_and_nothing_else(make_trainer, tmp
     measured = RestorationDataModule(measurement=tmp_path / "y.npy", noise=GaussianNoise(25))
     states = []
     for data in (simulated, measured):
-        model = DeepRED(network=TinyNet, penalty="rise")
+        model = DeepRED(network=TinyNet, weighting="rise")
         trainer = make_trainer(max_steps=9, callbacks=[REDUpdate(smooth, every_n_steps=2)])
         trainer.fit(model, data)
         states.append(tensors(model))

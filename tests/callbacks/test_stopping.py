@@ -145,3 +145,30 @@ def test_the_discrepancy_rule_needs_a_noise_model(make_trainer):
     model = DeepImagePrior(TinyNet, problem=InverseProblem(picture(1, 9, 9)))
     with pytest.raises(ValueError, match="needs a noise model"):
         make_trainer(max_steps=200, callbacks=[AutoStop("discrepancy")]).fit(model)
+
+
+def test_a_resumed_rule_keeps_its_window(make_trainer, tmp_path):
+    def fit(window, ckpt_path=None):
+        model = DeepImagePrior(TinyNet, problem=noisy_problem())
+        callbacks = [AutoStop(window=window), LastCheckpoint()]
+        trainer = make_trainer(max_steps=20, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(model, ckpt_path=ckpt_path)
+
+    fit(20)
+    with pytest.raises(ValueError, match="AutoStop has rule and window"):
+        fit(10, tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_a_choice_ends_with_its_fit(make_trainer, tmp_path):
+    model = DeepImagePrior(TinyNet, problem=noisy_problem())
+    make_trainer(max_steps=12, callbacks=[AutoStop(window=10)]).fit(model)
+    assert model.chosen is not None
+    plain = DeepImagePrior(TinyNet, problem=noisy_problem())
+    make_trainer(max_steps=2).fit(plain)
+    chosen = model.state_dict()
+    make_trainer(max_steps=3).fit(model)
+    assert model.chosen is None
+    model.load_state_dict(chosen)
+    assert torch.equal(model.restored, chosen["chosen"].clamp(0, 1))
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.restored, plain.restored)

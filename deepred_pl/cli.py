@@ -15,7 +15,11 @@ EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, argpar
 LONGEST = 600  # characters; a checkpoint of another network lists all its parameters
 
 # What a parser error says beside its reason: how it tried every member of a type.
-BESIDE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType")
+BESIDE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType"),
+    *("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with"),
+    "Type collections.abc.Callable",
+)
 
 
 def main(args: ArgsType = None) -> None:
@@ -35,5 +39,7 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         lines = [line.strip(" -") for line in str(error).splitlines()]
-        reason = " ".join(line for line in lines if line and not line.startswith(BESIDE))
+        reason = (
+            " ".join(line for line in lines if line and not line.startswith(BESIDE)) or lines[0]
+        )
         sys.exit(f"deepred: error: {shorten(reason, LONGEST)}")

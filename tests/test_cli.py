@@ -222,6 +222,15 @@ def test_what_a_callback_cannot_do_is_found_before_anything_is_written(
     assert not list(tmp_path.glob("lightning_logs/version_*/config.yaml"))
 
 
+def test_a_wrong_term_or_callback_is_told_without_the_parsers_trials(refused, photo):
+    for method, setting, said in (
+        ("dip_tv", "--model.regularizer.init_args.weight=-1", "leave the term out instead"),
+        ("dip_sgld", "--trainer.callbacks.init_args.burn_in=7000", "the last 65 % of the steps"),
+    ):
+        line = refused("--config", DENOISING, "--config", f"methods/{method}", setting)
+        assert line.endswith(said)
+
+
 def test_two_callbacks_that_choose_the_image_are_refused(refused, photo):
     stacked = ("--config", "methods/dip_sgld", "--config", "methods/auto_stop")
     said = refused("--config", DENOISING, *stacked, data__ground_truth=photo)

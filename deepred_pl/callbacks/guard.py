@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl.callbacks.langevin import Langevin
@@ -141,7 +141,7 @@ class CollapseGuard(Callback):
             update.discard()
         assert self._good is not None
         self._good.restore()
-        rank_zero_warn(f"step {model.step}: the fit {why}; it goes on from its last good state")
+        rank_zero_info(f"step {model.step}: the fit {why}; it goes on from its last good state")
 
 
 def rollbacks(trainer: Trainer) -> int:

@@ -23,7 +23,8 @@ class Langevin(Callback):
 
     Args:
         noise: Std of the noise on the weights in units of the learning rate, > 0.
-        burn_in: Fraction of the trainer's max_steps before the first sample, in [0, 1).
+        burn_in: Fraction of the trainer's max_steps before the first sample, in [0, 1) (so a fit
+            resumed with more steps is not the longer fit).
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
 
     Raises:

@@ -70,9 +70,11 @@ class Learned(Denoiser):
             denoised = self(x)
         except Exception as error:  # modules raise what they like
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            other = "give a sigma" if self._level is None else "sigma=null (None)"
             raise ValueError(
                 f"expected a module that takes ({told}) with x of {channels} channels and "
-                f"{size[0]}×{size[1]} pixels; it failed: {reason}"
+                f"{size[0]}×{size[1]} pixels; it failed: {reason}; if it takes "
+                f"{'a noise level' if self._level is None else 'no noise level'}, {other}"
             ) from error
         if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
             got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__

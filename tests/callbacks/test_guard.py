@@ -49,7 +49,6 @@ def fit(make_trainer, kind=DeepRED, at=(), spoil=poison, steps=STEPS, guard=None
     return model, guard
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 @pytest.mark.parametrize("red", [{}, {"every_n_steps": 1, "rounds_per_denoising": 4}])
 @pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
 @pytest.mark.parametrize("spoil", [collapse, poison])
@@ -66,7 +65,6 @@ def test_a_forced_failure_is_survived(make_trainer, tmp_path, kind, spoil, red):
             assert image.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_the_count_is_in_the_result(make_trainer, tmp_path):
     fit(make_trainer, at=(31, 62), spoil=poison)
     assert json.loads((tmp_path / "result.json").read_text())["rollbacks"] == 2
@@ -85,7 +83,6 @@ def test_a_guarded_fit_is_the_same_as_an_unguarded_one(make_trainer):
     assert torch.equal(guarded.restored, model.restored) and torch.equal(guarded.u, model.u)
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_network_optimizer_images_and_job_go_back_to_the_last_good_round(make_trainer):
     class Snapshots(Callback):
         """The state at the looks: before the collapse, and behind the return."""
@@ -131,7 +128,6 @@ class After(Callback):
             self.state = {n: t.clone() for n, t in tensors if isinstance(t, torch.Tensor)}
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_the_round_behind_a_return_denoises_the_x_that_was_returned_to(make_trainer):
     class Before(CollapseGuard):
         """What the guard left to the round that follows."""
@@ -151,7 +147,6 @@ def test_the_round_behind_a_return_denoises_the_x_that_was_returned_to(make_trai
     torch.testing.assert_close(after.state["x"], ((f_x + v) / 2).clamp(0, 1), atol=1e-6, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 @pytest.mark.parametrize("spoil", [collapse, poison])
 def test_what_was_chosen_goes_back_too(make_trainer, spoil):
     def fitted(callback):
@@ -174,7 +169,6 @@ def test_what_was_chosen_goes_back_too(make_trainer, spoil):
     assert stop.best_step not in range(61, 71)
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_a_failure_behind_the_last_look_is_mended_before_anything_is_written(make_trainer):
     model, guard = fit(make_trainer, at=(STEPS + 1,), steps=STEPS + 3)
     assert guard.rollbacks == 1 and model.restored.isfinite().all()
@@ -188,7 +182,6 @@ def test_a_state_of_nan_is_refused(make_trainer):
         make_trainer(max_steps=5, callbacks=[CollapseGuard()]).fit(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_nan_again_and_again_ends_the_run_with_a_clear_error(make_trainer):
     with pytest.raises(RuntimeError, match=r"NaN at 4 looks in a row.*lower learning rate"):
         fit(make_trainer, at=range(60, STEPS), spoil=poison)
@@ -197,13 +190,11 @@ def test_nan_again_and_again_ends_the_run_with_a_clear_error(make_trainer):
     assert guard.rollbacks == 6
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_nan_in_the_first_round_is_survived(make_trainer):
     model, guard = fit(make_trainer, at=(2,), spoil=poison)
     assert guard.rollbacks == 1 and model.restored.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.*it goes on from its last good state")
 def test_the_count_survives_a_resume(make_trainer, tmp_path):
     def part(steps, ckpt_path=None):
         guard = CollapseGuard()

@@ -185,7 +185,7 @@ def assert_same(first, second):
 
 def test_the_result_does_not_depend_on_the_denoisers_speed(make_trainer):
     def slow(x):
-        time.sleep(0.03)
+        time.sleep(0.2)
         return smooth(x)
 
     states, waits = [], []

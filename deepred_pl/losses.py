@@ -74,7 +74,9 @@ class SURE(Term):
     third one, for both are made in float32: bfloat16 would round the difference away. It holds
     for Gaussian noise of known σ, and is a little off near black and white where that was
     clipped; A must be the identity, and the network's input the measurement alone
-    (`MeasurementNet`, input_noise_std=0).
+    (`MeasurementNet`, input_noise_std=0). It is unbiased for a fixed network; one that is fitted
+    to the same y can cheat it by a divergence below 0, and the loss then falls below 0, where no
+    squared error can be.
 
     Raises:
         ValueError: At `check`, another noise, operator or network input.

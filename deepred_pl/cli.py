@@ -39,7 +39,6 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         lines = [line.strip(" -") for line in str(error).splitlines()]
-        reason = (
-            " ".join(line for line in lines if line and not line.startswith(BESIDE)) or lines[0]
-        )
+        reasons = [line for line in lines if line and not line.startswith(BESIDE)]
+        reason = " ".join(reasons or lines)
         sys.exit(f"deepred: error: {shorten(reason, LONGEST)}")

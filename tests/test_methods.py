@@ -44,6 +44,23 @@ def gaussian(size, width):
     return np.outer(profile, profile) / profile.sum() ** 2
 
 
+def fitted(trainer, problem, update, weight):
+    """x of the network-free fit with λ = μ = weight."""
+    model = DeepRED(
+        network=ImageParameter,
+        optimizer=partial(torch.optim.Adam, lr=0.02),
+        lr_scheduler=partial(WarmupCosine, total_steps=trainer.max_steps, warmup_steps=10),
+        lam=weight,
+        mu=weight,
+        input_noise_std=0,
+        result="x",
+        problem=problem,
+    )
+    trainer.callbacks.append(update)
+    trainer.fit(model)
+    return model.restored
+
+
 # A mild blur: under one that takes frequencies away, RED with non-local means has no stable fixed
 # point, and any loop drifts from it.
 CASES = {
@@ -60,22 +77,12 @@ def test_red_alone_ends_at_the_fixed_point_of_an_independent_loop(make_trainer, 
     noise = GaussianNoise(sigma)
     y = noise.sample(operator(truth), torch.Generator().manual_seed(0)).clamp(0, 1)
     want = red_by_fixed_points(y[0, 0].double().numpy(), kernel, lam)
-    steps = 1000
-    model = DeepRED(
-        network=ImageParameter,
-        optimizer=partial(torch.optim.Adam, lr=0.02),
-        lr_scheduler=partial(WarmupCosine, total_steps=steps, warmup_steps=10),
-        lam=lam,
-        mu=lam,
-        input_noise_std=0,
-        result="x",
-        problem=InverseProblem(y, operator, noise, truth),
-    )
-    make_trainer(max_steps=steps, callbacks=[REDUpdate(NonLocalMeans(10), 10)]).fit(model)
+    problem = InverseProblem(y, operator, noise, truth)
+    restored = fitted(make_trainer(max_steps=1000), problem, REDUpdate(NonLocalMeans(10)), lam)
     want = torch.from_numpy(want)[None, None].float()
-    ours, theirs = psnr(model.restored, truth).item(), psnr(want, truth).item()
+    ours, theirs = psnr(restored, truth).item(), psnr(want, truth).item()
     assert ours == pytest.approx(theirs, abs=0.1)
-    assert psnr(model.restored, want.clamp(0, 1)) > 45
+    assert psnr(restored, want.clamp(0, 1)) > 45
     assert theirs > psnr(y, truth).item() + 2  # or nothing was restored
 
 
@@ -92,20 +99,10 @@ def test_plug_and_play_ends_at_the_fixed_point_of_an_independent_loop(make_train
         x = nlm(out + u, 25).clip(0, 1)
         u = u + out - x
         out = (target + mu * (x - u)) / (1 + mu)
-    steps = 1500
-    model = DeepRED(
-        network=ImageParameter,
-        optimizer=partial(torch.optim.Adam, lr=0.02),
-        lr_scheduler=partial(WarmupCosine, total_steps=steps, warmup_steps=10),
-        mu=mu,
-        input_noise_std=0,
-        result="x",
-        problem=problem,
-    )
-    update = REDUpdate(NonLocalMeans(25), every_n_steps=10, x_update="pnp")
-    make_trainer(max_steps=steps, callbacks=[update]).fit(model)
+    update = REDUpdate(NonLocalMeans(25), x_update="pnp")
+    restored = fitted(make_trainer(max_steps=1500), problem, update, mu)
     want = torch.from_numpy(x)[None, None].float()
-    ours, theirs = psnr(model.restored, truth).item(), psnr(want, truth).item()
+    ours, theirs = psnr(restored, truth).item(), psnr(want, truth).item()
     assert ours == pytest.approx(theirs, abs=0.1)
-    assert psnr(model.restored, want) > 45
+    assert psnr(restored, want) > 45
     assert theirs > psnr(y, truth).item() + 7

@@ -26,7 +26,7 @@ NOISE_MARGIN = 0.17
 
 def adam(parameters: Iterable) -> Optimizer:
     """Adam at a learning rate of 0.01."""
-    return torch.optim.Adam(parameters, lr=0.01)
+    return torch.optim.Adam(parameters, lr=0.01, fused=True)
 
 
 class DeepImagePrior(LightningModule):
@@ -193,7 +193,7 @@ class DeepImagePrior(LightningModule):
         network = self._checked()
         z = self.z
         if self.input_noise_std > 0:
-            z = z + self.input_noise_std * self._input_noise()
+            z = z.add(self._input_noise(), alpha=self.input_noise_std)
         out = network(z).float()
         if out.shape != self.average.shape:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepred_pl import convolution
 from deepred_pl.problem import InverseProblem
 
 INPUT_CHANNELS = 32
@@ -63,13 +64,7 @@ class SkipNet(nn.Module):
             self.down.append(
                 nn.Sequential(_conv(inputs, width, kernel=3, stride=2), _conv(width, width, 3))
             )
-            self.up.append(
-                nn.Sequential(
-                    nn.BatchNorm2d(skip_width + width, track_running_stats=False),
-                    _conv(skip_width + width, width, kernel=3),
-                    _conv(width, width, kernel=1),
-                )
-            )
+            self.up.append(_Up(skip_width, width))
             inputs = width
         self.head = nn.Conv2d(width, channels, kernel_size=1)
 
@@ -80,8 +75,7 @@ class SkipNet(nn.Module):
             skips.append(skip(x))
             x = down(x)  # sides: s -> ceil(s / 2)
         for up, skipped in zip(reversed(self.up), reversed(skips), strict=True):
-            x = F.interpolate(x, skipped.shape[-2:], mode="bilinear", align_corners=False)
-            x = up(torch.cat([skipped, x], dim=1))
+            x = up(skipped, x)
         # In float32 also under autocast: bfloat16 has about 8 bits for all of [0.5, 1].
         return torch.sigmoid(self.head(x).float())
 
@@ -212,18 +206,54 @@ class ImageParameter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _Up(nn.Module):
+    """Joins a skip connection, (1, S, H, W), and the scale below, (1, W, h, w), at (H, W)."""
+
+    def __init__(self, skip_width: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(skip_width + width, track_running_stats=False)
+        self.mix = _Conv2d(skip_width + width, width, kernel_size=3, bias=False)
+        self.after = nn.Sequential(*_normalized(width), _conv(width, width, kernel=1))
+
+    def forward(self, skipped: Tensor, x: Tensor) -> Tensor:
+        """The two joined, (1, W, H, W)."""
+        size = skipped.shape[2], skipped.shape[3]
+        if not convolution.pays_off(x):
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+            return self.after(self.mix(self.norm(torch.cat([skipped, x], dim=1))))
+        # The same function without ever making the upsampled x. Of the first batch norm only the
+        # scale is needed: what it adds is equal everywhere, and the next one takes that out.
+        mean, variance = convolution.upsampled_moments(x, size)
+        variance = torch.cat([skipped.var(dim=(0, 2, 3), correction=0), variance])
+        scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
+        scale = scale + 0 * self.norm.bias  # whose gradient is 0, not missing
+        weight = self.mix.weight * scale[:, None, None]
+        thin = skipped.shape[1]
+        x = convolution.conv2d_upsampled(x - mean[:, None, None], weight[:, thin:], size)
+        skipped = F.pad(skipped, (1, 1, 1, 1), mode="reflect")
+        return self.after(x + convolution.conv2d(skipped, weight[:, :thin]))
+
+
+class _Conv2d(nn.Conv2d):
+    """A convolution with reflection padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel_size[0] // 2
+        if side:
+            x = F.pad(x, (side, side, side, side), mode="reflect")
+        if side and convolution.pays_off(x):
+            return convolution.conv2d(x, self.weight, self.stride[0])
+        return F.conv2d(x, self.weight, stride=self.stride)
+
+
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     # No bias: the batch norm behind it would take it out again.
     return nn.Sequential(
-        nn.Conv2d(
-            inputs,
-            outputs,
-            kernel,
-            stride=stride,
-            padding=kernel // 2,
-            padding_mode="reflect" if kernel > 1 else "zeros",
-            bias=False,
-        ),
-        nn.BatchNorm2d(outputs, track_running_stats=False),
-        nn.LeakyReLU(0.2, inplace=True),
+        _Conv2d(inputs, outputs, kernel, stride=stride, bias=False), *_normalized(outputs)
     )
+
+
+def _normalized(channels: int) -> tuple[nn.Module, nn.Module]:
+    """What follows every convolution."""
+    norm = nn.BatchNorm2d(channels, track_running_stats=False)
+    return norm, nn.LeakyReLU(0.2, inplace=True)

@@ -21,6 +21,7 @@ import deepred_pl.denoisers  # noqa: F401  their short names
 from deepred_pl.callbacks import (
     AutoStop,
     CollapseGuard,
+    KeepMemory,
     Langevin,
     LastCheckpoint,
     Monitor,
@@ -128,7 +129,7 @@ class RestorationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks every run has, and TensorBoard unless another logger is set."""
         settings = self._get(self.config_init, "trainer")
-        callbacks = [Monitor(), Writer()]
+        callbacks = [Monitor(), Writer(), KeepMemory()]
         if settings.get("enable_progress_bar") is not False:
             callbacks.insert(1, RestorationBar())
         self.trainer_defaults["callbacks"] = callbacks

@@ -5,14 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepred_pl import DeepImagePrior, InverseProblem
+from deepred_pl import DeepImagePrior, InverseProblem, convolution
 from deepred_pl.networks import DeepDecoder, ImageParameter, MeasurementNet, SkipNet
 from deepred_pl.operators import Downsample
 from tests.conftest import noisy_problem, picture
 
 
 def reference(net: SkipNet, z: torch.Tensor) -> torch.Tensor:
-    """The published network written out with plain functions, for sides that halve evenly."""
+    """The published network written out with plain functions; sides that are odd halve upwards."""
 
     def norm(x):
         mean = x.mean((0, 2, 3), keepdim=True)
@@ -30,18 +30,29 @@ def reference(net: SkipNet, z: torch.Tensor) -> torch.Tensor:
         if level == len(net.down):
             return x
         deeper = conv(net.down[level][1], conv(net.down[level][0], x, stride=2))
-        deeper = F.interpolate(scale(level + 1, deeper), scale_factor=2, mode="bilinear")
+        deeper = F.interpolate(scale(level + 1, deeper), x.shape[-2:], mode="bilinear")
         joined = norm(torch.cat([conv(net.skip[level], x), deeper], 1))
-        return conv(net.up[level][2], conv(net.up[level][1], joined))
+        up = net.up[level]
+        return conv(up.after[2], conv([up.mix], joined))
 
     return 1 / (1 + torch.exp(-F.conv2d(scale(0, z), net.head.weight, net.head.bias)))
 
 
-def test_skipnet_is_the_published_network():
+@pytest.mark.parametrize("reformulated", [True, False])
+@pytest.mark.parametrize("size", [(16, 24), (33, 47)])
+def test_skipnet_is_the_published_network(monkeypatch, reformulated, size):
+    monkeypatch.setattr(convolution, "pays_off", lambda x: reformulated)  # whatever the size
     torch.manual_seed(0)
     net = SkipNet(3, width=6, skip_width=4, scales=3).double()
-    z = torch.rand(1, 32, 16, 24, dtype=torch.float64)
-    torch.testing.assert_close(net(z).double(), reference(net, z), atol=1e-6, rtol=0)
+    z = torch.rand(1, 32, *size, dtype=torch.float64)
+    out, expected = net(z), reference(net, z)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=0)
+    weights = {name: p for name, p in net.named_parameters() if p.ndim == 4}
+    direction = torch.randn(1, 3, *size)
+    got = torch.autograd.grad(out, list(weights.values()), direction)
+    should = torch.autograd.grad(expected, list(weights.values()), direction.double())
+    for name, a, b in zip(weights, got, should, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max(), rtol=0, msg=name)
 
 
 def test_skipnet_has_the_published_number_of_parameters():

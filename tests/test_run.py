@@ -63,7 +63,7 @@ def test_it_is_what_the_same_fit_gives_by_hand():
     got = restore(y, "denoising", TINY | overrides, noise=GaussianNoise(10))
     model = DeepRED(
         network=partial(SkipNet, width=4, scales=2),
-        optimizer=partial(torch.optim.Adam, lr=0.008),
+        optimizer=partial(torch.optim.Adam, lr=0.008, fused=True),
         lam=0.3,
         weighting="rise",
         rise_step=0.03,

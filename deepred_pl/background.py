@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 THREAD_NAME = "deepred-denoiser"
 
@@ -17,15 +19,21 @@ class Background:
 
     A daemon, because a thread that hangs in foreign code must not keep the process alive.
     The thread lives until `close`, so that thread-bound resources are set up once. Torch uses
-    one core on it; other libraries as many as they like.
+    one core on it; other libraries as many as they like. On a GPU it has a stream of its own,
+    which begins a job behind what the caller had queued when it submitted it.
+
+    Args:
+        device: Where the jobs' tensors are.
 
     Attributes:
         wait_seconds: Total time `result` has waited, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.wait_seconds = 0.0
-        self._jobs: queue.SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None]
+        on_gpu = torch.device(device).type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._pending: tuple[Future, str] | None = None
         ready = threading.Event()
@@ -42,13 +50,22 @@ class Background:
         """Whether a job was submitted and not collected yet."""
         return self._pending is not None
 
+    @property
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._pending is not None and self._pending[0].done()
+
     def submit(self, label: str, function: Callable[..., Any], *args: Any) -> None:
         """Start `function(*args)`; `label` names it should it fail. One job at a time."""
         if self._pending is not None:
             raise RuntimeError(f"{self._pending[1]} has not been collected by result() yet")
         future: Future = Future()
         self._pending = (future, label)
-        self._jobs.put((future, function, args))
+        job = partial(function, *args)
+        if self._stream is not None:
+            caller = torch.cuda.current_stream(self._stream.device)
+            job = partial(_on_stream, self._stream, caller, caller.record_event(), job)
+        self._jobs.put((future, job))
 
     def result(self) -> Any:
         """Wait for the job and return what it returned.
@@ -83,9 +100,25 @@ def _work(jobs: queue.SimpleQueue, ready: threading.Event) -> None:
     torch.set_num_threads(1)
     ready.set()
     while (job := jobs.get()) is not None:
-        future, function, args = job
+        future, function = job
         try:
-            future.set_result(function(*args))
+            future.set_result(function())
         except BaseException as error:  # whatever ends a job belongs to its caller
             future.set_exception(error)
-        del job, future, function, args  # an idle thread keeps no images
+        del job, future, function  # an idle thread keeps no images
+
+
+def _on_stream(
+    stream: torch.cuda.Stream,
+    caller: torch.cuda.Stream,
+    ready: torch.cuda.Event,
+    job: Callable[[], Any],
+) -> Any:
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        value = job()
+        stream.synchronize()  # holds up this thread alone
+    for tensor in value if isinstance(value, tuple) else (value,):
+        if isinstance(tensor, Tensor) and tensor.is_cuda:
+            tensor.record_stream(caller)  # its memory is this stream's, its use the caller's
+    return value

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from deepred_pl import admm
-from deepred_pl.callbacks.red import wait_seconds
+from deepred_pl.callbacks.red import staleness, wait_seconds
 from deepred_pl.metrics import psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED, find_restoration
 
@@ -30,6 +30,7 @@ class Monitor(Callback):
                             noise, below it the noise
         lam, mu             λ and μ
         denoiser_wait       seconds waited for the denoiser so far
+        staleness           θ-steps since the x of the latest f(x), where the fit does not wait
     A `DeepImagePrior` has data_term, psnr_… and residual_to_sigma. `test` logs PSNR and SSIM of
     the restored image.
 
@@ -47,6 +48,9 @@ class Monitor(Callback):
             curves = measure(model)
             if isinstance(model, DeepRED):
                 curves["denoiser_wait"] = torch.tensor(wait_seconds(trainer, self.submodule))
+                age = staleness(trainer, model, self.submodule)
+                if age is not None:
+                    curves["staleness"] = torch.tensor(float(age))
             self._log(pl_module, curves, group=self.submodule or "curves")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:

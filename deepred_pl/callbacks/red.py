@@ -23,6 +23,10 @@ class REDUpdate(Callback):
     which has the whole next round for it. So round r uses f(x_{r−1}), the paper's iteration.
     The schedule is fixed and waits for the denoiser, so the result does not depend on timing.
 
+    With `wait_for_denoiser` off, a round whose denoiser is not ready goes on with the f(x) it has,
+    and the next round looks again: a slow denoiser then never holds up the network, and the
+    result depends on the machine and its load, so no two runs are equal.
+
     With `rounds_per_denoising` > 1 the rounds in between reuse f(x), and a denoiser round hands
     over x before its update: every_n_steps=1, rounds_per_denoising=10 is the released schedule.
 
@@ -46,10 +50,13 @@ class REDUpdate(Callback):
             v = T_θ(z) + u of the round's start, for the denoiser needs the round.
         step_size: Of the gradient step, in (0, 2), in units of 1 / (λ + μ).
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
+        wait_for_denoiser: Wait at a round's end until the denoiser is ready, for reproducible
+            results; or go on with the last denoised image.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
 
     Attributes:
         wait_seconds: Seconds the fit has waited for the denoiser.
+        denoised_step: The step whose x (with "pnp" v) the latest f(x) was made of.
 
     Raises:
         ValueError: An argument out of range, or no DeepRED where `submodule` says.
@@ -65,6 +72,7 @@ class REDUpdate(Callback):
         x_update: Literal["fixed_point", "gradient", "mixed", "pnp"] = "fixed_point",
         step_size: float = 0.5,
         inner_iterations: int = 1,
+        wait_for_denoiser: bool = True,
         submodule: str = "",
     ) -> None:
         counts = {
@@ -94,7 +102,11 @@ class REDUpdate(Callback):
         self.x_update = x_update
         self.step_size = step_size
         self.inner_iterations = inner_iterations
+        self.wait_for_denoiser = wait_for_denoiser
         self.submodule = submodule
+        self.denoised_step = 0
+        self._submitted_step: int | None = None  # not known yet
+        self._overdue = False  # a round went on without its denoiser
         self._model: DeepRED | None = None
         self._background: Background | None = None
         self._rounds = 0  # rounds made
@@ -112,13 +124,22 @@ class REDUpdate(Callback):
         return self._generate_state_key(submodule=self.submodule)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"wait_seconds": self.wait_seconds}
+        return {
+            "wait_seconds": self.wait_seconds,
+            "denoised_step": self.denoised_step,
+            "submitted_step": self._submitted_step,
+            "overdue": self._overdue,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._waited_before = state_dict["wait_seconds"]
+        self.denoised_step = state_dict["denoised_step"]
+        self._submitted_step = state_dict["submitted_step"]
+        self._overdue = state_dict["overdue"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._waited_before = 0.0
+        self._waited_before, self.denoised_step = 0.0, 0
+        self._submitted_step, self._overdue = None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = find_restoration(pl_module, self.submodule)
@@ -130,8 +151,11 @@ class REDUpdate(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._model is not None:
-            self._background = Background()
+            self._background = Background(self._model.x.device)
             self._rounds = self._model.step // self.every_n_steps
+            if self._submitted_step is None:
+                period = self.every_n_steps * self.rounds_per_denoising
+                self._submitted_step = self._model.step - self._model.step % period
             self._start_job(self._model, trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -182,16 +206,24 @@ class REDUpdate(Callback):
         denoised = self._rounds // self.rounds_per_denoising > before // self.rounds_per_denoising
         reusing = self.rounds_per_denoising > 1
         x = model.x
+        assert self._background is not None
+        if denoised and not self._background.busy:  # it was discarded, or _submit took it for
+            self._start_job(model, trainer)  # beyond max_steps, where a batch makes several steps
+        moved_on = reusing or self._overdue  # x, since it was handed over
+        if not self.wait_for_denoiser:
+            due = denoised or self._overdue
+            denoised = due and self._background.done
+            self._overdue = due and not denoised
+            if self.x_update == "pnp" and not denoised:
+                return  # x and u come from one v, and that of f(x) is past
         if denoised:
-            assert self._background is not None
-            if not self._background.busy:  # it was discarded, or _submit took it for beyond
-                self._start_job(model, trainer)  # max_steps, where a batch makes several steps
             denoised_x, model.f_x = self._background.result()
+            self.denoised_step = self._submitted_step or 0
             model.prior = admm.red_prior(denoised_x, model.f_x)
+            if not moved_on:
+                x = denoised_x  # the same x, or with J > 1 the last inner iterate
             if reusing:
                 self._submit(model, trainer)
-            else:
-                x = denoised_x  # the same x, or with J > 1 the last inner iterate
         # Plug-and-Play takes the v that was denoised, for x and u must come from one v.
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
         model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)
@@ -214,15 +246,15 @@ class REDUpdate(Callback):
         model.x_pending = model.x.clone(memory_format=torch.contiguous_format)
         model.v_pending = (model.out + model.u).contiguous()
         model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
+        self._submitted_step = model.step
         collected_at = model.step + self.every_n_steps * self.rounds_per_denoising
         if trainer.max_steps < 1 or collected_at <= trainer.max_steps:
             self._start_job(model, trainer)  # else a resumed fit starts it
 
     def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
         """Denoise the pending snapshot; a resumed fit starts the job it was saved with."""
-        step = model.step - model.step % (self.every_n_steps * self.rounds_per_denoising)
-        pnp = self.x_update == "pnp"
-        assert self._background is not None
+        pnp, step = self.x_update == "pnp", self._submitted_step
+        assert self._background is not None and step is not None
         self._background.submit(
             f"denoiser {_name(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
@@ -243,6 +275,14 @@ class REDUpdate(Callback):
         if self._model is not None:
             self._model.driven = False
             self._model = None
+
+
+def staleness(trainer: Trainer, model: DeepRED, submodule: str = "") -> int | None:
+    """θ-steps since the x of the latest f(x); None where the fit waits for its denoiser."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, REDUpdate) and callback.submodule == submodule:
+            return None if callback.wait_for_denoiser else model.step - callback.denoised_step
+    return None
 
 
 def wait_seconds(trainer: Trainer, submodule: str | None = None) -> float:

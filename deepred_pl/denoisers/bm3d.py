@@ -1,9 +1,11 @@
 """BM3D."""
 
 import threading
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from deepred_pl.denoisers.denoiser import Denoiser, each_channel, grey_levels, through_numpy
@@ -19,29 +21,77 @@ _OPPONENT = np.array([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 0, -1 / 2], [1 / 4, -1 / 2,
 
 
 class BM3D(Denoiser):
-    """Block-matching and 3D filtering (Dabov et al. 2007), by the `bm3d` package.
+    """Block-matching and 3D filtering (Dabov et al. 2007), by the packages `bm3d` or `bm3d-triton`.
 
-    Colour images are matched on luminance; other channel counts are denoised one by one. The
-    denoiser of the paper's super-resolution. **Licence: the `bm3d` package is free for
-    non-commercial use only.**
+    Colour images are matched on luminance, by `bm3d-triton` on each channel of the same opponent
+    colours; other channel counts are denoised one by one. The denoiser of the paper's
+    super-resolution. **Licence: the `bm3d` package is free for non-commercial use only.**
 
     Args:
         sigma: Noise level it is told, in grey levels of an 8-bit image, in (0, 255].
-        profile: "np", the package's default, "lc", about a third of its time, or "high".
+        profile: Of `bm3d`: "np", the package's default, "lc", about a third of its time, or "high".
+        threads: Of `bm3d`: the cores it uses; 0 are all.
+        backend: "bm3d", on the CPU; "triton", on an NVIDIA GPU (the extra `gpu`), where sums in any
+            order make no two results quite equal; "auto": triton for images on a GPU where it is
+            installed, otherwise bm3d.
 
     Raises:
-        ValueError: sigma outside (0, 255], or an unknown profile.
+        ValueError: sigma outside (0, 255], an unknown profile or backend, or threads below 0.
     """
 
-    def __init__(self, sigma: float = 5.0, profile: Literal["np", "lc", "high"] = "np") -> None:
+    def __init__(
+        self,
+        sigma: float = 5.0,
+        profile: Literal["np", "lc", "high"] = "np",
+        threads: int = 0,
+        backend: Literal["auto", "bm3d", "triton"] = "auto",
+    ) -> None:
         if profile not in ("np", "lc", "high"):
             raise ValueError(f"profile must be 'np', 'lc' or 'high', got {profile!r}")
+        if threads < 0:
+            raise ValueError(f"threads must be at least 0, which are all cores, got {threads}")
+        if backend not in ("auto", "bm3d", "triton"):
+            raise ValueError(f"backend must be 'auto', 'bm3d' or 'triton', got {backend!r}")
         self.sigma = sigma
         self.profile = profile
+        self.threads = threads
+        self.backend = backend
         self._level = grey_levels(sigma)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._on_gpu(x):
+            return self._denoise_on_gpu(x)
         return through_numpy(self._denoise, x)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what the chosen backend cannot take; x is (1, C, H, W)."""
+        if self.backend == "triton" and not (x.is_cuda and find_spec("bm3d_triton")):
+            raise ValueError(
+                "backend='triton' needs an NVIDIA GPU and the package bm3d-triton, got an image on "
+                f"{x.device.type} and {'' if find_spec('bm3d_triton') else 'no '}bm3d-triton; "
+                "pip install 'deepred_pl[gpu]', or take backend='bm3d'"
+            )
+
+    def _on_gpu(self, x: Tensor) -> bool:
+        if self.backend == "auto":
+            return x.is_cuda and find_spec("bm3d_triton") is not None
+        return self.backend == "triton"
+
+    def _denoise_on_gpu(self, x: Tensor) -> Tensor:
+        from bm3d_triton import denoise
+
+        if x.shape[1] != 3:
+            return denoise(x.float(), self._level, clamp=False).to(x.dtype)
+        weights = torch.from_numpy(_OPPONENT).to(x)
+        channels = torch.einsum("oc,nchw->nohw", weights, x)
+        channels[:, 1:] += 0.5  # the package clips to [0, 1]
+        denoised = [
+            denoise(channels[:, i : i + 1], level, clamp=False)
+            for i, level in enumerate(np.linalg.norm(_OPPONENT, axis=1) * self._level)
+        ]
+        channels = torch.cat(denoised, dim=1)
+        channels[:, 1:] -= 0.5
+        return torch.einsum("co,nohw->nchw", torch.linalg.inv(weights), channels).to(x.dtype)
 
     def _denoise(self, image: np.ndarray) -> np.ndarray:
         height, width, channels = image.shape
@@ -64,5 +114,7 @@ class BM3D(Denoiser):
         import bm3d  # only where it is chosen, for its licence
 
         profiles = {"np": bm3d.BM3DProfile, "lc": bm3d.BM3DProfileLC, "high": bm3d.BM3DProfileHigh}
+        profile = profiles[self.profile]()
+        profile.num_threads = self.threads
         with _LOCK:
-            return getattr(bm3d, function)(image, self._level, profile=profiles[self.profile]())
+            return getattr(bm3d, function)(image, self._level, profile=profile)

@@ -30,14 +30,27 @@ def through_numpy(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Te
     """Apply `function`, (H, W, C) to (H, W, C) in float64, to an image (1, C, H, W)."""
     if x.ndim != 4 or x.shape[0] != 1:
         raise ValueError(f"expected one image (1, C, H, W), got {tuple(x.shape)}")
-    image = x[0].detach().cpu().double().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
+    image = _to_host(x.detach())[0].double().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
     denoised = np.ascontiguousarray(function(np.ascontiguousarray(image)))
-    return torch.from_numpy(denoised).movedim(-1, 0)[None].to(x)
+    result = torch.from_numpy(denoised).movedim(-1, 0)[None].to(x.dtype)
+    return result.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else result.to(x)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return x.cpu()
+    # Through pinned memory, as a copy to any other would hold up the whole device.
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host
 
 
 def each_channel(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
     """Apply `function`, (H, W) to (H, W), to every channel of an image (H, W, C)."""
-    return np.stack([function(channel) for channel in np.moveaxis(image, -1, 0)], axis=-1)
+    channels = np.moveaxis(image, -1, 0)
+    # scikit-image's non-local means drops an axis of one pixel.
+    return np.stack([function(c).reshape(c.shape) for c in channels], axis=-1)
 
 
 def grey_levels(sigma: float) -> float:

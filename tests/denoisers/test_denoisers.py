@@ -1,3 +1,6 @@
+import sys
+import types
+
 import bm3d
 import numpy as np
 import pytest
@@ -10,11 +13,20 @@ from skimage.restoration import (
     denoise_wavelet,
 )
 
-from deepred_pl.denoisers import BM3D, Bilateral, Median, NonLocalMeans, TotalVariation, Wavelet
+from deepred_pl.denoisers import (
+    BM3D,
+    Bilateral,
+    Median,
+    NonLocalMeans,
+    TotalVariation,
+    Wavelet,
+    nlm,
+)
 from tests.conftest import noisy_problem, picture
 
 ALL = [
     NonLocalMeans(10),
+    NonLocalMeans(10, backend="torch"),
     TotalVariation(0.05),
     BM3D(10, profile="lc"),
     Wavelet(10),
@@ -91,6 +103,17 @@ def test_nlm_is_scikit_images_per_channel_with_the_papers_cut_off(fast):
     np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [2**20, 2**10])  # the second takes one row at a time
+@pytest.mark.parametrize("shape", [(3, 33, 47), (1, 64, 33), (3, 5, 4), (2, 1, 7), (1, 2, 3)])
+@pytest.mark.parametrize("settings", [(3, 5, 6), (25, 7, 4), (10, 4, 2), (60, 1, 1)])
+def test_nlm_in_torch_is_scikit_images_up_to_the_border(monkeypatch, at_once, shape, settings):
+    monkeypatch.setitem(nlm.AT_ONCE, "cpu", at_once)
+    x = noisy_problem(*shape).y
+    expected = NonLocalMeans(*settings, backend="skimage")(x)
+    got = NonLocalMeans(*settings, backend="torch")(x)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
 def test_tv_is_scikit_images_over_all_channels():
     x = noisy_problem(3, 21, 34).y
     want = denoise_tv_chambolle(to_numpy(x), weight=0.07, channel_axis=-1)
@@ -125,6 +148,35 @@ def test_bm3d_is_the_packages_colour_and_grey_denoiser():
     np.testing.assert_allclose(to_numpy(BM3D(10, profile="lc")(grey))[..., 0], want, atol=1e-6)
 
 
+def test_bm3d_does_not_depend_on_its_threads():
+    colour = noisy_problem(3, 21, 34).y
+    torch.testing.assert_close(BM3D(10, threads=1)(colour), BM3D(10, threads=2)(colour))
+
+
+def test_bm3d_on_a_gpu_denoises_uncorrelated_colours_at_their_own_levels(monkeypatch):
+    calls = []
+
+    def denoise(image, sigma, clamp):
+        assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
+        calls.append((image, sigma))
+        return image
+
+    monkeypatch.setitem(sys.modules, "bm3d_triton", types.SimpleNamespace(denoise=denoise))
+    noise = 0.5 + 0.02 * torch.randn(1, 3, 200, 200, generator=torch.Generator().manual_seed(0))
+    got = BM3D(0.02 * 255, backend="triton")(noise)
+    torch.testing.assert_close(got, noise)  # there and back
+    channels = torch.cat([image for image, _ in calls], dim=1)[0].flatten(1)
+    levels = torch.tensor([sigma for _, sigma in calls], dtype=torch.float32)
+    torch.testing.assert_close(channels.std(dim=1), levels, rtol=0.02, atol=0)
+    correlation = torch.corrcoef(channels)
+    torch.testing.assert_close(correlation, torch.eye(3), rtol=0, atol=0.02)
+
+
+def test_bm3d_on_a_gpu_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU and the package bm3d-triton"):
+        BM3D(backend="triton").check(picture())
+
+
 def test_bm3d_takes_grey_stored_as_colour_for_grey():
     grey = noisy_problem(1, 21, 34).y
     got = BM3D(10)(grey.expand(1, 3, 21, 34))
@@ -156,3 +208,10 @@ def test_other_impossible_settings_are_refused():
         NonLocalMeans(patch_size=0)
     with pytest.raises(ValueError, match="profile"):
         BM3D(profile="fast")
+    with pytest.raises(ValueError, match="threads must be at least 0"):
+        BM3D(threads=-1)
+    for kind in (BM3D, NonLocalMeans):
+        with pytest.raises(ValueError, match="backend must be"):
+            kind(backend="cuda")
+    with pytest.raises(ValueError, match="fast mode alone"):
+        NonLocalMeans(fast=False, backend="torch")

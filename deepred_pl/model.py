@@ -48,6 +48,8 @@ class DeepImagePrior(LightningModule):
         regularizer: A term beside the data term, called with `out` and this module
             (`deepred_pl.losses`), or None.
         result: What `restored` returns: "average" or "out".
+        compile: Compile the network (`torch.compile`): a minute at the start, and worth it for long
+            fits on a GPU alone.
         seed: Seed of θ₀, z and the input noise; the noise of step n depends on (seed, n) alone.
         problem: The inverse problem, or None to take the datamodule's.
 
@@ -78,6 +80,7 @@ class DeepImagePrior(LightningModule):
         average_decay: float = 0.99,
         regularizer: Term | Callable[[Tensor, "DeepImagePrior"], Tensor] | None = None,
         result: Literal["average", "out"] = "average",
+        compile: bool = False,
         seed: int = 0,
         problem: InverseProblem | None = None,
     ) -> None:
@@ -103,6 +106,7 @@ class DeepImagePrior(LightningModule):
         self.average_decay = average_decay
         self.regularizer = regularizer
         self.result = result
+        self.compiled = compile
         self.seed = seed
         self.step = 0
         self.network: nn.Module | None = None
@@ -144,6 +148,8 @@ class DeepImagePrior(LightningModule):
 
     def _new_network(self, channels: int) -> nn.Module:
         network = self.make_network(channels)
+        if self.compiled:
+            network.compile()
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _new_input(self, network: nn.Module, problem: InverseProblem) -> Tensor:
@@ -297,7 +303,7 @@ class DeepImagePrior(LightningModule):
         """Refuse settings that a fit which goes on cannot change any more."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         for name, value in self.hparams.items():
-            if name != "result" and name in saved and saved[name] != value:
+            if name not in ("result", "compile") and name in saved and saved[name] != value:
                 raise ValueError(
                     f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; a fit "
                     "that goes on keeps its settings: give the same, or start without a checkpoint"
@@ -326,7 +332,7 @@ class DeepRED(DeepImagePrior):
             less 0.17 dB, which is 20 dB at σ = 25 and holds for other noise levels too.
         result: What `restored` returns: "average", "out", "x" or "x-u".
         kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
-            input_scale, input_noise_std, average_decay, regularizer, seed and problem.
+            input_scale, input_noise_std, average_decay, regularizer, compile, seed and problem.
 
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.

@@ -21,6 +21,7 @@ from tests.conftest import picture
 ROOT = Path(__file__).parents[1]
 QUICKSTART, DENOISING = (ROOT / "configs" / f"{n}.yaml" for n in ("quickstart", "denoising"))
 TASKS = sorted((ROOT / "configs").glob("*.yaml"))
+MACHINES = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
 METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 TINY = ["--model.network.init_args.width=4"]
 
@@ -106,6 +107,15 @@ def test_every_task_runs_with_every_method(deepred, tmp_path, task, method, chan
     }
     assert list(run.glob("events.out.tfevents.*"))
     assert Image.open(run / "restored.png").mode == {1: "L", 3: "RGB"}[channels]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
+def test_an_overlay_for_the_machine_leaves_the_rest(deepred, photo, machine):
+    run = deepred("--config", DENOISING, "--config", machine, data__ground_truth=photo)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["trainer"]["precision"] == "bf16-mixed"
+    assert settings["model"]["init_args"]["lam"] == 0.5
+    assert json.loads((run / "result.json").read_text())["steps"] == 4
 
 
 @pytest.mark.parametrize(

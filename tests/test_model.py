@@ -326,3 +326,13 @@ def test_a_module_can_be_copied_and_pickled():
     model.training_step()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin.training_step(), copy.deepcopy(model).training_step())
+
+
+def test_a_compiled_network_is_the_same_network_in_checkpoints_and_copies():
+    compiled = DeepImagePrior(network=TinyNet, problem=noisy_problem(), compile=True)
+    plain = DeepImagePrior(network=TinyNet, problem=noisy_problem())
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute
+        for model in (compiled, copy.deepcopy(compiled), plain):
+            model.training_step()
+    assert torch.equal(compiled.out, plain.out)

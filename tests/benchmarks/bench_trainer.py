@@ -1,0 +1,98 @@
+"""What Lightning and RED cost: fits against bare loops, and against fits without RED."""
+
+import logging
+import time
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from pytorch_lightning import Callback, Trainer
+
+from deepred_pl import DeepRED, REDUpdate
+from deepred_pl.callbacks import Monitor
+from deepred_pl.denoisers import BM3D, NonLocalMeans
+from deepred_pl.networks import SkipNet
+from tests.benchmarks.bench_theta_step import bare_step
+from tests.benchmarks.conftest import deep_image_prior, problem, psnr, synchronize
+
+
+class Clock(Callback):
+    """Seconds between the first step and the last."""
+
+    def on_train_start(self, trainer, model):
+        synchronize(model.device)
+        self.start = time.perf_counter()
+
+    def on_train_end(self, trainer, model):
+        synchronize(model.device)
+        self.seconds = time.perf_counter() - self.start
+
+
+def fit(model, steps, *callbacks):
+    """Fit, and give the seconds of the steps."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    clock = Clock()
+    # REDUpdate waits for its last job at the end of the fit, which is no part of the steps.
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="gpu" if model.z.is_cuda else "cpu",
+        devices=1,
+        callbacks=[clock, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model)
+    return clock.seconds
+
+
+@pytest.mark.parametrize("width, steps", [(128, 10), (32, 60)])
+def test_lightnings_cost(race, device, side, width, steps):
+    noisy = problem(side, device)
+    step = bare_step(deep_image_prior(noisy, width))
+
+    def bare_loop():
+        for _ in range(steps):
+            step()
+
+    def our_fit():
+        return fit(deep_image_prior(noisy, width), steps, Monitor())
+
+    race(bare_loop, our_fit, names=("bare loop", "fit"))
+
+
+DENOISERS = {
+    "nlm": partial(NonLocalMeans, 3),
+    "bm3d-lc-1": partial(BM3D, 5, "lc", threads=1),
+    "bm3d-lc-all": partial(BM3D, 5, "lc"),
+    "bm3d-np-1": partial(BM3D, 5, "np", threads=1),
+    "bm3d-np-all": partial(BM3D, 5, "np"),
+}
+
+
+@pytest.mark.parametrize("k", [10, 20])
+@pytest.mark.parametrize("denoiser", DENOISERS)
+@pytest.mark.parametrize("width", [128])
+def test_reds_cost(race, device, side, width, denoiser, k):
+    noisy = problem(side, device)
+    steps, waited, scores = 2 * k, [], []
+
+    def deepred():
+        model = DeepRED(
+            network=partial(SkipNet, width=width),
+            optimizer=partial(torch.optim.Adam, lr=0.008, fused=True),
+            problem=noisy,
+        ).to(device)
+        update = REDUpdate(DENOISERS[denoiser](), every_n_steps=k)
+        seconds = fit(model, steps, update)
+        waited.append(update.wait_seconds)
+        scores.append(psnr(model.average, noisy.ground_truth))
+        return seconds
+
+    row = race(
+        lambda: fit(deep_image_prior(noisy, width), steps), deepred, names=("DIP", "DeepRED")
+    )
+    row["waited"] = f"{sorted(waited)[len(waited) // 2]:.2f} s of {steps} steps"

@@ -1,0 +1,131 @@
+"""What the benchmarks share: races of two contenders within one run, and their table.
+
+Each benchmark runs its contenders in turn, round by round, so that whatever else the machine does
+meets both; the figures are medians, the ratio's spread is its smallest and largest round.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from torch import Tensor
+
+from deepred_pl import DeepImagePrior, InverseProblem
+from deepred_pl.callbacks.memory import keep_memory
+from deepred_pl.networks import SkipNet
+from deepred_pl.noise import GaussianNoise
+
+Contender = Callable[[], float | None]  # its own seconds, or None to be timed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("deepred benchmarks")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--sizes", type=int, nargs="+", default=[128, 256], help="sides of images")
+    group.addoption("--rounds", type=int, default=5, help="rounds of each race")
+    group.addoption("--quality-steps", type=int, default=60, help="θ-steps before the PSNR column")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "side" in metafunc.fixturenames:
+        metafunc.parametrize("side", metafunc.config.getoption("sizes"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    keep_memory()  # for both contenders of every race; `bench_memory` tells what it is worth
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    session = getattr(terminalreporter.config, "_benchmarksession", None)
+    rows = [] if session is None else [(b.name, b.extra_info) for b in session.benchmarks]
+    if rows:
+        terminalreporter.section(f"{machine()}: medians, and ratios of rounds")
+        for name, info in rows:
+            told = "  ".join(f"{key} {value}" for key, value in info.items())
+            terminalreporter.write_line(f"{name.removeprefix('test_'):<52} {told}")
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("device"))
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("rounds")
+
+
+@pytest.fixture
+def quality_steps(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("quality_steps")
+
+
+@pytest.fixture
+def race(benchmark, rounds: int, device: torch.device) -> Callable[..., dict]:
+    """race(ours, rival): seconds of both and their ratio, rival over ours, into the table."""
+
+    def run(ours: Contender, rival: Contender, names: Sequence[str] = ("ours", "rival")) -> dict:
+        seconds: dict[str, list[float]] = {names[0]: [], names[1]: []}
+        timed = [
+            partial(_timed, f, device, seconds[n])
+            for f, n in zip((ours, rival), names, strict=False)
+        ]
+        for contender in timed:  # warm-up
+            contender()
+        for times in seconds.values():
+            times.clear()
+        benchmark.pedantic(timed[0], setup=timed[1], rounds=rounds)
+        ratios = [b / a for a, b in zip(*seconds.values(), strict=False)]
+        benchmark.extra_info |= {n: f"{median(t) * 1e3:.1f} ms" for n, t in seconds.items()}
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        benchmark.extra_info[f"{names[1]}/{names[0]}"] = spread
+        return benchmark.extra_info
+
+    return run
+
+
+def _timed(contender: Contender, device: torch.device, into: list[float]) -> None:
+    synchronize(device)
+    start = time.perf_counter()
+    own = contender()
+    synchronize(device)
+    into.append(time.perf_counter() - start if own is None else own)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def problem(side: int, device: torch.device, sigma: float = 25) -> InverseProblem:
+    """A noisy crop of a photograph, side × side."""
+    photo = skimage.data.astronaut()[:side, 128 : 128 + side]
+    truth = torch.from_numpy(np.moveaxis(photo, -1, 0)[None] / 255).float()
+    noise = GaussianNoise(sigma)
+    y = noise.sample(truth, torch.Generator().manual_seed(0)).clamp(0, 1)
+    return InverseProblem(y, noise=noise, ground_truth=truth).to(device)
+
+
+def deep_image_prior(problem: InverseProblem, width: int, **settings) -> DeepImagePrior:
+    """Ours, with the settings of the textbook."""
+    return DeepImagePrior(
+        network=partial(SkipNet, width=width),
+        optimizer=partial(torch.optim.Adam, lr=0.008, fused=True),
+        problem=problem,
+        **settings,
+    ).to(problem.y.device)
+
+
+def psnr(image: Tensor, truth: Tensor) -> float:
+    return -10 * float(torch.log10((image.clamp(0, 1) - truth).square().mean()))

@@ -4,6 +4,7 @@ Each benchmark runs its contenders in turn, round by round, so that whatever els
 meets both; the figures are medians, the ratio's spread is its smallest and largest round.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ Contender = Callable[[], float | None]  # its own seconds, or None to be timed
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("deepred benchmarks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--threads", type=int, default=os.cpu_count(), help="torch's threads")
     group.addoption("--sizes", type=int, nargs="+", default=[128, 256], help="sides of images")
     group.addoption("--rounds", type=int, default=5, help="rounds of each race")
     group.addoption("--quality-steps", type=int, default=60, help="θ-steps before the PSNR column")
@@ -37,7 +39,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    keep_memory()  # for both contenders of every race; `bench_memory` tells what it is worth
+    torch.set_num_threads(config.getoption("threads"))
+    keep_memory()  # for both contenders of every race; `test_keeping_memory` tells its worth
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -51,9 +54,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}, {cpu}" if torch.cuda.is_available() else cpu
 
 
 @pytest.fixture

@@ -13,6 +13,11 @@ def run_directory(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def last_checkpoint(directory: Path) -> Path:
+    """The checkpoint that a run leaves in its directory."""
+    return directory / "checkpoints" / "last.ckpt"
+
+
 def check_writable(directory: Path) -> None:
     """Make the directory and try it.
 

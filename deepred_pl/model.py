@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,12 +17,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from deepred_pl import admm
+from deepred_pl.directory import last_checkpoint
 from deepred_pl.losses import Term
 from deepred_pl.networks import INPUT_CHANNELS, SkipNet
 from deepred_pl.problem import InverseProblem
 
 # The released rise starts at 20 dB; its noise of σ = 25 has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
+
+CHANGEABLE = ("result", "init_from", "compile")  # settings that a fit which goes on may change
 
 
 def adam(parameters: Iterable) -> Optimizer:
@@ -48,6 +52,9 @@ class DeepImagePrior(LightningModule):
         regularizer: A term beside the data term, called with `out` and this module
             (`deepred_pl.losses`), or None.
         result: What `restored` returns: "average" or "out".
+        init_from: Run directory, or checkpoint, of another image's fit with the same network:
+            start from its θ and its z (enlarged or reduced to this image's size) and not from
+            random ones. For images that are alike, as the next slice or frame.
         compile: Compile the network (`torch.compile`): a minute at the start, and worth it for long
             fits on a GPU alone.
         seed: Seed of θ₀, z and the input noise; the noise of step n depends on (seed, n) alone.
@@ -80,6 +87,7 @@ class DeepImagePrior(LightningModule):
         average_decay: float = 0.99,
         regularizer: Term | Callable[[Tensor, "DeepImagePrior"], Tensor] | None = None,
         result: Literal["average", "out"] = "average",
+        init_from: str | None = None,
         compile: bool = False,
         seed: int = 0,
         problem: InverseProblem | None = None,
@@ -106,6 +114,7 @@ class DeepImagePrior(LightningModule):
         self.average_decay = average_decay
         self.regularizer = regularizer
         self.result = result
+        self.init_from = init_from
         self.compiled = compile
         self.seed = seed
         self.step = 0
@@ -135,7 +144,8 @@ class DeepImagePrior(LightningModule):
             with _seeded(self.seed):
                 network = self._new_network(problem.image_shape[1])
                 _check_size(network, problem)
-                z = self._new_input(network, problem)
+                saved = {} if self.init_from is None else _load_into(network, self.init_from)
+                z = self._new_input(network, problem, saved.get("z"))
             self.network = network.to(problem.y.device)
             for name, tensor in {"z": z, **self._initial_state(problem)}.items():
                 self.register_buffer(name, tensor.to(problem.y.device))
@@ -152,11 +162,15 @@ class DeepImagePrior(LightningModule):
             network.compile()
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _new_input(self, network: nn.Module, problem: InverseProblem) -> Tensor:
+    def _new_input(
+        self, network: nn.Module, problem: InverseProblem, saved: Tensor | None
+    ) -> Tensor:
         prepare = getattr(network, "prepare", None)
         if prepare is not None:
             return prepare(problem)
         height, width = problem.image_shape[-2:]
+        if saved is not None:
+            return F.interpolate(saved, (height, width), mode="nearest-exact")
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
         return self.input_scale * torch.rand(1, height, width, INPUT_CHANNELS).movedim(-1, 1)
 
@@ -303,7 +317,7 @@ class DeepImagePrior(LightningModule):
         """Refuse settings that a fit which goes on cannot change any more."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         for name, value in self.hparams.items():
-            if name not in ("result", "compile") and name in saved and saved[name] != value:
+            if name not in CHANGEABLE and name in saved and saved[name] != value:
                 raise ValueError(
                     f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; a fit "
                     "that goes on keeps its settings: give the same, or start without a checkpoint"
@@ -332,7 +346,8 @@ class DeepRED(DeepImagePrior):
             less 0.17 dB, which is 20 dB at σ = 25 and holds for other noise levels too.
         result: What `restored` returns: "average", "out", "x" or "x-u".
         kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
-            input_scale, input_noise_std, average_decay, regularizer, compile, seed and problem.
+            input_scale, input_noise_std, average_decay, regularizer, init_from, compile, seed and
+            problem.
 
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.
@@ -510,6 +525,28 @@ def _check_size(network: nn.Module, problem: InverseProblem) -> None:
             f"{type(network).__name__} needs images of at least {smallest}×{smallest} pixels, "
             f"got {height}×{width}; take a larger part, or fewer scales (init_args.scales)"
         )
+
+
+def _load_into(network: nn.Module, run: str) -> dict[str, Any]:
+    """Give the network another fit's θ; return the rest of that fit's state."""
+    path = last_checkpoint(Path(run)) if Path(run).is_dir() else Path(run)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # unpicklers raise what they like
+        raise ValueError(
+            f"init_from: expected a run directory with checkpoints/last.ckpt, or a checkpoint, got "
+            f"{run}, which has none that can be read ({type(error).__name__})"
+        ) from error
+    prefix = "network."
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"init_from: the network of {run} is not this {type(network).__name__}; give the "
+            "settings of model.network that it was made with, and images of as many channels"
+        ) from error
+    return state
 
 
 @contextmanager

@@ -321,6 +321,29 @@ def test_a_resumed_fit_keeps_its_settings(make_trainer, tmp_path):
     assert torch.equal(out.restored, out.out)  # which image is returned may be chosen later
 
 
+def test_a_fit_may_start_from_the_network_of_another(make_trainer, tmp_path):
+    first = make(DeepImagePrior, problem=noisy_problem(3, 10, 12))
+    trainer = make_trainer(max_steps=3)
+    trainer.fit(first)
+    run = tmp_path / "version_0"
+    trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+    again, larger = (
+        make(DeepImagePrior, problem=noisy_problem(3, *size), seed=9, init_from=str(run))
+        for size in ((10, 12), (20, 24))
+    )
+    for model in (again, larger):
+        assert model.step == 0
+        for ours, theirs in zip(model.parameters(), first.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert torch.equal(again.z, first.z)
+    assert torch.equal(larger.z[:, :, ::2, ::2], first.z)
+    assert torch.equal(larger.z[:, :, 1::2, 1::2], first.z)
+    with pytest.raises(ValueError, match="is not this SkipNet"):
+        make(DeepImagePrior, problem=noisy_problem(1, 10, 12), init_from=str(run))
+    with pytest.raises(ValueError, match="expected a run directory"):
+        make(DeepImagePrior, init_from=str(tmp_path))
+
+
 def test_a_module_can_be_copied_and_pickled():
     model = make(DeepRED)
     model.training_step()

@@ -6,7 +6,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from deepred_pl.directory import run_directory
+from deepred_pl.directory import last_checkpoint, run_directory
 
 
 class LastCheckpoint(Checkpoint):
@@ -36,7 +36,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:
-            path = run_directory(trainer) / "checkpoints" / "last.ckpt"
+            path = last_checkpoint(run_directory(trainer))
             # Lightning's own temporary file may lie on another device, where moving is copying.
             new = path.with_name(".last.ckpt.new")
             trainer.save_checkpoint(new, weights_only=False)

@@ -25,6 +25,7 @@ from deepred_pl.callbacks import (
     Langevin,
     LastCheckpoint,
     Monitor,
+    Preflight,
     REDUpdate,
     RestorationBar,
     Writer,
@@ -129,9 +130,9 @@ class RestorationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks every run has, and TensorBoard unless another logger is set."""
         settings = self._get(self.config_init, "trainer")
-        callbacks = [Monitor(), Writer(), KeepMemory()]
+        callbacks = [Preflight(), Monitor(), Writer(), KeepMemory()]
         if settings.get("enable_progress_bar") is not False:
-            callbacks.insert(1, RestorationBar())
+            callbacks.insert(2, RestorationBar())
         self.trainer_defaults["callbacks"] = callbacks
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(

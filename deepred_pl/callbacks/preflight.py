@@ -1,0 +1,153 @@
+"""Before a fit: what time and memory it will take."""
+
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from deepred_pl.model import DeepImagePrior
+
+PART = 128  # pixels of a side; the memory of a step is in proportion to the pixels
+TRIES = 3  # steps timed, of which the first are slower
+LONGEST = 3.0  # seconds; then no further try
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+class Preflight(Callback):
+    """Says before a fit what time and memory it will take, and refuses what cannot fit.
+
+    The memory is measured on a part of the image, of 128×128 pixels; the time on a few θ-steps
+    that leave θ where it is. The denoiser and the operator's own memory are not in it.
+
+    Raises:
+        ValueError: A θ-step needs more memory than is free.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
+            return
+        with trainer.precision_plugin.forward_context(), torch.random.fork_rng():
+            needed, free = step_memory(pl_module), free_memory(pl_module.device)
+            if needed > free:
+                height, width = pl_module.average.shape[-2:]
+                raise ValueError(
+                    f"a θ-step on {height}×{width} pixels needs about {_bytes(needed)} of memory, "
+                    f"and {_bytes(free)} are free; restore a part of the image, or take a smaller "
+                    "network (--model.network.init_args.width 32)"
+                )
+            seconds = step_seconds(pl_module)
+        steps = trainer.max_steps - trainer.global_step
+        told = f"expected: {seconds:.2g} s a θ-step"
+        if trainer.max_steps > 0:
+            told += f", {_duration(steps * seconds)} for {steps}"
+        rank_zero_info(f"{told}; {_bytes(needed)} of the {_bytes(free)} of memory that are free")
+
+
+def step_seconds(model: DeepImagePrior) -> float:
+    """Seconds of one θ-step without the optimizer; θ stays where it is."""
+    start = time.perf_counter()
+    times: list[float] = []
+    while len(times) < TRIES and time.perf_counter() - start < LONGEST:
+        before = time.perf_counter()
+        _step(model, model.z)
+        times.append(time.perf_counter() - before)
+    return min(times)
+
+
+def step_memory(model: DeepImagePrior) -> int:
+    """Bytes that a θ-step takes, with its gradients and the moments of Adam.
+
+    Networks whose z has the image's size run on a part of it; others have small ones.
+    """
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    z, scale = model.z, 1.0
+    if z.shape[-2:] == model.average.shape[-2:]:
+        z = z[..., :PART, :PART].contiguous(memory_format=torch.channels_last)
+        scale = model.z.numel() / z.numel()
+    with torch.compiler.set_stance("force_eager"), LiveBytes() as live:
+        _step(model, z)
+    return int(scale * live.most) + 3 * parameters
+
+
+def _step(model: DeepImagePrior, z: Tensor) -> None:
+    assert model.network is not None
+    out = model.network(z).float()
+    if out.shape == model.average.shape:
+        with torch.autocast(out.device.type, enabled=False):
+            loss = model.loss(out)
+        if model.regularizer is not None:
+            loss = loss + model.regularizer(out, model)
+    else:  # a part, which has no measurement
+        loss = out.square().mean()
+    torch.autograd.grad(loss, list(model.network.parameters()), allow_unused=True)
+    if out.is_cuda:
+        torch.cuda.synchronize(out.device)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within; `most` is the largest count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if _is_plain(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if _is_plain(tensor) and _storage(tensor) not in given | self._known:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage._cdata)
+        self._now += storage.nbytes()
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on the device."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = psutil.virtual_memory().available
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else "max"
+    if limit != "max":
+        free = max(0, min(free, int(limit) - psutil.Process().memory_info().rss))
+    return free
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes > 9 else f"{60 * minutes + seconds} s"

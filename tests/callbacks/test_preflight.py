@@ -1,0 +1,87 @@
+import logging
+
+import pytest
+import torch
+
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
+from deepred_pl.callbacks import Preflight, preflight
+from deepred_pl.networks import DeepDecoder, ImageParameter
+from tests.conftest import TinyNet, noisy_problem, smooth
+
+FLOAT = 4  # bytes
+
+
+def test_live_bytes_are_those_alive_at_once():
+    kept = torch.ones(100)
+    with preflight.LiveBytes() as live:
+        a = torch.zeros(50)  # 50
+        b = a + 1  # 100
+        b.mul_(2)  # in place
+        a.view(5, 10).t()  # a view
+        kept.add_(1)  # was there before
+        del a  # 50
+        (b * 2).sum()  # 101, and 51 behind it
+        del b
+        c = torch.zeros(90)  # 90
+    assert live.most == 101 * FLOAT
+    del c
+
+
+def test_live_bytes_count_what_is_kept_for_the_backward_pass():
+    weight = torch.ones(100, requires_grad=True)
+    with preflight.LiveBytes() as live:
+        y = weight.exp().exp()  # each keeps its result
+        torch.autograd.grad(y.sum(), weight)
+    # Two results, the sum and its gradient, and at least one gradient of 100 behind them.
+    assert 300 * FLOAT <= live.most <= 420 * FLOAT
+
+
+@pytest.mark.parametrize("size", [(130, 131), (257, 129)])
+def test_the_memory_grows_with_the_pixels(size):
+    def needed(height, width):
+        model = DeepImagePrior(network=TinyNet, problem=noisy_problem(3, height, width))
+        parameters = sum(p.numel() for p in model.parameters())
+        return preflight.step_memory(model) - 3 * FLOAT * parameters
+
+    ratio = size[0] * size[1] / 128**2
+    assert needed(*size) == pytest.approx(ratio * needed(128, 128), rel=1e-3)
+
+
+@pytest.mark.parametrize("network", [TinyNet, lambda c: DeepDecoder(c, 8, 2), ImageParameter])
+def test_every_network_is_measured_and_left_as_it_is(network, make_trainer, caplog):
+    model, plain = (
+        DeepRED(network=network, problem=noisy_problem(1, 33, 17), weighting="fixed")
+        for _ in range(2)
+    )
+    caplog.set_level(logging.INFO)
+    make_trainer(max_steps=3, callbacks=[REDUpdate(smooth), Preflight()]).fit(model)
+    told = [r.message for r in caplog.records if r.message.startswith("expected:")]
+    assert len(told) == 1 and "for 3;" in told[0] and "memory" in told[0]
+    make_trainer(max_steps=3, callbacks=[REDUpdate(smooth)]).fit(plain)
+    assert torch.equal(model.restored, plain.restored)
+
+
+def test_a_fit_that_cannot_fit_into_memory_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 1000)
+    model = DeepImagePrior(network=TinyNet, problem=noisy_problem(3, 33, 47))
+    with pytest.raises(ValueError, match=r"33×47 pixels needs about .* take a smaller network"):
+        make_trainer(max_steps=1, callbacks=[Preflight()]).fit(model)
+    assert model.step == 0
+
+
+def test_a_containers_limit_counts(monkeypatch, tmp_path):
+    free = preflight.free_memory(torch.device("cpu"))
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(preflight, "CONTAINER_LIMIT", limit)
+    for text in ("max\n", f"{2**50}\n"):
+        limit.write_text(text)
+        assert preflight.free_memory(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+    limit.write_text("1000\n")  # less than this process has
+    assert preflight.free_memory(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    "seconds, told", [(0.4, "0 s"), (89.6, "90 s"), (3540, "59 min"), (7300, "2 h 1 min")]
+)
+def test_durations(seconds, told):
+    assert preflight._duration(seconds) == told

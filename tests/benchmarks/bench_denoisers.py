@@ -2,29 +2,28 @@
 
 from functools import partial
 
-import pytest
 import torch
 
 from deepred_pl.denoisers import BM3D, NonLocalMeans, TotalVariation
 from tests.benchmarks.conftest import problem
 
 DENOISERS = {
-    "nlm-torch": partial(NonLocalMeans, 3, backend="torch"),
+    "nlm": partial(NonLocalMeans, 3, backend="skimage"),
+    "nlm, torch": partial(NonLocalMeans, 3, backend="torch"),
     "tv": TotalVariation,
-    "bm3d-np": partial(BM3D, 5),
-    "bm3d-lc": partial(BM3D, 5, "lc"),
-    "bm3d-lc-1": partial(BM3D, 5, "lc", threads=1),
+    "bm3d, lc, 1": partial(BM3D, 5, "lc", threads=1),
+    "bm3d, lc, all": partial(BM3D, 5, "lc"),
+    "bm3d, np, 1": partial(BM3D, 5, "np", threads=1),
+    "bm3d, np, all": partial(BM3D, 5, "np"),
 }
 
 
-@pytest.mark.parametrize("denoiser", DENOISERS)
-def test_denoiser(race, device, side, denoiser):
+def test_denoisers(race, device, side):
     x = problem(side, device).y
-    ours, rival = DENOISERS[denoiser](), NonLocalMeans(3, backend="skimage")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        race(lambda: _call(ours, x), lambda: _call(rival, x), names=(denoiser, "nlm-skimage"))
+        race({name: partial(_call, denoiser(), x) for name, denoiser in DENOISERS.items()})
     finally:
         torch.set_num_threads(threads)
 

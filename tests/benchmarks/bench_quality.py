@@ -3,7 +3,6 @@
 import time
 from functools import partial
 
-import pytest
 import torch
 from pytorch_lightning import Callback
 
@@ -58,24 +57,33 @@ def released(noisy):
     )
 
 
-@pytest.mark.parametrize("settings", [quick, released], ids=lambda f: f.__name__)
-def test_time_to_quality(benchmark, device, settings):
+def test_time_to_quality(benchmark, device):
+    """Two ways of ours, and the textbook loop; all on 128×128 pixels."""
     noisy = problem(128, device)
-    target = Target()
-    model = settings(noisy).to(device)
-    update = REDUpdate(NonLocalMeans(3), every_n_steps=10)
-    benchmark.pedantic(lambda: fit(model, LONGEST, update, target), rounds=1)
+    took = {"textbook": _textbook(noisy)}
+    for name, settings in {"ours, released": released, "ours, quick": quick}.items():
+        model, target = settings(noisy).to(device), Target()
+        update = REDUpdate(NonLocalMeans(3), every_n_steps=10)
+        if settings is quick:
+            benchmark.pedantic(lambda *fitted: fit(*fitted), (model, LONGEST, update, target))
+        else:
+            fit(model, LONGEST, update, target)
+        took[name] = target.reached, target.seconds, target.steps
+    for name, (reached, seconds, steps) in took.items():
+        benchmark.extra_info[name] = {
+            f"{TARGET} dB" if reached else f"not {TARGET} dB": f"{seconds:.1f} s, {steps} steps",
+            "ratio": f"{seconds / took['textbook'][1]:.2f}",
+        }
 
+
+def _textbook(noisy):
     textbook, seconds, steps = Textbook(noisy.y), 0.0, 0
-    while psnr(textbook.average, noisy.ground_truth) < TARGET and steps < LONGEST:
+    reached = False
+    while not reached and steps < LONGEST:
         start = time.perf_counter()
         for _ in range(EVERY):
             textbook.step()
-        synchronize(device)
+        synchronize(noisy.y.device)
         seconds, steps = seconds + time.perf_counter() - start, steps + EVERY
-    ours = f"{target.seconds:.1f} s, {target.steps} steps"
-    benchmark.extra_info |= {
-        f"ours to {TARGET} dB": ours if target.reached else f"not in {ours}",
-        "textbook": f"{seconds:.1f} s, {steps} steps",
-        "textbook/ours": f"{seconds / target.seconds:.1f}",
-    }
+        reached = psnr(textbook.average, noisy.ground_truth) >= TARGET
+    return reached, seconds, steps

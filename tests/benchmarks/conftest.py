@@ -1,12 +1,12 @@
-"""What the benchmarks share: races of two contenders within one run, and their table.
+"""What the benchmarks share: races of contenders within one run, and their table.
 
 Each benchmark runs its contenders in turn, round by round, so that whatever else the machine does
-meets both; the figures are medians, the ratio's spread is its smallest and largest round.
+meets all; the figures are medians, a ratio's spread is its smallest and largest round.
 """
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
@@ -39,18 +39,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # the table below says it better
     torch.set_num_threads(config.getoption("threads"))
     keep_memory()  # for both contenders of every race; `test_keeping_memory` tells its worth
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     session = getattr(terminalreporter.config, "_benchmarksession", None)
-    rows = [] if session is None else [(b.name, b.extra_info) for b in session.benchmarks]
-    if rows:
-        terminalreporter.section(f"{machine()}: medians, and ratios of rounds")
-        for name, info in rows:
-            told = "  ".join(f"{key} {value}" for key, value in info.items())
-            terminalreporter.write_line(f"{name.removeprefix('test_'):<52} {told}")
+    if session is None or not session.benchmarks:
+        return
+    terminalreporter.section(f"{machine()}: medians, and ratios to the first (smallest–largest)")
+    for benchmark in session.benchmarks:
+        terminalreporter.write_line(benchmark.name.removeprefix("test_"))
+        for name, row in benchmark.extra_info.items():
+            told = "  ".join(v if k in ("time", "ratio") else f"{k} {v}" for k, v in row.items())
+            terminalreporter.write_line(f"    {name:<14} {told}")
 
 
 def machine() -> str:
@@ -75,24 +78,24 @@ def quality_steps(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def race(benchmark, rounds: int, device: torch.device) -> Callable[..., dict]:
-    """race(ours, rival): seconds of both and their ratio, rival over ours, into the table."""
+    """race({name: contender}): one row of the table for each; the ratios are to the first."""
 
-    def run(ours: Contender, rival: Contender, names: Sequence[str] = ("ours", "rival")) -> dict:
-        seconds: dict[str, list[float]] = {names[0]: [], names[1]: []}
-        timed = [
-            partial(_timed, f, device, seconds[n])
-            for f, n in zip((ours, rival), names, strict=False)
-        ]
-        for contender in timed:  # warm-up
+    def run(contenders: dict[str, Contender]) -> dict[str, dict[str, str]]:
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        first, *others = [partial(_timed, f, device, seconds[n]) for n, f in contenders.items()]
+        for contender in (first, *others):  # warm-up
             contender()
         for times in seconds.values():
             times.clear()
-        benchmark.pedantic(timed[0], setup=timed[1], rounds=rounds)
-        ratios = [b / a for a, b in zip(*seconds.values(), strict=False)]
-        benchmark.extra_info |= {n: f"{median(t) * 1e3:.1f} ms" for n, t in seconds.items()}
-        spread = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-        benchmark.extra_info[f"{names[1]}/{names[0]}"] = spread
-        return benchmark.extra_info
+        benchmark.pedantic(first, setup=lambda: [o() for o in others] and None, rounds=rounds)
+        rows = benchmark.extra_info
+        against = next(iter(seconds.values()))
+        for name, times in seconds.items():
+            rows[name] = {"time": f"{median(times) * 1e3:.1f} ms"}
+            if times is not against:
+                ratios = [t / a for t, a in zip(times, against, strict=True)]
+                rows[name]["ratio"] = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        return rows
 
     return run
 

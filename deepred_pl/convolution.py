@@ -11,15 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
 
 SMALL = 2**15  # values; below, more calls cost more than fewer multiplications save
 
 
 def pays_off(x: Tensor) -> bool:
     """Whether these functions are faster than torch's for x: large, in full precision, on a CPU."""
-    plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    sparse = torch.backends.mkl.is_available()  # torch's sparse products need it
-    return plain and sparse and x.numel() >= SMALL and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < SMALL:
+        return False
+    precise = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return precise and x.shape[0] == 1 and multiplies_sparse()
+
+
+@lru_cache(maxsize=1)
+def multiplies_sparse() -> bool:
+    """Whether this torch has products with sparse matrices, which need MKL."""
+    try:
+        _product(_sparse(torch.eye(2, device="cpu")), torch.ones(2, 2, device="cpu"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -41,6 +53,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd(device_type="cpu")
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, _ = ctx.needs_input_grad
@@ -110,6 +123,7 @@ class _UpsampledConvolution(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd(device_type="cpu")
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         (h, w), (height, width), outputs = x.shape[-2:], ctx.size, weight.shape[0]
@@ -153,7 +167,7 @@ def _spreading(low: int, high: int, dtype: torch.dtype) -> Tensor:
     Behind the ends the padding reflects.
     """
     upsampling = _upsampling(low, high, dtype)
-    here = torch.arange(high)
+    here = torch.arange(high, device="cpu")
     taps = [(here + shift).abs() for shift in (-1, 0, 1)]
     taps = [torch.where(tap < high, tap, 2 * (high - 1) - tap) for tap in taps]
     return _sparse(torch.cat([upsampling[tap] for tap in taps], dim=1))
@@ -168,7 +182,7 @@ def _gathering(low: int, high: int, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=64)
 def _upsampling(low: int, high: int, dtype: torch.dtype) -> Tensor:
     """(high, low), what `F.interpolate` does along one axis."""
-    identity = torch.eye(low, dtype=dtype)[None, None]
+    identity = torch.eye(low, dtype=dtype, device="cpu")[None, None]
     return F.interpolate(identity, (high, low), mode="bilinear", align_corners=False)[0, 0]
 
 
@@ -203,6 +217,7 @@ class _UpsampledSquare(torch.autograd.Function):
 
     @staticmethod
     @custom_bwd(device_type="cpu")
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (product,) = ctx.saved_tensors
         _, channels, h, w = ctx.shape

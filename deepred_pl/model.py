@@ -54,7 +54,8 @@ class DeepImagePrior(LightningModule):
         result: What `restored` returns: "average" or "out".
         init_from: Run directory, or checkpoint, of another image's fit with the same network:
             start from its θ and its z (enlarged or reduced to this image's size) and not from
-            random ones. For images that are alike, as the next slice or frame.
+            random ones; `input_scale` is then of no effect. For images that are alike, as the next
+            slice or frame, and networks whose z is drawn, as `SkipNet`.
         compile: Compile the network (`torch.compile`): a minute at the start, and worth it for long
             fits on a GPU alone.
         seed: Seed of θ₀, z and the input noise; the noise of step n depends on (seed, n) alone.
@@ -166,6 +167,11 @@ class DeepImagePrior(LightningModule):
         self, network: nn.Module, problem: InverseProblem, saved: Tensor | None
     ) -> Tensor:
         prepare = getattr(network, "prepare", None)
+        if prepare is not None and saved is not None:
+            raise ValueError(
+                f"init_from: {type(network).__name__} makes its own input from the image; give it "
+                "with networks whose input is drawn, as SkipNet"
+            )
         if prepare is not None:
             return prepare(problem)
         height, width = problem.image_shape[-2:]

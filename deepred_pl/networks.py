@@ -207,7 +207,7 @@ class ImageParameter(nn.Module):
 
 
 class _Up(nn.Module):
-    """Joins a skip connection, (1, S, H, W), and the scale below, (1, W, h, w), at (H, W)."""
+    """Joins a skip connection, (1, S, H, W), and the scale below, (1, C, h, w), at (H, W)."""
 
     def __init__(self, skip_width: int, width: int) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _Up(nn.Module):
         self.after = nn.Sequential(*_normalized(width), _conv(width, width, kernel=1))
 
     def forward(self, skipped: Tensor, x: Tensor) -> Tensor:
-        """The two joined, (1, W, H, W)."""
+        """The two joined, (1, C, H, W)."""
         size = skipped.shape[2], skipped.shape[3]
         if not convolution.pays_off(x):
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)

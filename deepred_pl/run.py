@@ -117,6 +117,8 @@ class RestorationCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find a checkpoint that is none; torch would advise to load it unsafely."""
         path = self._get(self.config, "ckpt_path")
+        if path is not None:  # it has the network; the run it once started from may be gone
+            self._get(self.config, "model").init_args.init_from = None
         if path is None or not Path(path).is_file():
             return
         try:
@@ -130,9 +132,9 @@ class RestorationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks every run has, and TensorBoard unless another logger is set."""
         settings = self._get(self.config_init, "trainer")
-        callbacks = [Preflight(), Monitor(), Writer(), KeepMemory()]
+        callbacks = [KeepMemory(), Preflight(), Monitor(), Writer()]
         if settings.get("enable_progress_bar") is not False:
-            callbacks.insert(2, RestorationBar())
+            callbacks.insert(3, RestorationBar())
         self.trainer_defaults["callbacks"] = callbacks
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(

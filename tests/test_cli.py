@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +388,17 @@ def test_parts_are_swapped_by_their_short_names(deepred, photo):
     assert "deepred_pl.denoisers.TotalVariation" in config and "weight: 0.05" in config
     result = result_of(run)
     assert result["psnr"]["restored"] != result["psnr"]["average"]
+
+
+def test_a_run_that_started_from_another_outlives_it(deepred, photo):
+    first = deepred("--config", DENOISING, data__ground_truth=photo)
+    started = deepred(
+        "--config", DENOISING, data__ground_truth=photo, model__init_from=first, model__seed=3
+    )
+    shutil.rmtree(first)
+    again = ("--config", started / "config.yaml", "--ckpt_path", started / "checkpoints/last.ckpt")
+    predicted = deepred(*again, command="predict", tiny=False)
+    assert (predicted / "restored.png").read_bytes() == (started / "restored.png").read_bytes()
 
 
 def test_test_and_predict_take_the_runs_config_and_checkpoint(deepred, photo, capsys):

@@ -30,6 +30,11 @@ class KeepMemory(Callback):
         if self._keeping:
             keep_memory()
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._keeping:
             self._keeping = False
@@ -43,7 +48,7 @@ def keep_memory() -> None:
 
 
 def give_memory_back() -> None:
-    """Undo `keep_memory`, and give the kernel what is free."""
+    """Give the kernel what is free, now and, by glibc's first thresholds, from now on."""
     _call("mallopt", ctypes.c_int(M_MMAP_MAX), ctypes.c_int(DEFAULT_MMAP_MAX))
     _call("mallopt", ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(DEFAULT_TRIM_THRESHOLD))
     _call("malloc_trim", ctypes.c_size_t(0))

@@ -25,18 +25,21 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 class Preflight(Callback):
     """Says before a fit what time and memory it will take, and refuses what cannot fit.
 
-    The memory is measured on a part of the image, of 128×128 pixels; the time on a few θ-steps
-    that leave θ where it is. The denoiser and the operator's own memory are not in it.
+    The memory is measured on a part of the image, of 128×128 pixels, and right to about a tenth;
+    the time on a few θ-steps that leave θ where it is. What the denoiser, the operator and a
+    regularizer need besides is not in it.
 
     Raises:
         ValueError: A θ-step needs more memory than is free.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
-        with trainer.precision_plugin.forward_context(), torch.random.fork_rng():
-            needed, free = step_memory(pl_module), free_memory(pl_module.device)
+        device = pl_module.device
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with trainer.precision_plugin.forward_context(), forked:
+            needed, free = step_memory(pl_module), free_memory(device)
             if needed > free:
                 height, width = pl_module.average.shape[-2:]
                 raise ValueError(
@@ -45,7 +48,7 @@ class Preflight(Callback):
                     "network (--model.network.init_args.width 32)"
                 )
             seconds = step_seconds(pl_module)
-        steps = trainer.max_steps - trainer.global_step
+        steps = trainer.max_steps - (pl_module.step if trainer.ckpt_path else 0)
         told = f"expected: {seconds:.2g} s a θ-step"
         if trainer.max_steps > 0:
             told += f", {_duration(steps * seconds)} for {steps}"
@@ -55,6 +58,8 @@ class Preflight(Callback):
 def step_seconds(model: DeepImagePrior) -> float:
     """Seconds of one θ-step without the optimizer; θ stays where it is."""
     assert model.network is not None
+    if model.compiled:
+        _step(model, model.network, model.z)
     start = time.perf_counter()
     times: list[float] = []
     while len(times) < TRIES and time.perf_counter() - start < LONGEST:
@@ -82,7 +87,7 @@ def step_memory(model: DeepImagePrior) -> int:
 
 def _step(model: DeepImagePrior, network: Callable[[Tensor], Tensor], z: Tensor) -> None:
     out = network(z).float()
-    if out.shape == model.average.shape:
+    if z is model.z:
         with torch.autocast(out.device.type, enabled=False):
             loss = model.loss(out)
         if model.regularizer is not None:

@@ -24,8 +24,9 @@ class REDUpdate(Callback):
     The schedule is fixed and waits for the denoiser, so the result does not depend on timing.
 
     With `wait_for_denoiser` off, a round whose denoiser is not ready goes on with the f(x) it has,
-    and the next round looks again: a slow denoiser then never holds up the network, and the
-    result depends on the machine and its load, so no two runs are equal.
+    and the next round looks again: a slow denoiser then holds up the end of the fit at most, which
+    waits for the call that is running, and the result depends on the machine and its load, so no
+    two runs are equal.
 
     With `rounds_per_denoising` > 1 the rounds in between reuse f(x), and a denoiser round hands
     over x before its update: every_n_steps=1, rounds_per_denoising=10 is the released schedule.
@@ -156,6 +157,7 @@ class REDUpdate(Callback):
             if self._submitted_step is None:
                 period = self.every_n_steps * self.rounds_per_denoising
                 self._submitted_step = self._model.step - self._model.step % period
+                self.denoised_step = self._submitted_step  # f(x) is that of an earlier fit
             self._start_job(self._model, trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -187,7 +189,7 @@ class REDUpdate(Callback):
                 f"{trainer.max_steps}; give it max_steps"
             )
         if isinstance(self.denoiser, Denoiser):
-            self.denoiser.check(model.x)
+            self.denoiser.check(model.x.to(trainer.strategy.root_device))
 
     # The updates
 
@@ -199,6 +201,7 @@ class REDUpdate(Callback):
         if self._background is not None and self._background.busy:
             with suppress(RuntimeError):  # nobody wants its result, or its error
                 self._background.result()
+        self._overdue = False
 
     @torch.no_grad()
     def _round(self, model: DeepRED, trainer: Trainer) -> None:
@@ -247,7 +250,8 @@ class REDUpdate(Callback):
         model.v_pending = (model.out + model.u).contiguous()
         model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
         self._submitted_step = model.step
-        collected_at = model.step + self.every_n_steps * self.rounds_per_denoising
+        period = self.every_n_steps * self.rounds_per_denoising
+        collected_at = (model.step // period + 1) * period
         if trainer.max_steps < 1 or collected_at <= trainer.max_steps:
             self._start_job(model, trainer)  # else a resumed fit starts it
 

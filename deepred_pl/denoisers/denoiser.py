@@ -39,7 +39,7 @@ def through_numpy(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Te
 def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x.cpu()
-    # Through pinned memory, as a copy to any other would hold up the whole device.
+    # Through pinned memory: a copy to any other is staged by the driver, a piece at a time.
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
     torch.cuda.current_stream(x.device).synchronize()

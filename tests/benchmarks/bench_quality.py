@@ -1,15 +1,11 @@
 """Time to quality: seconds until the average passes a PSNR, ours against the textbook loop."""
 
 import time
-from functools import partial
 
-import torch
 from pytorch_lightning import Callback
 
-from deepred_pl import DeepRED, REDUpdate
-from deepred_pl.denoisers import NonLocalMeans
-from deepred_pl.model import WarmupCosine
-from deepred_pl.networks import SkipNet
+from deepred_pl import REDUpdate
+from deepred_pl.run import RestorationCLI
 from tests.benchmarks.bench_trainer import fit
 from tests.benchmarks.conftest import problem, psnr, synchronize
 from tests.benchmarks.textbook import Textbook
@@ -35,40 +31,21 @@ class Target(Callback):
             self.start = time.perf_counter()
 
 
-def quick(noisy):
-    """DeepRED as methods/quick sets it."""
-    return DeepRED(
-        network=partial(SkipNet, width=32),
-        optimizer=partial(torch.optim.Adam, lr=0.02, fused=True),
-        lr_scheduler=partial(WarmupCosine, total_steps=600, warmup_steps=30),
-        input_scale=1.0,
-        weighting="discrepancy",
-        problem=noisy,
-    )
-
-
-def released(noisy):
-    """DeepRED with the released settings."""
-    return DeepRED(
-        network=SkipNet,
-        optimizer=partial(torch.optim.Adam, lr=0.008, fused=True),
-        weighting="discrepancy",
-        problem=noisy,
-    )
+def settings(*configs):
+    """Module and REDUpdate of shipped configurations."""
+    cli = RestorationCLI([f"--config={name}" for name in ("denoising", *configs)], run=False)
+    return cli.model, next(c for c in cli.trainer.callbacks if isinstance(c, REDUpdate))
 
 
 def test_time_to_quality(benchmark, device):
-    """Two ways of ours, and the textbook loop; all on 128×128 pixels."""
-    noisy = problem(128, device)
-    took = {"textbook": _textbook(noisy)}
-    for name, settings in {"ours, released": released, "ours, quick": quick}.items():
-        model, target = settings(noisy).to(device), Target()
-        update = REDUpdate(NonLocalMeans(3), every_n_steps=10)
-        if settings is quick:
-            benchmark.pedantic(lambda *fitted: fit(*fitted), (model, LONGEST, update, target))
-        else:
-            fit(model, LONGEST, update, target)
-        took[name] = target.reached, target.seconds, target.steps
+    """The shipped settings and the textbook loop, on 128×128 pixels."""
+    took = {}
+    benchmark.pedantic(lambda: took.update(textbook=_textbook(problem(128, device))))
+    for configs in ((), ("fast",), ("methods/quick",)):
+        (model, update), target = settings(*configs), Target()
+        model.build(problem(128, device))
+        fit(model.to(device), LONGEST, update, target)
+        took[" ".join(("denoising", *configs))] = target.reached, target.seconds, target.steps
     for name, (reached, seconds, steps) in took.items():
         benchmark.extra_info[name] = {
             f"{TARGET} dB" if reached else f"not {TARGET} dB": f"{seconds:.1f} s, {steps} steps",

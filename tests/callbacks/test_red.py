@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate, RestorationDataModule
 from deepred_pl.callbacks import Monitor
-from deepred_pl.denoisers import NonLocalMeans
+from deepred_pl.denoisers import Denoiser, NonLocalMeans
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Operator
 from tests.conftest import TinyNet, noisy_problem, picture, smooth
@@ -577,3 +578,18 @@ def test_an_inverse_problem_with_another_operator_drives_the_same_updates(make_t
     model = DeepRED(network=TinyNet, problem=problem, result="x-u")
     make_trainer(max_steps=60, callbacks=[REDUpdate(smooth, every_n_steps=5)]).fit(model)
     torch.testing.assert_close(model.out.mean(), picture(1, 9, 11).mean(), atol=0.1, rtol=0)
+
+
+def test_a_denoiser_is_checked_with_images_where_the_fit_will_have_them():
+    class Looks(Denoiser):
+        def check(self, x):
+            seen.append(x.device.type)
+
+        def __call__(self, x):
+            return x
+
+    seen = []
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    strategy = types.SimpleNamespace(root_device=torch.device("meta"))
+    REDUpdate(Looks()).check(model, types.SimpleNamespace(strategy=strategy))
+    assert seen == ["meta"]

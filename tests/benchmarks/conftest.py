@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="torch's threads")
     group.addoption("--sizes", type=int, nargs="+", default=[128, 256], help="sides of images")
-    group.addoption("--rounds", type=int, default=5, help="rounds of each race")
+    group.addoption("--rounds", type=int, default=3, help="rounds of each race")
     group.addoption("--quality-steps", type=int, default=60, help="θ-steps before the PSNR column")
 
 

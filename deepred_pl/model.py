@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from deepred_pl import admm
 from deepred_pl.directory import last_checkpoint
 from deepred_pl.losses import Term
+from deepred_pl.memory import as_text, free_memory
 from deepred_pl.networks import INPUT_CHANNELS, SkipNet
 from deepred_pl.problem import InverseProblem
 
@@ -68,8 +69,8 @@ class DeepImagePrior(LightningModule):
         chosen: What a callback chose to return instead of `result`, or None.
 
     Raises:
-        ValueError: An argument out of range, an image smaller than the network can take, or a
-            regularizer that does not apply to the problem.
+        ValueError: An argument out of range, an image smaller than the network or larger than the
+            memory can take, or a regularizer that does not apply to the problem.
     """
 
     RESULTS: ClassVar[tuple[str, ...]] = ("average", "out")
@@ -175,10 +176,12 @@ class DeepImagePrior(LightningModule):
         if prepare is not None:
             return prepare(problem)
         height, width = problem.image_shape[-2:]
+        _check_memory(height, width)
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
-        return self.input_scale * torch.rand(1, height, width, INPUT_CHANNELS).movedim(-1, 1)
+        z = torch.rand(1, height, width, INPUT_CHANNELS).movedim(-1, 1)
+        return z.mul_(self.input_scale)
 
     def _initial_state(self, problem: InverseProblem) -> dict[str, Tensor]:
         guess = problem.first_guess()
@@ -530,6 +533,16 @@ def _check_size(network: nn.Module, problem: InverseProblem) -> None:
         raise ValueError(
             f"{type(network).__name__} needs images of at least {smallest}×{smallest} pixels, "
             f"got {height}×{width}; take a larger part, or fewer scales (init_args.scales)"
+        )
+
+
+def _check_memory(height: int, width: int) -> None:
+    """Refuse an image for which z alone would fill the memory, before it does."""
+    z, free = height * width * INPUT_CHANNELS * 4, free_memory(torch.device("cpu"))
+    if 3 * z > free:  # z, its noise and their sum; what the network takes comes on top
+        raise ValueError(
+            f"a θ-step on {height}×{width} pixels needs far more than {as_text(3 * z)} of memory, "
+            f"and {as_text(free)} are free; restore a part of the image"
         )
 
 

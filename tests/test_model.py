@@ -12,6 +12,7 @@ from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.model import WarmupCosine
 from deepred_pl.networks import DeepDecoder, SkipNet
 from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Downsample
 from tests.conftest import TinyNet, noisy_problem, picture, smooth
 
 
@@ -126,6 +127,12 @@ def test_an_image_too_small_for_the_network_is_refused():
     problem = noisy_problem(3, 20, 40)
     with pytest.raises(ValueError, match=r"at least 33×33 pixels, got 20×40; .*fewer scales"):
         DeepImagePrior(network=functools.partial(SkipNet, width=4), problem=problem)
+
+
+def test_an_image_too_large_for_the_memory_is_refused_before_anything_is_drawn():
+    problem = InverseProblem(torch.rand(1, 1, 40, 40), operator=Downsample(4000))
+    with pytest.raises(ValueError, match=r"160000×160000 pixels needs far more than 9\d+.* GB"):
+        make(problem=problem)
 
 
 def test_a_network_of_another_size_is_refused():

@@ -3,10 +3,8 @@
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
@@ -14,12 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepred_pl.memory import as_text, free_memory
 from deepred_pl.model import DeepImagePrior
 
 PART = 128  # pixels of a side; the memory of a step is in proportion to the pixels
 TRIES = 3  # steps timed, of which the first are slower
 LONGEST = 3.0  # seconds; then no further try
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Preflight(Callback):
@@ -43,8 +41,8 @@ class Preflight(Callback):
             if needed > free:
                 height, width = pl_module.average.shape[-2:]
                 raise ValueError(
-                    f"a θ-step on {height}×{width} pixels needs about {_bytes(needed)} of memory, "
-                    f"and {_bytes(free)} are free; restore a part of the image, or take a smaller "
+                    f"a θ-step on {height}×{width} pixels needs about {as_text(needed)} of memory, "
+                    f"and {as_text(free)} are free; restore a part of the image, or take a smaller "
                     "network (--model.network.init_args.width 32)"
                 )
             seconds = step_seconds(pl_module)
@@ -52,7 +50,7 @@ class Preflight(Callback):
         told = f"expected: {seconds:.2g} s a θ-step"
         if trainer.max_steps > 0:
             told += f", {_duration(steps * seconds)} for {steps}"
-        rank_zero_info(f"{told}; {_bytes(needed)} of the {_bytes(free)} of memory that are free")
+        rank_zero_info(f"{told}; {as_text(needed)} of the {as_text(free)} of memory that are free")
 
 
 def step_seconds(model: DeepImagePrior) -> float:
@@ -134,22 +132,6 @@ def _is_plain(value: object) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on the device."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    free = psutil.virtual_memory().available
-    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else "max"
-    if limit != "max":
-        free = max(0, min(free, int(limit) - psutil.Process().memory_info().rss))
-    return free
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepred_pl.callbacks.memory import give_memory_back, keep_memory
+from deepred_pl.memory import give_memory_back, keep_memory
 from tests.benchmarks.conftest import deep_image_prior, problem, psnr
 from tests.benchmarks.textbook import Textbook
 

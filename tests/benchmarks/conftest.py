@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepred_pl import DeepImagePrior, InverseProblem
-from deepred_pl.callbacks.memory import keep_memory
+from deepred_pl.memory import keep_memory
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
 

@@ -68,17 +68,6 @@ def test_a_fit_that_cannot_fit_into_memory_is_refused(make_trainer, monkeypatch)
     assert model.step == 0
 
 
-def test_a_containers_limit_counts(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "CONTAINER_LIMIT", limit)
-    free = preflight.free_memory(torch.device("cpu"))  # there is no such file yet
-    for text in ("max\n", f"{2**50}\n"):
-        limit.write_text(text)
-        assert preflight.free_memory(torch.device("cpu")) == pytest.approx(free, rel=0.2)
-    limit.write_text("1000\n")  # less than this process has
-    assert preflight.free_memory(torch.device("cpu")) == 0
-
-
 @pytest.mark.parametrize(
     "seconds, told", [(0.4, "0 s"), (89.6, "90 s"), (3540, "59 min"), (7300, "2 h 1 min")]
 )

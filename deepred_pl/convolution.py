@@ -179,7 +179,6 @@ def _gathering(low: int, high: int, dtype: torch.dtype) -> Tensor:
     return _sparse(_spreading(low, high, dtype).to_dense().t())
 
 
-@lru_cache(maxsize=64)
 def _upsampling(low: int, high: int, dtype: torch.dtype) -> Tensor:
     """(high, low), what `F.interpolate` does along one axis."""
     identity = torch.eye(low, dtype=dtype, device="cpu")[None, None]
@@ -194,9 +193,7 @@ def _sparse(matrix: Tensor) -> Tensor:
 
 def upsampled_moments(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel of upsample(x), (C,), from x, (1, C, h, w), itself."""
-    rows, columns = (
-        _upsampling(*sides, x.dtype).mean(dim=0) for sides in zip(x.shape[-2:], size, strict=True)
-    )
+    rows, columns = (_means(*sides, x.dtype) for sides in zip(x.shape[-2:], size, strict=True))
     mean = torch.einsum("chw,h,w->c", x[0], rows, columns)
     return mean, _UpsampledSquare.apply(x - mean[:, None, None], size)
 
@@ -222,6 +219,12 @@ class _UpsampledSquare(torch.autograd.Function):
         (product,) = ctx.saved_tensors
         _, channels, h, w = ctx.shape
         return (2 * grad * product).view(1, h, w, channels).permute(0, 3, 1, 2), None
+
+
+@lru_cache(maxsize=64)
+def _means(low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """The weight of each of `low` values in the mean of the `high` upsampled ones, (low,)."""
+    return _upsampling(low, high, dtype).mean(dim=0)
 
 
 @lru_cache(maxsize=64)

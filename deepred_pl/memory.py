@@ -1,13 +1,14 @@
 """The process's memory: what it can still take, and what it keeps."""
 
 import ctypes
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CONTAINER = Path("/sys/fs/cgroup")  # version 2
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -22,11 +23,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    free = psutil.virtual_memory().available
-    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else "max"
-    if limit != "max":
-        free = max(0, min(free, int(limit) - psutil.Process().memory_info().rss))
-    return free
+    return int(min(psutil.virtual_memory().available, _free_in_container()))
+
+
+def _free_in_container() -> float:
+    limit = CONTAINER / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return math.inf
+    statistics = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+    cache = int(statistics["inactive_file"])  # of files, given up when it is needed
+    taken = int((CONTAINER / "memory.current").read_text()) - cache
+    return max(0, int(limit.read_text()) - taken)
 
 
 def as_text(count: int) -> str:

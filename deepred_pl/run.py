@@ -115,10 +115,14 @@ class RestorationCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Find a checkpoint that is none; torch would advise to load it unsafely."""
+        """Go on from a checkpoint alone, and find one that is none.
+
+        Torch would advise to load that unsafely.
+        """
         path = self._get(self.config, "ckpt_path")
-        if path is not None:  # it has the network; the run it once started from may be gone
-            self._get(self.config, "model").init_args.init_from = None
+        settings = self._get(self.config, "model").init_args
+        if path is not None and "init_from" in settings:
+            settings.init_from = None  # the checkpoint has the network; that run may be gone
         if path is None or not Path(path).is_file():
             return
         try:
@@ -147,7 +151,7 @@ class RestorationCLI(LightningCLI):
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.problem)
         for callback in self.trainer.callbacks:
-            if isinstance(callback, REDUpdate | AutoStop | Langevin):
+            if isinstance(callback, REDUpdate | AutoStop | Langevin | Preflight):
                 callback.check(self.model, self.trainer)
         if not self.trainer.fast_dev_run:
             check_writable(run_directory(self.trainer))

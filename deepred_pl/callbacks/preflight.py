@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ LONGEST = 3.0  # seconds; then no further try
 class Preflight(Callback):
     """Says before a fit what time and memory it will take, and refuses what cannot fit.
 
-    The memory is measured on a part of the image, of 128×128 pixels, and right to about a tenth;
-    the time on a few θ-steps that leave θ where it is. What the denoiser, the operator and a
-    regularizer need besides is not in it.
+    The memory is measured on a part of the image, of 128×128 pixels, to within about 10 %; the
+    time on a few θ-steps that leave θ where it is. What the denoiser, the operator and a
+    regularizer need besides is not in the memory.
 
     Raises:
         ValueError: A θ-step needs more memory than is free.
@@ -34,23 +35,41 @@ class Preflight(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
-        device = pl_module.device
-        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with trainer.precision_plugin.forward_context(), forked:
-            needed, free = step_memory(pl_module), free_memory(device)
-            if needed > free:
-                height, width = pl_module.average.shape[-2:]
-                raise ValueError(
-                    f"a θ-step on {height}×{width} pixels needs about {as_text(needed)} of memory, "
-                    f"and {as_text(free)} are free; restore a part of the image, or take a smaller "
-                    "network (--model.network.init_args.width 32)"
-                )
+        needed, free = self._memory(pl_module, trainer)
+        with trainer.precision_plugin.forward_context(), _forked(pl_module.device):
             seconds = step_seconds(pl_module)
         steps = trainer.max_steps - (pl_module.step if trainer.ckpt_path else 0)
         told = f"expected: {seconds:.2g} s a θ-step"
         if trainer.max_steps > 0:
             told += f", {_duration(steps * seconds)} for {steps}"
         rank_zero_info(f"{told}; {as_text(needed)} of the {as_text(free)} of memory that are free")
+
+    def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        """Refuse what cannot fit; called before the fit, where the module is on its device already.
+
+        Raises:
+            ValueError: A θ-step needs more memory than is free.
+        """
+        if not trainer.fast_dev_run and model.device.type == trainer.strategy.root_device.type:
+            self._memory(model, trainer)
+
+    def _memory(self, model: DeepImagePrior, trainer: Trainer) -> tuple[int, int]:
+        """Bytes that a θ-step takes and that are free."""
+        with trainer.precision_plugin.forward_context(), _forked(model.device):
+            needed, free = step_memory(model), free_memory(model.device)
+        if needed > free:
+            height, width = model.average.shape[-2:]
+            raise ValueError(
+                f"a θ-step on {height}×{width} pixels needs about {as_text(needed)} of memory, "
+                f"and {as_text(free)} are free; restore a part of the image, or take a smaller "
+                "network (--model.network.init_args.width 32)"
+            )
+        return needed, free
+
+
+def _forked(device: torch.device) -> AbstractContextManager:
+    """Within, random numbers are drawn that nobody misses afterwards."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def step_seconds(model: DeepImagePrior) -> float:
@@ -76,7 +95,8 @@ def step_memory(model: DeepImagePrior) -> int:
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     z, scale = model.z, 1.0
     if z.shape[-2:] == model.average.shape[-2:]:
-        z = z[..., :PART, :PART].contiguous(memory_format=torch.channels_last)
+        side = max(PART, getattr(model.network, "smallest_side", 1))
+        z = z[..., :side, :side].contiguous(memory_format=torch.channels_last)
         scale = model.z.numel() / z.numel()
     with LiveBytes() as live:
         _step(model, model.network.forward, z)  # forward alone is never compiled
@@ -85,14 +105,15 @@ def step_memory(model: DeepImagePrior) -> int:
 
 def _step(model: DeepImagePrior, network: Callable[[Tensor], Tensor], z: Tensor) -> None:
     out = network(z).float()
-    if z is model.z:
+    if z is model.z and out.shape == model.average.shape:
         with torch.autocast(out.device.type, enabled=False):
             loss = model.loss(out)
         if model.regularizer is not None:
             loss = loss + model.regularizer(out, model)
-    else:  # a part, which has no measurement
+    else:  # a part, which has no measurement, or what the first step will refuse
         loss = out.square().mean()
-    torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, trained, allow_unused=True)
     if out.is_cuda:
         torch.cuda.synchronize(out.device)
 

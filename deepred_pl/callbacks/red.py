@@ -24,9 +24,9 @@ class REDUpdate(Callback):
     The schedule is fixed and waits for the denoiser, so the result does not depend on timing.
 
     With `wait_for_denoiser` off, a round whose denoiser is not ready goes on with the f(x) it has,
-    and the next round looks again: a slow denoiser then holds up the end of the fit at most, which
-    waits for the call that is running, and the result depends on the machine and its load, so no
-    two runs are equal.
+    and the next round looks again. A slow denoiser then holds up the end of the fit, which waits
+    for the call that is running, and a roll-back of `CollapseGuard`, but nothing else. The result
+    depends on the machine and its load, so no two runs are equal.
 
     With `rounds_per_denoising` > 1 the rounds in between reuse f(x), and a denoiser round hands
     over x before its update: every_n_steps=1, rounds_per_denoising=10 is the released schedule.
@@ -221,6 +221,7 @@ class REDUpdate(Callback):
                 return  # x and u come from one v, and that of f(x) is past
         if denoised:
             denoised_x, model.f_x = self._background.result()
+            self._overdue = False
             self.denoised_step = self._submitted_step or 0
             model.prior = admm.red_prior(denoised_x, model.f_x)
             if not moved_on:

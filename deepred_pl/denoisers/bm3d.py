@@ -31,7 +31,7 @@ class BM3D(Denoiser):
     Args:
         sigma: Noise level it is told, in grey levels of an 8-bit image, in (0, 255].
         profile: Of `bm3d`: "np", the package's default, "lc", about a third of its time, or "high".
-        threads: Of `bm3d`: the cores it uses; 0 are all. With one alone are two runs quite equal.
+        threads: Of `bm3d`: the cores it uses; 0 are all. Only with one thread are two runs equal.
         backend: "bm3d", on the CPU; "triton", on an NVIDIA GPU (the extra `gpu`), where sums in any
             order make no two results quite equal; "auto": triton for images on a GPU where it is
             installed, otherwise bm3d.

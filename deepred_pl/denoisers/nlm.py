@@ -133,7 +133,7 @@ def _part(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor
 
 
 def _sums(x: Tensor, dim: int, count: int) -> Tensor:
-    """The sums of `count` neighbours along an axis; none but zeros of none."""
+    """The sums of `count` neighbours along an axis; zeros where `count` is 0."""
     places = x.shape[dim] - count + 1
     if count == 0:
         return x.new_zeros(()).expand(*x.shape[:dim], places, *x.shape[dim + 1 :]).clone()
@@ -160,4 +160,4 @@ def _reflected(x: Tensor, dim: int, by: int) -> Tensor:
     size = x.shape[dim]
     period = max(1, 2 * (size - 1))
     index = torch.arange(-by, size + by, device=x.device).remainder(period)
-    return x.index_select(dim, torch.minimum(index, (period - index).remainder(period + 1)))
+    return x.index_select(dim, torch.minimum(index, period - index))

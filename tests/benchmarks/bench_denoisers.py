@@ -4,17 +4,14 @@ from functools import partial
 
 import torch
 
-from deepred_pl.denoisers import BM3D, NonLocalMeans, TotalVariation
-from tests.benchmarks.conftest import problem
+from deepred_pl.denoisers import NonLocalMeans, TotalVariation
+from tests.benchmarks.conftest import BM3DS, problem
 
 DENOISERS = {
     "nlm": partial(NonLocalMeans, 3, backend="skimage"),
     "nlm, torch": partial(NonLocalMeans, 3, backend="torch"),
     "tv": TotalVariation,
-    "bm3d, lc, 1": partial(BM3D, 5, "lc", threads=1),
-    "bm3d, lc, all": partial(BM3D, 5, "lc"),
-    "bm3d, np, 1": partial(BM3D, 5, "np", threads=1),
-    "bm3d, np, all": partial(BM3D, 5, "np"),
+    **BM3DS,
 }
 
 

@@ -4,11 +4,12 @@ Each benchmark runs its contenders in turn, round by round, so that whatever els
 meets all; the figures are medians, a ratio's spread is its smallest and largest round.
 """
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,19 @@ import torch
 from torch import Tensor
 
 from deepred_pl import DeepImagePrior, InverseProblem
+from deepred_pl.denoisers import BM3D
 from deepred_pl.memory import keep_memory
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
+
+BM3DS = {
+    "bm3d, lc, 1": partial(BM3D, 5, "lc", threads=1, backend="bm3d"),
+    "bm3d, lc, all": partial(BM3D, 5, "lc", backend="bm3d"),
+    "bm3d, np, 1": partial(BM3D, 5, "np", threads=1, backend="bm3d"),
+    "bm3d, np, all": partial(BM3D, 5, "np", backend="bm3d"),
+}
+if torch.cuda.is_available() and find_spec("bm3d_triton"):
+    BM3DS["bm3d, triton"] = partial(BM3D, 5, backend="triton")
 
 Contender = Callable[[], float | None]  # its own seconds, or None to be timed
 
@@ -27,7 +38,7 @@ Contender = Callable[[], float | None]  # its own seconds, or None to be timed
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("deepred benchmarks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.addoption("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     group.addoption("--sizes", type=int, nargs="+", default=[128, 256], help="sides of images")
     group.addoption("--rounds", type=int, default=3, help="rounds of each race")
     group.addoption("--quality-steps", type=int, default=60, help="θ-steps before the PSNR column")
@@ -52,8 +63,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for benchmark in session.benchmarks:
         terminalreporter.write_line(benchmark.name.removeprefix("test_"))
         for name, row in benchmark.extra_info.items():
-            told = "  ".join(v if k in ("time", "ratio") else f"{k} {v}" for k, v in row.items())
-            terminalreporter.write_line(f"    {name:<14} {told}")
+            terminalreporter.write_line(f"    {name:<14} {'  '.join(_told(row))}")
+
+
+def _told(row: dict) -> Iterator[str]:
+    """A row of the table; the JSON has the numbers."""
+    for key, value in row.items():
+        if key == "seconds":
+            yield f"{value * 1e3:.1f} ms"
+        elif key == "ratio":
+            median_, least, most = value
+            yield f"{median_:.2f} ({least:.2f}–{most:.2f})"
+        else:
+            yield f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
 
 
 def machine() -> str:
@@ -80,7 +102,7 @@ def quality_steps(request: pytest.FixtureRequest) -> int:
 def race(benchmark, rounds: int, device: torch.device) -> Callable[..., dict]:
     """race({name: contender}): one row of the table for each; the ratios are to the first."""
 
-    def run(contenders: dict[str, Contender]) -> dict[str, dict[str, str]]:
+    def run(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         first, *others = [partial(_timed, f, device, seconds[n]) for n, f in contenders.items()]
         for contender in (first, *others):  # warm-up
@@ -91,10 +113,10 @@ def race(benchmark, rounds: int, device: torch.device) -> Callable[..., dict]:
         rows = benchmark.extra_info
         against = next(iter(seconds.values()))
         for name, times in seconds.items():
-            rows[name] = {"time": f"{median(times) * 1e3:.1f} ms"}
+            rows[name] = {"seconds": median(times)}
             if times is not against:
                 ratios = [t / a for t, a in zip(times, against, strict=True)]
-                rows[name]["ratio"] = f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+                rows[name]["ratio"] = median(ratios), min(ratios), max(ratios)
         return rows
 
     return run

@@ -1,11 +1,14 @@
 import logging
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
 from deepred_pl.callbacks import Preflight, preflight
-from deepred_pl.networks import DeepDecoder, ImageParameter
+from deepred_pl.networks import DeepDecoder, ImageParameter, SkipNet
 from tests.conftest import TinyNet, noisy_problem, smooth
 
 FLOAT = 4  # bytes
@@ -46,6 +49,51 @@ def test_the_memory_of_a_part_tells_that_of_a_whole_step(size):
     assert preflight.step_memory(model) == pytest.approx(live.most, rel=0.2)
 
 
+def test_the_memory_of_a_step_is_what_torchs_profiler_sees():
+    model = DeepImagePrior(network=partial(SkipNet, width=32), problem=noisy_problem(3, 200, 260))
+    optimizer = model.configure_optimizers()
+
+    def step():
+        optimizer.zero_grad()
+        model.training_step().backward()
+        optimizer.step()
+
+    step()
+    kept = 2 * sum(p.numel() for p in model.parameters()) * FLOAT  # Adam's, made in that step
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    taken = most = 0
+    for event in sorted(recorded.events(), key=lambda event: event.time_range.start):
+        taken += event.self_cpu_memory_usage
+        most = max(most, taken)
+    assert preflight.step_memory(model) == pytest.approx(most + kept, rel=0.15)
+
+
+def test_a_network_with_frozen_parameters_is_measured():
+    def frozen(channels):
+        network = TinyNet(channels)
+        network.head.requires_grad_(False)
+        return network
+
+    assert preflight.step_memory(DeepImagePrior(network=frozen, problem=noisy_problem())) > 0
+
+
+def test_a_network_for_large_images_is_measured_on_a_larger_part():
+    deep = partial(SkipNet, width=1, skip_width=1, scales=7)  # for 129 pixels and more
+    model = DeepImagePrior(network=deep, problem=noisy_problem(1, 140, 129))
+    assert preflight.step_memory(model) > model.z.nbytes / 2
+
+
+def test_a_network_of_another_size_is_refused_by_its_first_step(make_trainer):
+    class Half(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(32, channels, 2, stride=2)
+
+    model = DeepImagePrior(network=Half, problem=noisy_problem(3, 9, 11))
+    with pytest.raises(ValueError, match=r"must give \(1, 3, 9, 11\)"):
+        make_trainer(max_steps=1, callbacks=[Preflight()]).fit(model)
+
+
 @pytest.mark.parametrize("network", [TinyNet, lambda c: DeepDecoder(c, 8, 2), ImageParameter])
 def test_every_network_is_measured_and_left_as_it_is(network, make_trainer, caplog):
     model, plain = (
@@ -66,6 +114,8 @@ def test_a_fit_that_cannot_fit_into_memory_is_refused(make_trainer, monkeypatch)
     with pytest.raises(ValueError, match=r"33×47 pixels needs about .* take a smaller network"):
         make_trainer(max_steps=1, callbacks=[Preflight()]).fit(model)
     assert model.step == 0
+    with pytest.raises(ValueError, match="needs about"):  # by the command line, before it writes
+        Preflight().check(model, make_trainer(max_steps=1))
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ class DeepImagePrior(LightningModule):
             start from its θ and its z (enlarged or reduced to this image's size) and not from
             random ones; `input_scale` is then of no effect. For images that are alike, as the next
             slice or frame, and networks whose z is drawn, as `SkipNet`.
-        compile: Compile the network (`torch.compile`): a minute at the start, and worth it for long
-            fits on a GPU alone.
+        compile: Compile the network (`torch.compile`): a minute or two at the start, meant for long
+            fits on a GPU; on CPUs it gains nothing.
         seed: Seed of θ₀, z and the input noise; the noise of step n depends on (seed, n) alone.
         problem: The inverse problem, or None to take the datamodule's.
 
@@ -532,7 +532,7 @@ def _check_size(network: nn.Module, problem: InverseProblem) -> None:
     if min(height, width) < smallest:
         raise ValueError(
             f"{type(network).__name__} needs images of at least {smallest}×{smallest} pixels, "
-            f"got {height}×{width}; take a larger part, or fewer scales (init_args.scales)"
+            f"got {height}×{width}; take a larger part, or fewer scales (--model.network.scales)"
         )
 
 
@@ -541,8 +541,8 @@ def _check_memory(height: int, width: int) -> None:
     z, free = height * width * INPUT_CHANNELS * 4, free_memory(torch.device("cpu"))
     if 3 * z > free:  # z, its noise and their sum; what the network takes comes on top
         raise ValueError(
-            f"a θ-step on {height}×{width} pixels needs far more than {as_text(3 * z)} of memory, "
-            f"and {as_text(free)} are free; restore a part of the image"
+            f"to restore an image of {height}×{width} pixels takes more than {as_text(3 * z)} of "
+            f"memory, and {as_text(free)} are free; restore a part of it, or ask for a smaller one"
         )
 
 

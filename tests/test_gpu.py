@@ -37,8 +37,9 @@ def test_non_local_means_is_the_same_on_the_gpu(channels):
 def test_a_fit_runs_on_the_gpu_as_on_the_cpu(make_trainer, denoiser):
     restored = {}
     for where in ("cpu", "gpu"):
-        model = DeepRED(network=TinyNet, input_noise_std=0, problem=noisy_problem(3, 33, 47))
+        problem = noisy_problem(3, 33, 47)
+        model = DeepRED(network=TinyNet, input_noise_std=0, result="out", problem=problem)
         callbacks = [REDUpdate(denoiser, every_n_steps=2), Preflight()]
         make_trainer(max_steps=8, accelerator=where, devices=1, callbacks=callbacks).fit(model)
         restored[where] = model.restored.cpu()
-    torch.testing.assert_close(restored["gpu"], restored["cpu"], atol=0.02, rtol=0)
+    torch.testing.assert_close(restored["gpu"], restored["cpu"], atol=0.05, rtol=0)

@@ -9,10 +9,10 @@ class KeepMemory(Callback):
     """Keeps the memory that a θ-step frees for the next one, on Linux, while a fit runs.
 
     Every step asks for the same large blocks. glibc gives such blocks back to the kernel at once,
-    which clears every page when they are asked for again: on two cores, with the full network at
-    256×256, a third of a step's time. At the end of the fit what is free goes back, and malloc gets
-    glibc's first thresholds, without their later growth. Where malloc is
-    not glibc's, and on a GPU, whose memory torch keeps anyway, the callback does nothing.
+    which clears every page when they are asked for again: with the full network at 256×256 on two
+    cores, from a twentieth to a third of a step's time, by the machine. At the end of the fit what
+    is free goes back, and malloc gets glibc's first thresholds, without their later growth. Where
+    malloc is not glibc's, and on a GPU, whose memory torch keeps anyway, the callback does nothing.
     """
 
     def __init__(self) -> None:

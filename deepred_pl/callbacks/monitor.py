@@ -102,13 +102,14 @@ class RestorationBar(ProgressBar):
     """A progress bar over θ-steps with PSNR, gap and the time left.
 
     It shows what `Monitor` logged last: the PSNR of the average where the true image is known,
-    and the gap. Where the output is no terminal, it prints a line at every tenth of the fit.
+    and the gap. Where the output is no terminal, it prints a line in every tenth of the fit.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
         self._progress: Progress | None = None
+        self._told = -1  # the tenth of the fit of the latest line
 
     def disable(self) -> None:
         self._enabled = False
@@ -119,6 +120,7 @@ class RestorationBar(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
+        self._told = -1
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -141,9 +143,11 @@ class RestorationBar(ProgressBar):
         self._progress.update(self._task, completed=step)
         if logs_now(trainer):
             self._progress.update(self._task, numbers=_numbers(trainer.callback_metrics))
-        due = step % max(1, total // 10) == 0 if total > 0 else logs_now(trainer)
         numbers = self._progress.tasks[0].fields["numbers"]
+        tenths = 10 * step // total if total > 0 else step
+        due = logs_now(trainer) and tenths > self._told
         if due and numbers and not self._progress.console.is_terminal:
+            self._told = tenths
             of = f" of {total}" if total > 0 else ""
             self._progress.console.print(f"step {step}{of}: {numbers}")
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepred_pl.memory import as_text, free_memory
-from deepred_pl.model import DeepImagePrior
+from deepred_pl.model import DeepImagePrior, DeepRED
 
 PART = 128  # pixels of a side; the memory of a step is in proportion to the pixels
 TRIES = 3  # steps timed, of which the first are slower
@@ -25,8 +25,8 @@ class Preflight(Callback):
     """Says before a fit what time and memory it will take, and refuses what cannot fit.
 
     The memory is measured on a part of the image, of 128×128 pixels, to within about 10 %; the
-    time on a few θ-steps that leave θ where it is. What the denoiser, the operator and a
-    regularizer need besides is not in the memory.
+    time on a few θ-steps that leave θ where it is. A denoiser slower than its round adds to the
+    time; what it, the operator and a regularizer need is not in the memory.
 
     Raises:
         ValueError: A θ-step needs more memory than is free.
@@ -36,12 +36,16 @@ class Preflight(Callback):
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         needed, free = self._memory(pl_module, trainer)
+        if pl_module.compiled:
+            rank_zero_info("compiling the network: a minute or two")
         with trainer.precision_plugin.forward_context(), _forked(pl_module.device):
             seconds = step_seconds(pl_module)
         steps = trainer.max_steps - (pl_module.step if trainer.ckpt_path else 0)
         told = f"expected: {seconds:.2g} s a θ-step"
         if trainer.max_steps > 0:
             told += f", {_duration(steps * seconds)} for {steps}"
+        if isinstance(pl_module, DeepRED):
+            told += ", and what a slow denoiser adds"
         rank_zero_info(f"{told}; {as_text(needed)} of the {as_text(free)} of memory that are free")
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
@@ -62,7 +66,7 @@ class Preflight(Callback):
             raise ValueError(
                 f"a θ-step on {height}×{width} pixels needs about {as_text(needed)} of memory, "
                 f"and {as_text(free)} are free; restore a part of the image, or take a smaller "
-                "network (--model.network.init_args.width 32)"
+                "network (fewer channels: --model.network.init_args.width)"
             )
         return needed, free
 

@@ -70,7 +70,7 @@ class BM3D(Denoiser):
             raise ValueError(
                 "backend='triton' needs an NVIDIA GPU and the package bm3d-triton, got an image on "
                 f"{x.device.type} and {'' if find_spec('bm3d_triton') else 'no '}bm3d-triton; "
-                "pip install 'deepred_pl[gpu]', or take backend='bm3d'"
+                "install the extra gpu (pip install '.[gpu]'), or take backend='bm3d'"
             )
 
     def _on_gpu(self, x: Tensor) -> bool:

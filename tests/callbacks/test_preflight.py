@@ -103,7 +103,7 @@ def test_every_network_is_measured_and_left_as_it_is(network, make_trainer, capl
     caplog.set_level(logging.INFO)
     make_trainer(max_steps=3, callbacks=[REDUpdate(smooth), Preflight()]).fit(model)
     told = [r.message for r in caplog.records if r.message.startswith("expected:")]
-    assert len(told) == 1 and "for 3;" in told[0] and "memory" in told[0]
+    assert len(told) == 1 and "for 3, and" in told[0] and "memory" in told[0]
     make_trainer(max_steps=3, callbacks=[REDUpdate(smooth)]).fit(plain)
     assert torch.equal(model.restored, plain.restored)
 

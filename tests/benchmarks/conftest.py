@@ -4,6 +4,7 @@ Each benchmark runs its contenders in turn, round by round, so that whatever els
 meets all; the figures are medians, a ratio's spread is its smallest and largest round.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,7 +39,7 @@ Contender = Callable[[], float | None]  # its own seconds, or None to be timed
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("deepred benchmarks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    group.addoption("--threads", type=int, default=os.cpu_count(), help="torch's threads")
     group.addoption("--sizes", type=int, nargs="+", default=[128, 256], help="sides of images")
     group.addoption("--rounds", type=int, default=3, help="rounds of each race")
     group.addoption("--quality-steps", type=int, default=60, help="θ-steps before the PSNR column")

@@ -1,25 +1,11 @@
 """The `deepred` command."""
 
-import argparse
 import os
 import sys
-import warnings
-from textwrap import shorten
 
 from pytorch_lightning.cli import ArgsType
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from deepred_pl.run import RestorationCLI
-
-EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, argparse.ArgumentError)
-LONGEST = 600  # characters; a checkpoint of another network lists all its parameters
-
-# What a parser error says beside its reason: how it tried every member of a type.
-BESIDE = (
-    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType"),
-    *("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with"),
-    "Type collections.abc.Callable",
-)
+from deepred_pl.run import EXPECTED, RestorationCLI, reason
 
 
 def main(args: ArgsType = None) -> None:
@@ -30,15 +16,9 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Command-line arguments as a list; None takes sys.argv.
     """
-    # Lightning calls what torch and jsonargparse have deprecated.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
     try:
         RestorationCLI(args)
     except EXPECTED as error:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
-        lines = [line.strip(" -") for line in str(error).splitlines()]
-        reasons = [line for line in lines if line and not line.startswith(BESIDE)]
-        reason = " ".join(reasons or lines)
-        sys.exit(f"deepred: error: {shorten(reason, LONGEST)}")
+        sys.exit(f"deepred: error: {reason(error)}")

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Downsample, Operator, as_operator
 from deepred_pl.problem import InverseProblem
+from deepred_pl.tiles import Region
 
 # Crops of images that ship inside scikit-image: rows, columns.
 SAMPLES = {
@@ -52,6 +54,9 @@ class RestorationDataModule(LightningDataModule):
             65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
             [lo, hi]. Every sigma is in 255ths of it. The restored image is stored in it, too.
         page: Which page of a TIFF file with several, from 0; with a measurement, of that alone.
+        region: Restore this part of the image alone, [top, left, height, width] in its pixels; the
+            noise is estimated, and a degradation simulated, on all of it.
+        as_floats: Store the restored image as floats in [0, 1], whatever the input.
         metric_on: What PSNR and SSIM of colour images compare: "rgb", or "luminance".
         seed: Seed of the simulated degradation.
 
@@ -75,6 +80,8 @@ class RestorationDataModule(LightningDataModule):
         clip: bool = True,
         intensity_range: IntensityRange = "dtype",
         page: int | None = None,
+        region: tuple[int, int, int, int] | None = None,
+        as_floats: bool = False,
         metric_on: MetricOn = "rgb",
         seed: int = 0,
     ) -> None:
@@ -93,6 +100,8 @@ class RestorationDataModule(LightningDataModule):
         self.clip = clip
         self.intensity_range = intensity_range
         self.page = page
+        self.region = region
+        self.as_floats = as_floats
         self.metric_on = metric_on
         self.seed = seed
         self.problem: InverseProblem | None = None
@@ -132,6 +141,14 @@ class RestorationDataModule(LightningDataModule):
         self.problem = InverseProblem(y, operator, self.noise, truth, self.metric_on)
         if self.problem.noise is not self.noise:
             rank_zero_info(f"estimated from the measurement: {self.problem.noise}")
+        if self.region is not None:
+            region = Region(*self.region)
+            whole, self.problem = self.problem, self.problem.part(region)
+            alpha = self.image_format.alpha
+            if alpha is not None and alpha.shape == whole.image_shape[-2:]:
+                self.image_format = replace(self.image_format, alpha=region.of(alpha))
+        if self.as_floats:
+            self.image_format = ImageFormat("float32")
 
     def _check_range(self, operator: Operator) -> None:
         part: Operator | NoiseModel | None = None if operator.keeps_units else operator

@@ -1,7 +1,9 @@
 """The run directory."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning import Trainer
 
@@ -34,3 +36,20 @@ def check_writable(directory: Path) -> None:
             f"expected to write the run directory {directory}: {error.strerror or error}; "
             "choose another by --trainer.default_root_dir"
         ) from error
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write plain data so that it is never seen half-written.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None where there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None

@@ -9,7 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from skimage.transform import iradon
 from torch import Tensor, nn
 
 from deepred_pl.images import read_image
+from deepred_pl.tiles import Region
 
 Boundary = Literal["circular", "replicate", "reflect", "zero"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
@@ -34,9 +35,11 @@ class Operator(nn.Module, ABC):
     Attributes:
         keeps_units: Whether a grey image of one value is measured as that value. Otherwise a
             measurement's file says nothing of how to store the image.
+        factor: How many times smaller than the image's the measurement's sides are.
     """
 
-    keeps_units: ClassVar[bool] = True
+    keeps_units: bool = True
+    factor: int = 1
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -72,6 +75,22 @@ class Operator(nn.Module, ABC):
         """The operator with what it leaves open drawn at random, to simulate a measurement."""
         return self
 
+    def reach(self) -> tuple[int, int]:
+        """Rows and columns of the measurement beside a cut that depend on the image beyond it.
+
+        Raises:
+            ValueError: All of the measurement may depend on all of the image.
+        """
+        raise ValueError(
+            f"an image behind {type(self).__name__} cannot be cut into parts, as all of the "
+            "measurement may depend on all of it; restore it whole"
+        )
+
+    def cropped(self, region: Region) -> "Operator":
+        """The operator on a region of the image; what beside its cuts depends on the image
+        beyond them (`reach`) comes out otherwise."""
+        return self
+
 
 class Identity(Operator):
     """A = I: denoising.
@@ -86,6 +105,9 @@ class Identity(Operator):
 
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         return measurement_shape
+
+    def reach(self) -> tuple[int, int]:
+        return 0, 0
 
 
 class Blur(Operator):
@@ -166,6 +188,15 @@ class Blur(Operator):
                 f"{rows}×{columns}; crop the kernel"
             )
         return measurement_shape
+
+    def reach(self) -> tuple[int, int]:
+        if self.boundary == "circular":
+            raise ValueError(
+                "an image behind Blur with boundary='circular' cannot be cut into parts, as it "
+                "goes on at its other side; give --data.operator.boundary reflect, or restore it "
+                "whole"
+            )
+        return self.kernel.shape[0] // 2, self.kernel.shape[1] // 2
 
     def extra_repr(self) -> str:
         return f"{self.kernel.shape[0]}×{self.kernel.shape[1]}, boundary={self.boundary!r}"
@@ -260,6 +291,10 @@ class Downsample(Operator):
             )
         top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
         return image[..., top : top + height, left : left + width]
+
+    def reach(self) -> tuple[int, int]:
+        pixels = math.ceil((self.profile.shape[0] - self.factor) / 2 / self.factor)
+        return pixels, pixels
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}, taps={self.profile.shape[0]}"
@@ -365,6 +400,12 @@ class Mask(Operator):
         order = torch.randperm(height * width, generator=generator).view(1, 1, height, width)
         return Mask(order < max(1, round(self.keep_fraction * height * width)))
 
+    def reach(self) -> tuple[int, int]:
+        return 0, 0
+
+    def cropped(self, region: Region) -> "Mask":
+        return self if self.mask is None else Mask(region.of(self.mask))
+
     def extra_repr(self) -> str:
         if self.mask is None:
             return f"keep_fraction={self.keep_fraction}"
@@ -469,6 +510,42 @@ class Radon(Operator):
 
     def extra_repr(self) -> str:
         return f"{self.angles.numel()} angles, circle={self.circle}"
+
+
+class Observed(Operator):
+    """Another operator, of whose measurement only a part was observed.
+
+    Args:
+        operator: The operator.
+        mask: 1 where its measurement was observed, 0 elsewhere: (1, 1, H, W) of its size.
+    """
+
+    mask: Tensor
+
+    def __init__(self, operator: Operator, mask: Tensor) -> None:
+        super().__init__()
+        self.operator = operator
+        self.keeps_units = operator.keeps_units
+        self.factor = operator.factor
+        _keep(self, "mask", mask.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(x) * self.mask
+
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.operator.image_shape(measurement_shape)
+
+    def first_guess(self, y: Tensor) -> Tensor:
+        """The operator's, where the unobserved values are the mean of those around."""
+        return self.operator.first_guess(_fill(y, self.mask.expand_as(y)))
+
+    @property
+    def observed(self) -> Tensor:
+        within = self.operator.observed
+        return self.mask if within is None else self.mask * within
+
+    def extra_repr(self) -> str:
+        return f"{float(self.mask.mean()):.1%} observed"
 
 
 class Physics(Protocol):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
-from deepred_pl.operators import Operator, Physics, as_operator
+from deepred_pl.operators import Observed, Operator, Physics, as_operator
+from deepred_pl.tiles import Region
 
 LEAST_VARIANCE = 1e-10  # no value is free of rounding
 
@@ -128,6 +129,37 @@ class InverseProblem(nn.Module):
         else the first guess."""
         is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
         return self.y.clamp(0, 1) if is_one else self.first_guess()
+
+    def part(self, region: Region) -> "InverseProblem":
+        """The problem of a region of the image; the noise is what it is for the whole.
+
+        Values of the measurement beside a cut that depend on the image beyond it count as not
+        observed.
+
+        Raises:
+            ValueError: The region is not within the image, or the operator cannot be cut.
+        """
+        operator, factor = self.operator.cropped(region), self.operator.factor
+        rows, columns = self.operator.reach()
+        height, width = self.image_shape[-2:]
+        region.check(height, width, factor)
+        measured = Region(*(side // factor for side in region))
+        top, left = rows * (region.top > 0), columns * (region.left > 0)
+        bottom = measured.height - rows * (region.top + region.height < height)
+        right = measured.width - columns * (region.left + region.width < width)
+        if top >= bottom or left >= right:
+            raise ValueError(
+                f"a part of {region.height}×{region.width} pixels is smaller than what "
+                f"{self.operator} mixes; take a larger one"
+            )
+        observed = self.y.new_zeros(1, 1, measured.height, measured.width)
+        observed[..., top:bottom, left:right] = 1
+        if not observed.all():
+            operator = Observed(operator, observed)
+        truth = None if self.ground_truth is None else region.of(self.ground_truth)
+        part = InverseProblem(measured.of(self.y), operator, self.noise, truth, self.metric_on)
+        part._limits = self._limits
+        return part
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A fit continued on another measurement would go on without a word to a wrong picture.

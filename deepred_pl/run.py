@@ -4,9 +4,11 @@ import json
 import logging
 import sys
 import tempfile
+import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +17,7 @@ from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import deepred_pl.denoisers  # noqa: F401  their short names
@@ -36,6 +39,7 @@ from deepred_pl.images import to_array
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
+from deepred_pl.tiles import Region, blend, cut
 
 Image = TypeVar("Image", np.ndarray, Tensor)
 
@@ -46,6 +50,17 @@ SUBCOMMANDS = {
     "predict": "Write the restored image of a checkpoint (--ckpt_path).",
 }
 
+# What a user's mistake raises.
+EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, ArgumentError)
+
+LONGEST = 600  # characters; a checkpoint of another network lists all its parameters
+
+# What a parser error says beside its reason: how it tried every member of a type.
+BESIDE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType"),
+    *("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with"),
+    "Type collections.abc.Callable",
+)
 
 # In an installed package beside this module; in a checkout, at the top level.
 _PACKAGE = Path(__file__).parent
@@ -70,6 +85,9 @@ class RestorationCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        # Lightning calls what torch and jsonargparse have deprecated.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
         rank_zero_log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
         rank_zero_log.addFilter(_is_no_advertisement)
         # Errors are the caller's to tell, and a name cut short is one.
@@ -173,6 +191,8 @@ def restore(
     overrides: Mapping[str, Any] | None = None,
     operator: Operator | Physics | None = None,
     noise: NoiseModel | None = None,
+    tile: int | None = None,
+    overlap: int = 32,
 ) -> Image:
     """Restore one image in memory, by the settings of a configuration file.
 
@@ -185,14 +205,18 @@ def restore(
             {"red.every_n_steps": 20, "trainer.max_steps": 500}.
         operator: A; None takes the configuration's.
         noise: The noise model; None takes the configuration's.
+        tile: Restore tile × tile pixels at a time, for images too large for the memory; None
+            restores the image at once.
+        overlap: Pixels that neighbouring tiles share, and over which they are blended.
 
     Returns:
         The restored image, of the kind, dtype and device of `image`; larger than it with an
         operator that makes images smaller. Nothing is left on disk, unless the overrides name a
-        `trainer.default_root_dir`, which then gets the run directory.
+        `trainer.default_root_dir`, which then gets the run directory, with tiles one for each.
 
     Raises:
-        ValueError: An image, a setting or a combination that cannot be; before the fit starts.
+        ValueError: An image, a setting or a combination that cannot be, as tiles behind an
+            operator that mixes the whole image; before the fit starts.
 
     >>> import skimage.data
     >>> photo = skimage.data.astronaut()[:35, :41]
@@ -207,23 +231,85 @@ def restore(
         tasks = [task] if isinstance(task, str) else task
         options = [f"--config={name}" for name in tasks]
         options += [f"--{name}={_as_text(value)}" for name, value in settings.items()]
-        try:
-            cli = RestorationCLI(options, run=False)
-        except ArgumentError as error:
-            raise ValueError(str(error)) from error
-        data = cli.datamodule
-        if data.measurement is not None or data.ground_truth is not None:
-            raise ValueError("restore() is given the measurement itself: leave data's files out")
-        data.measurement = _channels_last(image)
-        data.operator = data.operator if operator is None else as_operator(operator)
-        data.noise = data.noise if noise is None else noise
-        cli.before_fit()
-        if not keeps_files:
-            kept = [c for c in cli.trainer.callbacks if not isinstance(c, (Writer, LastCheckpoint))]
-            cli.trainer.callbacks = kept
-        cli.trainer.fit(cli.model, datamodule=data)
-        restored = to_array(cli.model.restored, data.image_format)
+
+        def assemble() -> RestorationCLI:
+            try:
+                cli = RestorationCLI(options, run=False)
+            except ArgumentError as error:
+                raise ValueError(str(error)) from error
+            data = cli.datamodule
+            if data.measurement is not None or data.ground_truth is not None:
+                raise ValueError(
+                    "restore() is given the measurement itself: leave data's files out"
+                )
+            data.measurement = _channels_last(image)
+            data.operator = data.operator if operator is None else as_operator(operator)
+            data.noise = data.noise if noise is None else noise
+            return cli
+
+        def fit(region: Region | None = None) -> RestorationCLI:
+            cli = assemble()
+            cli.datamodule.region = region or cli.datamodule.region
+            cli.before_fit()
+            if not keeps_files:
+                unkept = (Writer, LastCheckpoint)
+                kept = [c for c in cli.trainer.callbacks if not isinstance(c, unkept)]
+                cli.trainer.callbacks = kept
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            return cli
+
+        if tile is None:
+            cli = fit()
+            restored = to_array(cli.model.restored, cli.datamodule.image_format)
+        else:
+            data = assemble().datamodule
+            data.setup()
+            regions = tiles_of(data, tile, overlap)
+            tiles = [(region, fit(region).model.restored) for region in regions]
+            height, width = data.problem.image_shape[-2:]
+            restored = to_array(blend(tiles, height, width, overlap), data.image_format)
     return _like(image, restored)
+
+
+def tiles_of(data: RestorationDataModule, tile: int, overlap: int) -> list[Region]:
+    """The tiles (`tiles.cut`) of the image that a datamodule has set up.
+
+    Raises:
+        ValueError: The image cannot be cut, or not so.
+    """
+    assert data.problem is not None
+    if data.region is not None:
+        raise ValueError("expected a whole image to cut into tiles; leave data.region out")
+    data.problem.operator.reach()  # refuses
+    height, width = data.problem.image_shape[-2:]
+    return cut(height, width, tile, overlap, data.problem.operator.factor)
+
+
+class _Parser(RestorationCLI):
+    """Parses settings, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
+
+
+def settings_of(options: Sequence[str]) -> dict[str, Any]:
+    """All settings that options of the command line come to, as plain data.
+
+    Raises:
+        argparse.ArgumentError: A setting that is none; ValueError: a configuration that is none.
+    """
+    cli = _Parser(list(options), run=False)
+    return json.loads(cli.parser.dump(cli.config, format="json", skip_none=False))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(BESIDE)]
+    return shorten(" ".join(reasons or lines) or type(error).__name__, LONGEST)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -13,7 +13,8 @@ class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run directory: every n θ-steps and at the end.
 
     There is one image and no better or worse epoch, so one file is enough. It is replaced only
-    by a complete one.
+    by a complete one. The one of the last step comes after the results: a fit that is stopped
+    while it writes them still has a step to make.
 
     Args:
         every_n_steps: θ-steps between two saves, at least 1.
@@ -28,7 +29,8 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != trainer.max_steps:  # that is on_train_end's
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

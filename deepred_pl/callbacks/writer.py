@@ -1,7 +1,6 @@
 """What a run leaves behind: the restored image, a comparison, and the figures."""
 
 import io
-import json
 import math
 import time
 from pathlib import Path
@@ -19,10 +18,11 @@ from deepred_pl.callbacks.guard import rollbacks
 from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.red import wait_seconds
 from deepred_pl.callbacks.stopping import AutoStop
-from deepred_pl.directory import check_writable, run_directory
+from deepred_pl.directory import check_writable, run_directory, write_json
 from deepred_pl.images import ImageFormat, write_bytes, write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.problem import InverseProblem
 
 
 class Writer(Callback):
@@ -62,12 +62,13 @@ class Writer(Callback):
         directory = run_directory(trainer)
         result = summarise(pl_module, trainer, self._seconds())
         path = self._write_restored(pl_module, trainer)
-        picture = compare(pl_module)
+        assert pl_module.problem is not None
+        picture = compare(pl_module.problem, pl_module.restored)
         write_image(directory / "comparison.png", picture)
-        write_bytes(directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         for callback in trainer.callbacks:
             if isinstance(callback, Langevin) and callback.std is not None:
-                _write_uncertainty(directory, callback.std)
+                write_uncertainty(directory, callback.std)
+        write_json(directory / "result.json", result)  # last: where it is, the run is complete
         scores = [result["psnr"][name] for name in ("measurement", "restored")]
         gain = "" if None in scores else " (PSNR {:.2f} -> {:.2f} dB)".format(*scores)
         rank_zero_info(f"restored image{gain}: {path}")
@@ -90,16 +91,28 @@ class Writer(Callback):
 
 def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[str, Any]:
     """The contents of `result.json`; metrics are None without a ground truth."""
-    problem = model.problem
-    assert problem is not None
-    truth = problem.ground_truth
+    assert model.problem is not None
     images: dict[str, Tensor | None] = {
-        "measurement": problem.as_image(),
         "restored": model.restored,
         "out": model.out,
         "average": model.average,
         "x": model.x if isinstance(model, DeepRED) else None,
     }
+    return {
+        **score(model.problem, images),
+        "steps": model.step,
+        "seconds": round(seconds, 3),
+        "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
+        "rollbacks": rollbacks(trainer),
+        "stop_reason": _stop_reason(trainer),
+        "seed": model.seed,
+    }
+
+
+def score(problem: InverseProblem, images: dict[str, Tensor | None]) -> dict[str, Any]:
+    """What `result.json` says of the problem and of images restored from it, as plain data."""
+    truth = problem.ground_truth
+    images = {"measurement": problem.as_image(), **images}
 
     def scores(metric: Any) -> dict[str, float | None]:
         known = {
@@ -114,12 +127,6 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         "ssim": scores(ssim),
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
         "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
-        "steps": model.step,
-        "seconds": round(seconds, 3),
-        "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
-        "rollbacks": rollbacks(trainer),
-        "stop_reason": _stop_reason(trainer),
-        "seed": model.seed,
     }
 
 
@@ -131,7 +138,9 @@ def _stop_reason(trainer: Trainer) -> str:
     return "stopped early" if stopped else "max_steps"
 
 
-def _write_uncertainty(directory: Path, std: Tensor) -> None:
+def write_uncertainty(directory: Path, std: Tensor) -> None:
+    """Write a standard deviation per value, (1, C, H, W): `uncertainty.npy` as it is, (H, W, C),
+    and `uncertainty.png`, its mean over the channels, white at the largest."""
     buffer = io.BytesIO()
     np.save(buffer, std[0].movedim(0, -1).cpu().numpy())  # (H, W, C)
     write_bytes(directory / "uncertainty.npy", buffer.getvalue())
@@ -139,15 +148,13 @@ def _write_uncertainty(directory: Path, std: Tensor) -> None:
     write_image(directory / "uncertainty.png", grey / grey.max().clamp(min=1e-12))
 
 
-def compare(model: DeepImagePrior) -> Tensor:
+def compare(problem: InverseProblem, restored: Tensor) -> Tensor:
     """Measurement, restored and (where known) true image side by side, (1, 3, H', W').
 
     Small images are enlarged by whole factors; each panel says what it is, and its PSNR.
     """
-    problem = model.problem
-    assert problem is not None
     truth = problem.ground_truth
-    panels = {"measurement": problem.as_image(), "restored": model.restored}
+    panels = {"measurement": problem.as_image(), "restored": restored}
     if truth is not None:
         on = problem.metric_on
         panels = {f"{name}, {psnr(v, truth, on):.2f} dB": v for name, v in panels.items()}

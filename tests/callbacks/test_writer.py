@@ -78,7 +78,7 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer
 def test_the_comparison_shows_three_panels(make_trainer, channels):
     model = DeepRED(network=TinyNet, problem=noisy_problem(channels, 12, 30))
     model.step = 1  # something is restored
-    shown = compare(model)
+    shown = compare(model.problem, model.restored)
     assert shown.shape[:2] == (1, 3)
     scale = 256 // 12
     assert shown.shape[-2:] == (12 * scale + 28, 3 * (30 * scale + 8))

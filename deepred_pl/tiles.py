@@ -1,0 +1,112 @@
+"""Cut a large image into tiles, and blend what was restored of each."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Pixels = TypeVar("Pixels", np.ndarray, Tensor)
+
+
+class Region(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, image: Pixels) -> Pixels:
+        """The region of an image (..., H, W)."""
+        return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def check(self, height: int, width: int, multiple: int = 1) -> None:
+        """Refuse a region that is not within height × width pixels.
+
+        Raises:
+            ValueError: It is not, or its sides and corner are no multiples of `multiple`.
+        """
+        within = min(self.top, self.left) >= 0 and min(self.height, self.width) > 0
+        if not (within and self.top + self.height <= height and self.left + self.width <= width):
+            raise ValueError(
+                f"expected a region [top, left, height, width] within {height}×{width} pixels, "
+                f"got {list(self)}"
+            )
+        if any(side % multiple for side in self):
+            raise ValueError(
+                f"expected a region [top, left, height, width] in multiples of the factor "
+                f"{multiple}, got {list(self)}"
+            )
+
+
+def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> list[Region]:
+    """Tiles that cover an image of height × width pixels, row by row.
+
+    All are of one size, tile × tile or the image's side where that is smaller, and spread evenly,
+    so that neighbours share at least `overlap` pixels (less by `multiple`, at most).
+
+    Args:
+        height: Rows of the image.
+        width: Columns of the image.
+        tile: Side of a tile.
+        overlap: Pixels that neighbours share, below `tile`.
+        multiple: Tiles begin and end at multiples of it, as the image does; `tile` is rounded up.
+
+    Raises:
+        ValueError: Not 0 <= overlap < tile.
+
+    >>> [tuple(region) for region in cut(100, 60, 64, 16)]
+    [(0, 0, 64, 60), (36, 0, 64, 60)]
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(
+            f"expected an overlap of at least 0 and less than the tile's {tile} pixels, got "
+            f"{overlap}; a quarter of the tile or 32 pixels is enough"
+        )
+    rows, columns = (_spread(side, tile, overlap, multiple) for side in (height, width))
+    return [Region(top, left, h, w) for top, h in rows for left, w in columns]
+
+
+def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int, int]]:
+    """Start and length of the tiles along one side."""
+    tile = math.ceil(tile / multiple) * multiple
+    if tile >= side:
+        return [(0, side)]
+    count = math.ceil((side - overlap) / (tile - overlap))
+    starts = [i * (side - tile) / (count - 1) for i in range(count)]
+    return [(round(start / multiple) * multiple, tile) for start in starts]
+
+
+def blend(tiles: Iterable[tuple[Region, Tensor]], height: int, width: int, overlap: int) -> Tensor:
+    """The image (1, C, height, width) of its tiles, whose weights fade out towards their cuts.
+
+    The weight of a pixel d pixels from a cut is sin²(π/2 · (d + ½) / overlap), and 1 from `overlap`
+    on: those of two tiles that share so many add up to 1. Where more is shared, they are divided
+    by their sum.
+    """
+    total, weights = torch.zeros(()), torch.zeros(1, 1, height, width)
+    for region, image in tiles:
+        image = image.cpu()
+        if total.ndim == 0:
+            total = torch.zeros(1, image.shape[1], height, width)
+        rows = _fade(region.top, region.height, height, overlap)
+        columns = _fade(region.left, region.width, width, overlap)
+        weight = rows[:, None] * columns  # (H', W')
+        region.of(total).add_(image * weight)
+        region.of(weights).add_(weight)
+    return total / weights
+
+
+def _fade(start: int, length: int, side: int, overlap: int) -> Tensor:
+    """The weights along one side of a tile; the image's borders are no cuts."""
+    weights = torch.ones(length)
+    d = torch.arange(min(overlap, length))
+    ramp = torch.sin(math.pi / 2 * (d + 0.5) / max(1, overlap)).square()
+    if start > 0:
+        weights[: len(ramp)] *= ramp
+    if start + length < side:
+        weights[length - len(ramp) :] *= ramp.flip(0)
+    return weights

@@ -322,13 +322,18 @@ def _find_configs(args: Sequence[str]) -> list[str]:
     for i, arg in enumerate(found):
         option, equals, value = arg.partition("=")
         if option in ("--config", "-c") and equals:
-            found[i] = f"{option}={_find_config(value)}"
+            found[i] = f"{option}={find_config(value)}"
         elif option in ("--config", "-c") and i + 1 < len(found):
-            found[i + 1] = _find_config(found[i + 1])
+            found[i + 1] = find_config(found[i + 1])
     return found
 
 
-def _find_config(name: str) -> str:
+def find_config(name: str) -> str:
+    """The path of a configuration: a file, or a shipped one by its name.
+
+    Raises:
+        ValueError: There is none.
+    """
     if Path(name).is_file():
         return name
     shipped = {

@@ -1,0 +1,225 @@
+"""The jobs of a batch: one fit each, and what is made of several fits of one image."""
+
+import logging
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from deepred_pl.callbacks.progress import ProgressFile
+from deepred_pl.callbacks.writer import compare, score, write_uncertainty
+from deepred_pl.data import RestorationDataModule
+from deepred_pl.directory import last_checkpoint, read_json, write_json
+from deepred_pl.images import read_image, write_image
+from deepred_pl.moments import RunningMoments
+from deepred_pl.run import RestorationCLI, reason
+from deepred_pl.tiles import Region, blend
+
+PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
+ON_ANY_MACHINE = ("--trainer.accelerator=cpu", "--trainer.precision=32")  # where none is fitted
+SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the fits of an image
+
+
+@dataclass(frozen=True)
+class Job:
+    """One restored image and its run directory, as plain data.
+
+    Attributes:
+        directory: The run directory.
+        options: The options of the command line that make the fit; of a job with parts, those
+            that read the image.
+        about: What `job.json` keeps in the run directory, and what must not have changed when a
+            batch goes on: "settings" and others. With them are labels for the tables.
+        parts: The jobs whose images this one is made of: tiles that are blended, or restarts that
+            are averaged. None: the job is a fit.
+        regions: Of the parts, where they are tiles.
+        overlap: Of the tiles.
+    """
+
+    directory: Path
+    options: tuple[str, ...]
+    about: dict[str, Any]
+    parts: tuple["Job", ...] = ()
+    regions: tuple[Region, ...] = ()
+    overlap: int = 0
+
+    @property
+    def fits(self) -> list["Job"]:
+        """The fits that it takes: itself, or those of its parts."""
+        return [fit for part in self.parts for fit in part.fits] if self.parts else [self]
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The contents of `result.json`; None where the job is not done."""
+        result = read_json(self.directory / "result.json")
+        names = [part.directory.name for part in self.parts]
+        return result if result is not None and result.get("parts", []) == names else None
+
+    def changed(self) -> str | None:
+        """What differs from the job that this directory was begun with; None: nothing."""
+        began = read_json(self.directory / "job.json")
+        if began is not None:
+            before, now = _flat(began), _flat(self.about)
+            for name in [*now, *(before.keys() - now.keys() - {"machine"})]:
+                if not name.startswith("machine.") and before.get(name) != now.get(name):
+                    label = name.removeprefix("settings.").replace("init_args.", "")
+                    return f"{label} was {before.get(name)}, and is {now.get(name)} now"
+        return next((c for c in (part.changed() for part in self.parts) if c is not None), None)
+
+    def begin(self, threads: int) -> None:
+        """Keep in the run directory what the job is, and with how many CPU threads it is made."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        machine: dict[str, Any] = {name: version(name) for name in PACKAGES}
+        machine |= {"threads": threads, "host": socket.gethostname()}
+        write_json(self.directory / "job.json", {**self.about, "machine": machine})
+
+    def discard(self) -> None:
+        """Empty the run directory, but for other methods' directories."""
+        for path in self.directory.iterdir():
+            if not path.is_dir():
+                path.unlink()
+            elif path.name == "checkpoints" or path.name.startswith(("tile_", "restart_")):
+                shutil.rmtree(path)
+
+
+def fit(job: Job, threads: int) -> str | None:
+    """Make the fit of a job, or go on with it from its checkpoint; None, or why it failed.
+
+    Messages, warnings and the traceback of a failure go into `run.log` in the run directory.
+    """
+    try:
+        if job.result is None:  # else the process was killed when all was done
+            job.begin(threads)
+            torch.set_num_threads(threads)
+            with _log_into(job.directory / "run.log"):
+                _fit(job)
+    except Exception as error:  # one bad image fails alone, whatever it raises
+        return reason(error)
+    return None
+
+
+def _fit(job: Job) -> None:
+    (job.directory / "config.yaml").unlink(missing_ok=True)  # Lightning replaces none
+    checkpoint = last_checkpoint(job.directory)
+    try:
+        cli = RestorationCLI(list(job.options), run=False)
+        cli.trainer.callbacks.append(ProgressFile())
+        cli.before_fit()
+        path = str(checkpoint) if checkpoint.is_file() else None
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
+        cli.after_fit()
+    except Exception:
+        logging.getLogger("pytorch_lightning").exception("the fit failed")
+        raise
+    _log_hyperparameters(cli, job)
+
+
+def _log_hyperparameters(cli: RestorationCLI, job: Job) -> None:
+    """For TensorBoard's HParams page: settings beside the final numbers."""
+    logger, result = cli.trainer.logger, job.result
+    if not isinstance(logger, TensorBoardLogger) or result is None:
+        return
+    red = cli.config["red"]
+    settings = {
+        "image": job.about["image"],
+        "method": job.about["method"] or type(cli.model).__name__,
+        "restart": job.about["restart"],
+        **{k: v for k, v in cli.model.hparams.items() if isinstance(v, bool | int | float | str)},
+        "denoiser": str(red["denoiser"]["class_path"]).rsplit(".", 1)[-1],
+        "every_n_steps": red["every_n_steps"],
+    }
+    final = {"psnr": result["psnr"]["restored"], "ssim": result["ssim"]["restored"]}
+    final |= {"steps": result["steps"], "seconds": result["seconds"]}
+    known = {f"final/{name}": float(v) for name, v in final.items() if v is not None}
+    logger.log_hyperparams(settings, known)
+    logger.finalize("success")
+
+
+def finish(job: Job) -> None:
+    """Make what is missing of a job whose fits are done: blend its tiles, average its restarts.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if not job.parts or job.result is not None:
+        return
+    for part in job.parts:
+        finish(part)
+    began = read_json(job.fits[0].directory / "job.json") or {}
+    job.begin(began["machine"]["threads"])
+    data = datamodule(job.options)
+    data.setup()
+    problem = data.problem
+    assert problem is not None
+    moments = RunningMoments()
+    if job.regions:
+        tiles = ((r, _floats(part)) for r, part in zip(job.regions, job.parts, strict=True))
+        height, width = problem.image_shape[-2:]
+        moments.add(blend(tiles, height, width, job.overlap))
+    else:
+        for part in job.parts:
+            moments.add(_floats(part))
+        write_uncertainty(job.directory, moments.variance.sqrt())
+    restored = moments.mean
+    name = "restored" + data.image_format.suffix(restored.shape[1])
+    write_image(job.directory / name, restored, data.image_format)
+    write_image(job.directory / "comparison.png", compare(problem, restored))
+    results = [part.result or {} for part in job.parts]
+    write_json(
+        job.directory / "result.json",
+        {
+            **score(problem, {"restored": restored}),
+            **{name: sum(result[name] for result in results) for name in SUMMED},
+            "stop_reason": ", ".join(sorted({result["stop_reason"] for result in results})),
+            "seed": results[0]["seed"],
+            "parts": [part.directory.name for part in job.parts],
+        },
+    )
+
+
+def datamodule(options: Sequence[str]) -> RestorationDataModule:
+    """The datamodule that options make, not set up."""
+    return RestorationCLI([*options, *ON_ANY_MACHINE], run=False).datamodule
+
+
+def _floats(part: Job) -> Tensor:
+    return read_image(part.directory / "restored.tif", [0, 1])[0]
+
+
+@contextmanager
+def _log_into(path: Path) -> Iterator[None]:
+    """Lightning's messages, and warnings, go to a file and not to the terminal."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "py.warnings")]
+    before = [logger.handlers for logger in loggers]
+    logging.captureWarnings(True)
+    for logger in loggers:
+        logger.handlers = [handler]
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
+        handler.close()
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names, as on the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,224 @@
+"""What a batch comes to: images × methods × restarts × tiles, as jobs."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deepred_pl.jobs import ON_ANY_MACHINE, Job, datamodule
+from deepred_pl.operators import as_operator
+from deepred_pl.run import EXPECTED, RestorationCLI, find_config, settings_of, tiles_of
+from deepred_pl.tiles import Region
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
+
+# What a fit has within a batch, whatever its settings. Without the plugin, Lightning would take the
+# allocation of a cluster's scheduler for that of the fit.
+WITHIN_A_BATCH = (
+    "--trainer.enable_progress_bar=false",
+    "--trainer.devices=1",
+    "--trainer.plugins=pytorch_lightning.plugins.environments.LightningEnvironment",
+)
+AS_FLOATS = "--data.as_floats=true"  # for what is made of several images
+LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image of a batch.
+
+    Attributes:
+        name: What its run directory is called: the file's name without suffix.
+        path: The file, or "sample:NAME".
+        size: Bytes of the file.
+        digest: SHA-256 of the file, where there is one.
+    """
+
+    name: str
+    path: str
+    size: int = 0
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is asked for.
+
+    Attributes:
+        sources: The images.
+        role: The setting that an image is.
+        out: The directory of all run directories.
+        configs: Names of configurations, or files.
+        methods: Names of methods' overlays, or files; none: as the configurations say.
+        options: Other settings of every fit; "{name}" in their values is the image's name.
+        restarts: Fits per image, which differ in `model.seed`.
+        tile: Side of the tiles in pixels, or None.
+        overlap: Pixels that tiles share.
+        here: Whether the fits run on this machine.
+    """
+
+    sources: Sequence[Source]
+    role: Literal["data.measurement", "data.ground_truth"]
+    out: Path
+    configs: Sequence[str]
+    methods: Sequence[str] = ()
+    options: Sequence[str] = ()
+    restarts: int = 1
+    tile: int | None = None
+    overlap: int = 32
+    here: bool = True
+
+
+def find_images(given: Sequence[str]) -> list[Source]:
+    """The images that files, folders, patterns and "sample:NAME" come to.
+
+    Raises:
+        ValueError: There are none, or two of one name.
+    """
+    named: dict[str, str] = {}
+    for path in (path for text in given for path in _matches(text)):
+        name = path.removeprefix("sample:") if path.startswith("sample:") else Path(path).stem
+        if name in named:
+            raise ValueError(
+                "expected images of different names, as each has a directory of its name, got "
+                f"{named[name]} and {path}; rename one"
+            )
+        named[name] = path
+    return [_source(name, path) for name, path in named.items()]
+
+
+def _source(name: str, path: str) -> Source:
+    try:
+        data = Path(path).read_bytes()
+    except OSError:  # a sample; or its fit will tell
+        return Source(name, path)
+    return Source(name, path, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _matches(text: str) -> list[str]:
+    if text.startswith("sample:"):
+        return [text]
+    if Path(text).is_dir():
+        found = [p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES]
+        what = f"images ({', '.join(SUFFIXES)}) in the folder"
+    else:
+        found = [Path(text)] if Path(text).is_file() else [Path(p) for p in glob.glob(text)]
+        what = "an image, a folder or a pattern"
+    files = sorted(str(p.resolve()) for p in found if p.is_file() and p.name[0] != ".")
+    if not files:
+        raise ValueError(f"expected {what}, found nothing: {text}")
+    return files
+
+
+def plan(batch: Batch) -> list[Job]:
+    """The jobs, one per image and method, with its restarts and tiles as parts.
+
+    Raises:
+        ValueError: Settings that cannot be, or methods of one name.
+    """
+    labels = [Path(method).stem for method in batch.methods]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"expected methods of different names, got {', '.join(labels)}")
+    configs = [_config(name) for name in batch.configs]
+    overlays = [[_config(_method(name))] for name in batch.methods] or [[]]
+    methods = []
+    for label, overlay in zip(labels or [""], overlays, strict=True):
+        options = [*configs, *overlay, *batch.options, *WITHIN_A_BATCH]
+        methods.append((label, options, settings_of(options)))
+        _check(batch, options)
+    return [_job(batch, source, *method) for source in batch.sources for method in methods]
+
+
+def _check(batch: Batch, options: Sequence[str]) -> None:
+    """Refuse settings with which no image can be restored.
+
+    Raises:
+        ValueError: They are such.
+    """
+    named = [option.replace("{name}", batch.sources[0].name) for option in options]
+    try:
+        cli = RestorationCLI(named if batch.here else [*named, *ON_ANY_MACHINE], run=False)
+    except EXPECTED:
+        if named == list(options):
+            raise
+        return  # that image's files may be the reason; its fit will tell
+    if batch.tile is not None:
+        as_operator(cli.datamodule.operator).reach()
+        smallest = getattr(cli.model.make_network(1), "smallest_side", 1)
+        if batch.tile < smallest:
+            raise ValueError(
+                f"expected tiles of at least {smallest} pixels for this network, got {batch.tile}; "
+                "take larger ones"
+            )
+
+
+def _config(name: str) -> str:
+    return f"--config={Path(find_config(name)).resolve()}"
+
+
+def _method(name: str) -> str:
+    return name if Path(name).is_file() else f"methods/{name.removeprefix('methods/')}"
+
+
+def _job(
+    batch: Batch, source: Source, label: str, options: Sequence[str], settings: dict[str, Any]
+) -> Job:
+    """What an image comes to with one method."""
+    options = [option.replace("{name}", source.name) for option in options]
+    options.append(f"--{batch.role}={source.path}")
+    regions = () if batch.tile is None else _regions(batch, batch.tile, options)
+    directory = batch.out / source.name / label
+    several = batch.restarts > 1
+    about = {
+        "image": source.name,
+        "method": label,
+        "restart": "mean" if several else None,
+        "sha256": source.digest,
+        "bytes": source.size,
+        "tile": batch.tile,
+        "overlap": batch.overlap if batch.tile else None,
+        "settings": settings,
+    }
+
+    def one(directory: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
+        """A fit, or its tiles."""
+        if len(regions) < 2:
+            return Job(directory, (*options, _logger(directory)), about)
+        tiles = []
+        for region in regions:
+            inside = directory / f"tile_{region.top}_{region.left}"
+            own = (f"--data.region={list(region)}", AS_FLOATS, _logger(inside))
+            tiles.append(Job(inside, (*options, *own), about))
+        return Job(directory, tuple(options), about, tuple(tiles), regions, batch.overlap)
+
+    if not several:
+        return one(directory, options, about)
+    first = settings["model"]["init_args"]["seed"]
+    restarts = tuple(
+        one(
+            directory / f"restart_{i}",
+            (*options, f"--model.seed={first + i}", AS_FLOATS),
+            {**about, "restart": i},
+        )
+        for i in range(batch.restarts)
+    )
+    return Job(directory, tuple(options), about, restarts)
+
+
+def _regions(batch: Batch, tile: int, options: Sequence[str]) -> tuple[Region, ...]:
+    """The tiles of an image; none where it cannot be read, which its fit will tell."""
+    try:
+        data = datamodule(options)
+        data.setup()
+    except EXPECTED:
+        return ()
+    return tuple(tiles_of(data, tile, batch.overlap))
+
+
+def _logger(directory: Path) -> str:
+    """The option that makes `directory` itself the run directory."""
+    settings = {"save_dir": str(directory), "name": "", "version": "", "default_hp_metric": False}
+    return "--trainer.logger=" + json.dumps({"class_path": LOGGER, "init_args": settings})

@@ -1,0 +1,177 @@
+"""The tables of a batch: `results.csv` and `summary.md`, made from its run directories."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from deepred_pl.directory import read_json
+from deepred_pl.images import write_bytes
+from deepred_pl.jobs import Job
+
+COLUMNS = (
+    *("image", "method", "restart", "seed"),
+    *("psnr_measurement", "psnr_restored", "ssim_measurement", "ssim_restored", "metric_on"),
+    *("noise_sigma", "steps", "seconds", "stop_reason", "rollbacks"),
+    *("threads", "host", "deepred_pl", "torch", "pytorch-lightning"),
+    *("directory", "error"),
+)
+
+Row = dict[str, Any]
+
+
+def rows_of(jobs: Iterable[Job], failures: Mapping[Path, str], root: Path) -> list[Row]:
+    """One row per image, method and restart; of several restarts also one for their mean.
+
+    Args:
+        jobs: The jobs of a batch, one per image and method.
+        failures: Why the jobs of these run directories, or their parts, failed.
+        root: The batch's directory.
+    """
+    rows = []
+    for job in jobs:
+        restarts = [] if job.regions else job.parts
+        rows += [_row(part, failures, root) for part in restarts]
+        rows.append(_row(job, failures, root))
+    return rows
+
+
+def _row(job: Job, failures: Mapping[Path, str], root: Path) -> Row:
+    row: Row = dict.fromkeys(COLUMNS)
+    row |= {name: job.about[name] for name in ("image", "method", "restart")}
+    row["directory"] = job.directory.relative_to(root).as_posix()
+    result = job.result
+    if result is None:
+        reasons = [
+            f"{fit.directory.relative_to(job.directory)}: {failures[fit.directory]}".removeprefix(
+                ".: "
+            )
+            for fit in job.fits
+            if fit.directory in failures
+        ]
+        row["error"] = failures.get(job.directory) or "; ".join(reasons) or "not done"
+        return row
+    for metric in ("psnr", "ssim"):
+        for name in ("measurement", "restored"):
+            row[f"{metric}_{name}"] = result[metric][name]
+    row |= {name: result[name] for name in COLUMNS if name in result}
+    began = read_json(job.directory / "job.json") or {}
+    row |= began.get("machine", {})
+    return row
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows, in full digits.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What came of a batch, in Markdown."""
+    done = [row for row in rows if not row["error"]]
+    failed = [row for row in rows if row["error"]]
+    single = [row for row in done if row["restart"] != "mean"]
+    lines = ["# Restored images", ""]
+    images = {row["image"] for row in rows}
+    hours = sum(row["seconds"] for row in single) / 3600
+    lines += [f"{len(images)} images, {len(single)} restorations, {hours:.2f} hours of fits."]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    scored = [row for row in done if row["psnr_restored"] is not None]
+    if scored:
+        lines += _scores(scored, methods)
+    elif done:
+        lines += ["", "| image | noise σ | steps | seconds | stopped by |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {_name(row)} | {_number(row['noise_sigma'])} | {row['steps']} "
+            f"| {row['seconds']:.0f} | {row['stop_reason']} |"
+            for row in done
+        ]
+    if failed:
+        lines += ["", "## Not restored", ""]
+        lines += [f"- {_name(row)}: {row['error']}" for row in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    lines = []
+    measured = {row["image"]: row for row in rows}
+    for metric, unit, digits in (("psnr", ", dB", 2), ("ssim", "", 4)):
+        on = ", ".join(sorted({row["metric_on"] for row in rows}))
+        lines += ["", f"## {metric.upper()}{unit} ({on})", ""]
+        names = [method or "restored" for method in methods]
+        lines.append("| image | measurement | " + " | ".join(names) + " |")
+        lines.append("|---" * (2 + len(methods)) + "|")
+        columns: list[list[float]] = [[] for _ in range(1 + len(methods))]
+        for image, row in measured.items():
+            cells = [_number(row[f"{metric}_measurement"], digits)]
+            columns[0] += _known([row[f"{metric}_measurement"]])
+            for column, method in zip(columns[1:], methods, strict=True):
+                of_method = [r for r in rows if (r["image"], r["method"]) == (image, method)]
+                cells.append(_cell(of_method, f"{metric}_restored", digits))
+                single = [r for r in of_method if r["restart"] != "mean"]
+                values = _known([r[f"{metric}_restored"] for r in single])
+                column += [mean(values)] if values else []
+            lines.append(f"| {image} | " + " | ".join(cells) + " |")
+        means = [f"**{mean(column):.{digits}f}**" if column else "" for column in columns]
+        lines.append("| **mean** | " + " | ".join(means) + " |")
+    if len(methods) > 1:
+        lines += ["", *_differences(rows, methods)]
+    return lines
+
+
+def _cell(rows: Sequence[Row], name: str, digits: int) -> str:
+    """A value; of several restarts mean ± standard deviation, and their mean image's."""
+    values = _known([row[name] for row in rows if row["restart"] != "mean"])
+    averaged = _known([row[name] for row in rows if row["restart"] == "mean"])
+    if len(values) < 2:
+        return _number(values[0], digits) if values else ""
+    text = f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    return text + (f" (their mean image {averaged[0]:.{digits}f})" if averaged else "")
+
+
+def _differences(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """PSNR of each method less that of the first, on the images that both restored."""
+
+    def of(method: str) -> dict[str, float]:
+        single = [r for r in rows if r["method"] == method and r["restart"] != "mean"]
+        images = dict.fromkeys(row["image"] for row in single)
+        return {i: mean(r["psnr_restored"] for r in single if r["image"] == i) for i in images}
+
+    first = of(methods[0])
+    lines = [f"PSNR less that of {methods[0]}, image by image:", ""]
+    for method in methods[1:]:
+        other = of(method)
+        gains = [other[image] - first[image] for image in first if image in other]
+        if gains:
+            spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
+            better = sum(gain > 0 for gain in gains)
+            lines.append(
+                f"- {method}: {mean(gains):+.2f}{spread} dB, better on {better} of {len(gains)}"
+            )
+    return lines
+
+
+def _name(row: Row) -> str:
+    parts = [row["image"], row["method"]]
+    restart = row["restart"]
+    if restart is not None:
+        parts.append("mean of restarts" if restart == "mean" else f"restart {restart}")
+    return ", ".join(part for part in parts if part)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [v for v in values if v is not None and math.isfinite(v)]

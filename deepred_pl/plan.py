@@ -81,7 +81,7 @@ def find_images(given: Sequence[str]) -> list[Source]:
     named: dict[str, str] = {}
     for path in (path for text in given for path in _matches(text)):
         name = path.removeprefix("sample:") if path.startswith("sample:") else Path(path).stem
-        if name in named:
+        if named.get(name, path) != path:
             raise ValueError(
                 "expected images of different names, as each has a directory of its name, got "
                 f"{named[name]} and {path}; rename one"

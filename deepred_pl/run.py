@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -15,7 +16,12 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning import Trainer
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -252,7 +258,7 @@ def restore(
             cli.datamodule.region = region or cli.datamodule.region
             cli.before_fit()
             if not keeps_files:
-                unkept = (Writer, LastCheckpoint)
+                unkept = (Writer, LastCheckpoint, SaveConfigCallback)
                 kept = [c for c in cli.trainer.callbacks if not isinstance(c, unkept)]
                 cli.trainer.callbacks = kept
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -296,18 +302,19 @@ class _Parser(RestorationCLI):
 
 
 def settings_of(options: Sequence[str]) -> dict[str, Any]:
-    """All settings that options of the command line come to, as plain data.
+    """All settings that options of the command line come to, as plain data, but for None.
 
     Raises:
         argparse.ArgumentError: A setting that is none; ValueError: a configuration that is none.
     """
     cli = _Parser(list(options), run=False)
-    return json.loads(cli.parser.dump(cli.config, format="json", skip_none=False))
+    return json.loads(cli.parser.dump(cli.config, format="json"))
 
 
 def reason(error: BaseException) -> str:
     """What an error says, in one line."""
-    lines = [line.strip(" -") for line in str(error).splitlines()]
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    lines = [re.sub(r"^Type .* expects a function or a callable class: ", "", s) for s in lines]
     reasons = [line for line in lines if line and not line.startswith(BESIDE)]
     return shorten(" ".join(reasons or lines) or type(error).__name__, LONGEST)
 

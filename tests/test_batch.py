@@ -1,0 +1,529 @@
+"""`deepred-batch`, as a user calls it."""
+
+import csv
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import deepred_pl.batch
+from deepred_pl import jobs
+from deepred_pl.batch import main
+from deepred_pl.denoisers import Denoiser
+from deepred_pl.images import ImageFormat, read_image, write_image
+from deepred_pl.plan import find_images
+from deepred_pl.run import RestorationCLI, restore
+from tests.conftest import picture
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+TINY = [
+    *("--config", "denoising", "--config", "methods/quick"),
+    *("--model.network.width", "4", "--model.network.scales=2", "--trainer.accelerator=cpu"),
+    *(f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps", "2"),
+    *("--checkpoint.every_n_steps=4", "--red.every_n_steps=2"),
+]
+# Columns that are not numbers of the result.
+OF_THE_MACHINE = {"seconds", "host"}
+
+
+def save_crops(folder, count=8):
+    """Crops of embedded photographs, 48 to 96 pixels, colour and grey, odd and not square."""
+    folder.mkdir()
+    photos = [skimage.data.astronaut(), skimage.data.camera(), skimage.data.coffee()]
+    sizes = [(48, 48), (49, 83), (96, 52), (61, 61), (48, 96), (77, 50), (64, 48), (51, 90)]
+    for i, (height, width) in enumerate(sizes[:count]):
+        crop = photos[i % 3][60 : 60 + height, 150 : 150 + width]
+        Image.fromarray(crop).save(folder / f"crop{i}.png")
+    return folder
+
+
+@pytest.fixture
+def crops(tmp_path):
+    return save_crops(tmp_path / "crops", 3)
+
+
+def run_here(fits, workers, threads):
+    """In place of processes, for all that is not about them."""
+    for fit in fits:
+        yield fit, jobs.fit(fit, threads)
+        yield None
+
+
+@pytest.fixture
+def batch(tmp_path, monkeypatch, capsys):
+    """Call `deepred-batch` within this process; give its status, and what it said."""
+    monkeypatch.setattr(deepred_pl.batch, "on_this_machine", run_here)
+    threads = torch.get_num_threads()
+
+    def call(*args, settings=TINY, out="out"):
+        own = [] if out is None else ["--out", str(tmp_path / out)]
+        status = 0
+        try:
+            main([*settings, *own, *map(str, args)])
+        except SystemExit as stop:
+            status = stop.code
+        said = "".join(capsys.readouterr())
+        return (1, status) if isinstance(status, str) else (status, said)
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refused(batch):
+    """Call `deepred-batch` with a mistake; give the one line it says."""
+
+    def call(*args, **kwargs):
+        _, said = batch(*args, **kwargs)
+        assert said.startswith("deepred-batch: error: ") and len(said.splitlines()) == 1
+        return said
+
+    return call
+
+
+def rows(out):
+    with open(out / "results.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(out):
+    return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in rows(out)]
+
+
+def result(run):
+    return json.loads((run / "result.json").read_text())
+
+
+# On the machine
+
+
+def test_two_workers_and_ray_give_the_same_rows(tmp_path, capfd):
+    pytest.importorskip("ray")
+    images = save_crops(tmp_path / "crops")
+    common = [*TINY, "--ground_truth", str(images), "--threads", "1"]
+    main([*common, "--out", str(tmp_path / "two"), "--workers", "2"])
+    main([*common, "--out", str(tmp_path / "ray"), "--ray", "local", "--workers", "2"])
+    two, ray = numbers(tmp_path / "two"), numbers(tmp_path / "ray")
+    assert two == ray and len(two) == 8
+    assert {row["threads"] for row in two} == {"1"}
+    assert all(float(row["psnr_restored"]) > 10 and int(row["steps"]) == STEPS for row in two)
+    for row in two:
+        images = [tmp_path / name / row["directory"] / "restored.png" for name in ("two", "ray")]
+        assert images[0].read_bytes() == images[1].read_bytes()
+    assert capfd.readouterr().err.count("8 of 8 restored") == 2
+
+
+def test_a_batch_that_was_killed_goes_on(batch, tmp_path):
+    images = save_crops(tmp_path / "crops", 4)
+    settings = [*TINY, "--trainer.max_steps=150", "--checkpoint.every_n_steps=10"]
+    common = [*settings, "--ground_truth", str(images), "--workers", "2", "--threads", "1"]
+
+    def started(out):
+        call = "from deepred_pl.batch import main; main()"
+        command = [sys.executable, "-c", call, *common, "--out", str(out)]
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    assert batch(*common, settings=[], out="undisturbed")[0] == 0
+    process = started(out)
+    deadline = time.monotonic() + 120
+
+    def half_done():
+        """Something is done, and something else has a checkpoint and is not."""
+        done = {path.parent for path in out.glob("*/result.json")}
+        return done and {path.parents[1] for path in out.glob("*/checkpoints/last.ckpt")} - done
+
+    while not half_done():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
+    saved = half_done()
+    assert 1 <= len(done) < 4
+    assert started(out).wait(120) == 0
+    assert numbers(out) == numbers(undisturbed)
+    for path, written in done.items():
+        assert path.stat().st_mtime_ns == written  # not made again
+    for run in saved:
+        log = (run / "run.log").read_text()
+        assert "Restored all states from the checkpoint" in log
+        assert (run / "restored.png").read_bytes() == (
+            undisturbed / run.name / "restored.png"
+        ).read_bytes()
+
+
+class Deadly(Denoiser):
+    """Kills its process: once if `marker` is a file to make, always if it is None."""
+
+    def __init__(self, marker: str | None = None):
+        super().__init__()
+        self.marker = marker
+
+    def __call__(self, x):
+        if "crop1" in str(self.marker):
+            return x
+        if "crop2" in str(self.marker) or not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def test_a_killed_worker_takes_nothing_with_it(tmp_path, capfd, monkeypatch):
+    images = save_crops(tmp_path / "crops", 3)
+    deadly = ["--red.denoiser=tests.test_batch.Deadly"]
+    deadly += ["--red.denoiser.marker", str(tmp_path / "{name}")]
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, *deadly, "--images", str(images), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1
+    errors = [row["error"] for row in rows(tmp_path / "out")]
+    assert errors[:2] == ["", ""]  # killed once, and never
+    assert "its process was killed, again and again" in errors[2]
+    assert (tmp_path / "crop0").exists()
+    assert "2 of 3 restored" in capfd.readouterr().err
+
+
+# What a batch leaves
+
+
+def test_each_image_has_a_run_directory_and_a_row(batch, crops, tmp_path):
+    assert batch("--images", crops)[0] == 0
+    assert [row["image"] for row in rows(tmp_path / "out")] == ["crop0", "crop1", "crop2"]
+    for row in rows(tmp_path / "out"):
+        run = tmp_path / "out" / row["image"]
+        names = {path.name for path in run.iterdir()}
+        assert {"config.yaml", "restored.png", "comparison.png", "result.json"} <= names
+        assert (run / "checkpoints" / "last.ckpt").is_file() and "progress.json" not in names
+        assert row["steps"] == str(STEPS) and row["psnr_restored"] == ""
+        assert row["torch"] == torch.__version__ and row["seed"] == "0"
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "3 images" in summary and "| crop1 | 25.00 | 12 |" in summary
+
+
+def test_a_job_is_the_fit_that_its_configuration_says(batch, crops, tmp_path):
+    batch("--images", crops / "crop0.png", "--threads", 1)
+    run = tmp_path / "out" / "crop0"
+    array = np.asarray(Image.open(crops / "crop0.png"))
+    overrides = {option[2:].split("=")[0]: option.split("=")[1] for option in TINY if "=" in option}
+    overrides |= {"model.network.width": 4, "trainer.log_every_n_steps": 2}
+    expected = restore(array, ["denoising", "methods/quick"], overrides)
+    np.testing.assert_array_equal(np.asarray(Image.open(run / "restored.png")), expected)
+
+
+def test_methods_are_compared_on_the_same_data(batch, crops, tmp_path):
+    names = ["dip", "dip_tv", str(ROOT / "configs" / "methods" / "deepred_tv.yaml")]
+    methods = [word for name in names for word in ("--method", name)]
+    assert batch("--ground_truth", crops / "crop0.png", "sample:coffee", *methods)[0] == 0
+    found = rows(tmp_path / "out")
+    assert [r["method"] for r in found] == ["dip", "dip_tv", "deepred_tv"] * 2
+    assert len({row["psnr_measurement"] for row in found[:3]}) == 1
+    assert len({row["psnr_restored"] for row in found[:3]}) == 3
+    run = tmp_path / "out" / "coffee" / "dip"
+    assert "DeepImagePrior" in (run / "config.yaml").read_text()
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| image | measurement | dip | dip_tv | deepred_tv |" in summary
+    gains = [
+        float(found[i + 1]["psnr_restored"]) - float(found[i]["psnr_restored"]) for i in (0, 3)
+    ]
+    mean, sd = np.mean(gains), np.std(gains, ddof=1)
+    assert f"- dip_tv: {mean:+.2f} ± {sd:.2f} dB, better on" in summary
+
+
+def test_restarts_are_averaged(batch, crops, tmp_path):
+    truth = crops / "crop1.png"
+    assert batch("--ground_truth", truth, "--restarts", 3, "--model.seed", 5)[0] == 0
+    out = tmp_path / "out" / "crop1"
+    runs = [out / f"restart_{i}" for i in range(3)]
+    assert [result(run)["seed"] for run in runs] == [5, 6, 7]
+    assert len({result(run)["psnr"]["measurement"] for run in runs}) == 1
+    images = np.stack([read_image(run / "restored.tif")[0][0].numpy() for run in runs])
+    mean, std = images.mean(0), images.std(0)  # (C, H, W)
+    stored = np.asarray(Image.open(out / "restored.png"), float)
+    assert np.abs(stored - 255 * mean[0]).max() <= 0.5 + 1e-3
+    np.testing.assert_allclose(np.load(out / "uncertainty.npy"), np.moveaxis(std, 0, -1), atol=1e-6)
+    shown = np.asarray(Image.open(out / "uncertainty.png"), float)
+    assert shown.max() == 255
+    expected = -10 * np.log10(np.mean((mean[0] - np.asarray(Image.open(truth)) / 255.0) ** 2))
+    assert result(out)["psnr"]["restored"] == pytest.approx(expected, abs=1e-3)
+    table = rows(tmp_path / "out")
+    assert [row["restart"] for row in table] == ["0", "1", "2", "mean"]
+    single = [float(row["psnr_restored"]) for row in table[:3]]
+    said = f"{np.mean(single):.2f} ± {np.std(single, ddof=1):.2f} (their mean image"
+    assert said in (tmp_path / "out" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_tiles_are_blended(batch, crops, tmp_path, restarts):
+    args = ["--ground_truth", crops / "crop2.png", "--tile", 40, "--overlap", 10]
+    assert batch(*args, "--restarts", restarts)[0] == 0
+    out = tmp_path / "out" / "crop2"
+    first = out if restarts == 1 else out / "restart_0"
+    tiles = sorted(first.glob("tile_*"))
+    assert len(tiles) == 3 * 2  # 96×52 pixels
+    for tile in tiles:
+        top, left = map(int, tile.name.split("_")[1:])
+        image, _ = read_image(tile / "restored.tif")
+        assert image.shape[-2:] == (40, 40) and image.dtype == torch.float32
+        assert result(tile)["noise_sigma"] == pytest.approx(25)
+        if (top, left) == (0, 0):
+            whole, _ = read_image(first / ("restored.png" if restarts == 1 else "restored.tif"))
+            alone = whole[..., :28, :12]  # what no other tile has
+            assert (image[..., :28, :12] - alone).abs().max() <= 0.5 / 255 + 1e-6
+    assert Image.open(out / "restored.png").size == (52, 96)
+    assert result(out)["steps"] == 6 * STEPS * restarts
+    assert len(rows(tmp_path / "out")) == (1 if restarts == 1 else 3)
+
+
+@pytest.mark.parametrize("task", ["super_resolution", "inpainting", "deblurring_gaussian"])
+def test_other_tasks_are_tiled(batch, tmp_path, crops, task):
+    settings = ["--config", task, *TINY[2:]]
+    more = ["--data.operator.boundary=reflect"] if task == "deblurring_gaussian" else []
+    args = ["--ground_truth", crops / "crop2.png", "--tile", 40, "--overlap", 12, *more]
+    assert batch(*args, settings=settings)[0] == 0
+    assert Image.open(tmp_path / "out" / "crop2" / "restored.png").size == (52, 96)
+
+
+def test_restore_takes_tiles(tmp_path, crops):
+    array = np.asarray(Image.open(crops / "crop2.png"))
+    overrides = {"trainer.max_steps": 4, "model.network.width": 4, "model.network.scales": 2}
+    overrides |= {"trainer.enable_progress_bar": False, "trainer.accelerator": "cpu"}
+    task = ["denoising", "methods/quick"]
+    at_once = restore(array, task, overrides)
+    assert np.array_equal(restore(array, task, overrides, tile=96), at_once)
+    tiled = restore(array, task, overrides, tile=40, overlap=10)
+    assert tiled.shape == array.shape and tiled.dtype == array.dtype
+    assert not np.array_equal(tiled, at_once)
+    assert np.abs(tiled.astype(float) - array).mean() < 25
+    with pytest.raises(ValueError, match=r"overlap .* less than the tile's 40"):
+        restore(array, task, overrides, tile=40, overlap=40)
+
+
+def test_tensorboard_has_the_curves_and_the_hyperparameters(batch, crops, tmp_path):
+    assert batch("--ground_truth", crops / "crop0.png")[0] == 0
+    run = tmp_path / "out" / "crop0"
+    events = EventAccumulator(str(run)).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"curves/psnr_average", "final/psnr", "final/seconds"} <= set(tags)
+    final = events.Scalars("final/psnr")[-1].value
+    assert final == pytest.approx(result(run)["psnr"]["restored"], abs=1e-4)
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert all(
+        word in hparams for word in (b"NonLocalMeans", b"crop0", b"input_noise_std", b"DeepRED")
+    )
+
+
+# Going on
+
+
+def test_a_second_call_makes_what_is_missing(batch, crops, tmp_path):
+    batch("--images", crops / "crop0.png", crops / "crop1.png")
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/restored.png")}
+    before = rows(tmp_path / "out")
+    status, said = batch("--images", crops)
+    assert status == 0 and "3 of 3: crop2" in said and "crop1" not in said
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in written.items())
+    assert rows(tmp_path / "out")[:2] == before
+
+
+@pytest.mark.parametrize("method", [(), ("--method", "dip")])
+def test_a_changed_setting_is_refused_unless_it_may_overwrite(
+    batch, refused, crops, tmp_path, method
+):
+    args = ["--images", crops / "crop0.png", *method]
+    batch(*args)
+    run = tmp_path / "out" / "crop0" / ("dip" if method else "")
+    first = (run / "result.json").read_bytes()
+    said = refused(*args, "--model.input_scale=0.5")
+    assert "model.input_scale was 1.0, and is 0.5 now" in said and "--overwrite" in said
+    assert (run / "result.json").read_bytes() == first
+    assert batch(*args, "--model.input_scale=0.5", "--overwrite")[0] == 0
+    assert "input_scale: 0.5" in (run / "config.yaml").read_text()
+    assert batch(*args, "--model.input_scale=0.5")[0] == 0
+
+
+def test_a_changed_image_is_refused(batch, refused, crops):
+    batch("--images", crops / "crop0.png")
+    write_image(crops / "crop0.png", picture(3, 48, 48))
+    assert "sha256 was" in refused("--images", crops / "crop0.png")
+
+
+def test_shards_are_merged_by_a_last_call(batch, crops, tmp_path):
+    for i in (2, 1):
+        status, said = batch("--images", crops, "--restarts", 2, "--shard", f"{i}/2")
+        assert status == 0 and f"part {i} of 2: 3 of 3 fits are done" in said
+    assert not (tmp_path / "out" / "results.csv").exists()
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("restart_*/result.json")}
+    assert len(made) == 6
+    assert batch("--images", crops, "--restarts", 2)[0] == 0
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())
+    assert len(rows(tmp_path / "out")) == 9
+
+
+def test_an_allocation_of_slurm_is_not_the_fits(batch, crops, tmp_path, monkeypatch):
+    for name, value in {"NTASKS": "4", "JOB_ID": "7", "JOB_NAME": "b", "PROCID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    seen = []
+    real = RestorationCLI.before_fit
+
+    def spy(cli):
+        seen.append(cli.trainer._accelerator_connector.cluster_environment)
+        real(cli)
+
+    monkeypatch.setattr(RestorationCLI, "before_fit", spy)
+    assert batch("--images", crops / "crop0.png")[0] == 0
+    assert isinstance(seen[0], LightningEnvironment)
+    assert (tmp_path / "out" / "crop0" / "restored.png").exists()  # rank 2 would write none
+
+
+# One image
+
+
+def test_one_image_needs_nothing_else(batch, tmp_path, monkeypatch):
+    photo = tmp_path / "photo.jpg"
+    picture_of = (picture(3, 48, 64)[0].movedim(0, -1) * 255).byte().numpy()
+    noisy = np.clip(picture_of + np.random.default_rng(0).normal(0, 15, picture_of.shape), 0, 255)
+    Image.fromarray(noisy.astype(np.uint8)).save(photo, quality=95)
+    few = ["--trainer.max_steps=8", "--model.network.width=4", "--model.network.scales=2"]
+    status, said = batch(photo, settings=few, out=None)
+    assert status == 0 and "photo.restored.png" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg", "photo.restored.png"]
+    assert Image.open(tmp_path / "photo.restored.png").size == (64, 48)
+    again = batch(photo, settings=few, out=None)
+    assert again[1].startswith("deepred-batch: error: ") and "is there already" in again[1]
+    assert batch(photo, "--overwrite", settings=few, out=None)[0] == 0
+
+
+# Bad input
+
+
+def test_one_bad_image_fails_alone(batch, crops, tmp_path):
+    (crops / "text.png").write_text("not a picture")
+    (crops / "notes.txt").write_text("not of the batch")
+    write_image(crops / "tiny.png", picture(3, 4, 4))
+    status, said = batch("--images", crops)
+    assert status == 1
+    errors = {row["image"]: row["error"] for row in rows(tmp_path / "out")}
+    assert [name for name, error in errors.items() if error] == ["text", "tiny"]
+    assert "cannot read" in errors["text"]
+    assert "needs images of at least 5×5 pixels, got 4×4" in errors["tiny"]
+    assert "3 of 5 restored" in said and "cannot read" in said
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "## Not restored" in summary and "- text: expected a PNG" in summary
+    log = (tmp_path / "out" / "text" / "run.log").read_text()
+    assert "Traceback" in log and "cannot read" in log
+
+
+def test_a_full_disk_fails_its_image_alone(batch, crops, tmp_path, monkeypatch):
+    import deepred_pl.callbacks.writer as writer
+
+    def full(path, image, *args):
+        if "crop1" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_image(path, image, *args)
+
+    monkeypatch.setattr(writer, "write_image", full)
+    assert batch("--images", crops)[0] == 1
+    errors = [row["error"] for row in rows(tmp_path / "out")]
+    assert errors[0] == errors[2] == "" and "No space left" in errors[1]
+    monkeypatch.undo()
+    monkeypatch.setattr(deepred_pl.batch, "on_this_machine", run_here)
+    assert batch("--images", crops)[0] == 0
+
+
+def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
+    for i in range(2):
+        height, width = np.asarray(Image.open(crops / f"crop{i}.png")).shape[:2]
+        known = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(i)) > 0.5
+        write_image(tmp_path / f"mask_crop{i}.png", known.float(), ImageFormat())
+    settings = ["--config", "inpainting", *TINY[2:]]
+    mask = ["--data.operator.mask", tmp_path / "mask_{name}.png"]
+    truth = ["--data.ground_truth", crops / "{name}.png"]
+    images = [crops / "crop0.png", crops / "crop1.png"]
+    assert batch("--images", *images, *mask, *truth, settings=settings)[0] == 0
+    assert all(float(row["psnr_restored"]) > 0 for row in rows(tmp_path / "out"))
+    status, _ = batch("--images", crops, *mask, *truth, settings=settings)  # one has no mask
+    assert status == 1 and "mask_crop2.png" in rows(tmp_path / "out")[2]["error"]
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--images", "empty"), "found nothing: empty"),
+        (("--images", "nowhere/*.png"), "found nothing: nowhere"),
+        (("--images", "crops", "other/crop0.tif"), "different names.*crop0.png and .*crop0.tif"),
+        (("--images", "crops", "--ground_truth", "crops"), "expected one of an IMAGE, --images"),
+        ((), "expected one of an IMAGE"),
+        (("--images", "crops", "--model.lam=0"), "lam .* must be > 0, got 0"),
+        (("--images", "crops", "--model.lamb=1"), "lamb"),
+        (("--images", "crops", "--config", "nothing"), "shipped configuration, found no nothing"),
+        (("--images", "crops", "--method", "nothing"), "found no methods/nothing"),
+        (("--images", "crops", "--method", "dip", "--method", "dip"), "different names, got dip"),
+        (("--images", "crops", "--shard", "3/2"), "--shard I/N with 1 <= I <= N, as 3/8, got 3/2"),
+        (("--images", "crops", "--shard", "0/2"), "--shard I/N"),
+        (("--images", "crops", "--tile", "32", "--overlap", "32"), "less than --tile 32, got 32"),
+        (("--images", "crops", "--tile", "4", "--overlap", "1"), "tiles of at least 5 pixels"),
+        (("--images", "crops", "--data.measurement=a.png"), "batch's own to set; use --images"),
+        (("--images", "crops", "--trainer.default_root_dir", "a"), "use --out"),
+        (("--images", "crops", "--data.noise.sigma"), "expected a value behind --data.noise.sigma"),
+        (("--images", "crops", "--gpus", "0.5"), "--gpus is for --ray"),
+        (("--images", "crops", "--ray", "auto", "--workers", "2"), "--workers is for this machine"),
+        (("crops/crop0.png", "crops/crop1.png"), "expected --out DIR"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_begun(refused, crops, monkeypatch, args, said):
+    monkeypatch.chdir(crops.parent)
+    (crops.parent / "empty").mkdir()
+    (crops.parent / "other").mkdir()
+    (crops.parent / "other" / "crop0.tif").write_bytes(b"")
+    out = None if args and args[0].startswith("crops/") else "out"
+    assert re.search(said, refused(*args, out=out))
+    assert not (crops.parent / "out").exists() or not list((crops.parent / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "task, said", [("tomography", "Radon"), ("deblurring_uniform", "circular")]
+)
+def test_what_cannot_be_cut_is_refused(refused, crops, task, said):
+    settings = ["--config", task, *TINY[2:]]
+    assert said in refused("--ground_truth", crops, "--tile", 40, "--overlap", 8, settings=settings)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(refused, crops, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "choose another by --out" in refused("--images", crops, out="file/out")
+
+
+def test_ray_that_is_missing_names_the_extra(refused, crops, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    assert "pip install 'deepred_pl[ray]'" in refused("--images", crops, "--ray", "local")
+
+
+def test_folders_and_patterns_are_sorted_and_hidden_files_left_out(crops, monkeypatch):
+    (crops / ".hidden.png").write_bytes(b"")
+    (crops / "photo.JPG").write_bytes(b"")
+    (crops / "inner.png").mkdir()
+    names = ["crop0", "crop1", "crop2", "photo"]
+    assert [source.name for source in find_images([str(crops)])] == names
+    monkeypatch.chdir(crops)
+    assert [source.name for source in find_images(["crop[12].png"])] == names[1:3]
+    assert find_images(["sample:coffee", "crop0.png"])[0].path == "sample:coffee"
+    assert len(find_images(["crop0.png", str(crops), "*.png"])) == 4  # each once

@@ -314,7 +314,7 @@ def settings_of(options: Sequence[str]) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
-    lines = [re.sub(r"^Type .* expects a function or a callable class: ", "", s) for s in lines]
+    lines = [re.sub(r"^Type .* a callable class: (?=Option )", "", line) for line in lines]
     reasons = [line for line in lines if line and not line.startswith(BESIDE)]
     return shorten(" ".join(reasons or lines) or type(error).__name__, LONGEST)
 

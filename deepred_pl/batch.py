@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deepred_pl.callbacks.preflight import step_memory
+from deepred_pl.callbacks.writer import hint
 from deepred_pl.directory import check_writable, read_json
 from deepred_pl.images import write_bytes
 from deepred_pl.jobs import Job, finish
@@ -23,16 +24,18 @@ from deepred_pl.memory import free_memory, give_memory_back
 from deepred_pl.plan import Batch, Source, find_images, plan
 from deepred_pl.run import EXPECTED, RestorationCLI, reason
 from deepred_pl.tables import rows_of, summary, write_csv
+from deepred_pl.tiles import default_overlap
 from deepred_pl.workers import Outcome, on_ray, on_this_machine
 
 PROCESS = 700 * 2**20  # bytes of a process with torch, beside its fit
+HINTS = 5  # at most, on images whose fit was too short; residual_to_sigma in the table has all
 SPEED_PERIOD = 600.0  # seconds by which the bar estimates the time left
 UNSEEN = "its result is not in DIR; on a cluster --out must be on storage that all nodes share"
 LOOKED_AT, SHOWN = 64, 3  # fits that may run now, of which the bar names some
 
 # Without --config: a photograph with noise of unknown strength.
 DEFAULT_OPTIONS = ("--config=denoising", "--config=methods/quick", "--data.noise.sigma=null")
-DEFAULT_TILE = 512
+DEFAULT_TILE = 128  # in as many steps a network learns a small image better than a large one
 
 # Settings of a single fit that a batch owns, and its own name for them.
 OWNED = {
@@ -120,7 +123,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         "result, their standard deviation uncertainty.png and .npy",
     )
     add("--tile", type=_count, metavar="PIXELS", help="restore tiles of that side, and blend them")
-    add("--overlap", type=int, default=32, metavar="PIXELS", help="that tiles share (default: 32)")
+    add(
+        "--overlap", type=int, metavar="PIXELS", help="that tiles share (default: an eighth of one)"
+    )
     add(
         "--workers",
         type=_count,
@@ -186,6 +191,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--gpus is for --ray; on this machine --workers packs fits on its GPUs")
     if arguments.ray not in (None, "local") and arguments.workers is not None:
         raise ValueError("--workers is for this machine; a cluster runs what its cores take")
+    if arguments.overlap is None:
+        arguments.overlap = default_overlap(arguments.tile or 0)
     if arguments.tile is not None and not 0 <= arguments.overlap < arguments.tile:
         raise ValueError(
             f"expected --overlap of at least 0 and less than --tile {arguments.tile}, got "
@@ -260,6 +267,8 @@ def run(arguments: argparse.Namespace) -> int:
         return len(failures)
     failures = _follow(fits, jobs, started, console)
     rows = rows_of(jobs, failures, out)
+    for row in [row for row in rows if hint(row)][:HINTS]:
+        console.print(f"{row['directory']}: {hint(row)}", markup=False)
     if beside:
         return _move_beside(sources[0], jobs[0], out, console)
     write_csv(out / "results.csv", rows)

@@ -19,6 +19,7 @@ from deepred_pl.callbacks.writer import compare, score, write_uncertainty
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import last_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
+from deepred_pl.model import DeepRED
 from deepred_pl.moments import RunningMoments
 from deepred_pl.run import RestorationCLI, reason
 from deepred_pl.tiles import Region, blend
@@ -127,15 +128,18 @@ def _log_hyperparameters(cli: RestorationCLI, job: Job) -> None:
     logger, result = cli.trainer.logger, job.result
     if not isinstance(logger, TensorBoardLogger) or result is None:
         return
-    red = cli.config["red"]
+    model, group = cli.model, cli.trainer.optimizers[0].param_groups[0]
     settings = {
         "image": job.about["image"],
-        "method": job.about["method"] or type(cli.model).__name__,
-        "restart": job.about["restart"],
-        **{k: v for k, v in cli.model.hparams.items() if isinstance(v, bool | int | float | str)},
-        "denoiser": str(red["denoiser"]["class_path"]).rsplit(".", 1)[-1],
-        "every_n_steps": red["every_n_steps"],
+        "method": job.about["method"] or type(model).__name__,
+        "network": type(model.network).__name__,
+        "lr": group.get("initial_lr", group["lr"]),
+        "input_noise_std": model.input_noise_std,
+        "seed": model.seed,
     }
+    if isinstance(model, DeepRED):
+        settings |= {"lam": model.initial_lam, "mu": model.initial_mu}
+        settings["denoiser"] = cli.config["red"]["denoiser"]["class_path"].rsplit(".", 1)[-1]
     final = {"psnr": result["psnr"]["restored"], "ssim": result["ssim"]["restored"]}
     final |= {"steps": result["steps"], "seconds": result["seconds"]}
     known = {f"final/{name}": float(v) for name, v in final.items() if v is not None}
@@ -176,7 +180,7 @@ def finish(job: Job) -> None:
     write_json(
         job.directory / "result.json",
         {
-            **score(problem, {"restored": restored}),
+            **score(problem, restored),
             **{name: sum(result[name] for result in results) for name in SUMMED},
             "stop_reason": ", ".join(sorted({result["stop_reason"] for result in results})),
             "seed": results[0]["seed"],

@@ -45,7 +45,7 @@ from deepred_pl.images import to_array
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
-from deepred_pl.tiles import Region, blend, cut
+from deepred_pl.tiles import Region, blend, cut, default_overlap
 
 Image = TypeVar("Image", np.ndarray, Tensor)
 
@@ -198,7 +198,7 @@ def restore(
     operator: Operator | Physics | None = None,
     noise: NoiseModel | None = None,
     tile: int | None = None,
-    overlap: int = 32,
+    overlap: int | None = None,
 ) -> Image:
     """Restore one image in memory, by the settings of a configuration file.
 
@@ -213,7 +213,8 @@ def restore(
         noise: The noise model; None takes the configuration's.
         tile: Restore tile × tile pixels at a time, for images too large for the memory; None
             restores the image at once.
-        overlap: Pixels that neighbouring tiles share, and over which they are blended.
+        overlap: Pixels that neighbouring tiles share, and over which they are blended; None is an
+            eighth of a tile.
 
     Returns:
         The restored image, of the kind, dtype and device of `image`; larger than it with an
@@ -270,6 +271,7 @@ def restore(
         else:
             data = assemble().datamodule
             data.setup()
+            overlap = default_overlap(tile) if overlap is None else overlap
             regions = tiles_of(data, tile, overlap)
             tiles = [(region, fit(region).model.restored) for region in regions]
             height, width = data.problem.image_shape[-2:]

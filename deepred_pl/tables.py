@@ -15,7 +15,7 @@ from deepred_pl.jobs import Job
 COLUMNS = (
     *("image", "method", "restart", "seed"),
     *("psnr_measurement", "psnr_restored", "ssim_measurement", "ssim_restored", "metric_on"),
-    *("noise_sigma", "steps", "seconds", "stop_reason", "rollbacks"),
+    *("noise_sigma", "residual_to_sigma", "steps", "seconds", "stop_reason", "rollbacks"),
     *("threads", "host", "deepred_pl", "torch", "pytorch-lightning"),
     *("directory", "error"),
 )

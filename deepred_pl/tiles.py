@@ -70,6 +70,11 @@ def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> 
     return [Region(top, left, h, w) for top, h in rows for left, w in columns]
 
 
+def default_overlap(tile: int) -> int:
+    """Pixels that tiles share where nobody says: an eighth of one."""
+    return tile // 8
+
+
 def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int, int]]:
     """Start and length of the tiles along one side."""
     tile = math.ceil(tile / multiple) * multiple

@@ -24,6 +24,10 @@ from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.problem import InverseProblem
 
+# The residual's square is the noise's and that of what is missing. Beyond this, what is missing is
+# more than the noise that was taken away.
+TOO_FAR = math.sqrt(2)
+
 
 class Writer(Callback):
     """Writes into the run directory when a fit ends.
@@ -72,6 +76,8 @@ class Writer(Callback):
         scores = [result["psnr"][name] for name in ("measurement", "restored")]
         gain = "" if None in scores else " (PSNR {:.2f} -> {:.2f} dB)".format(*scores)
         rank_zero_info(f"restored image{gain}: {path}")
+        if hint(result):
+            rank_zero_info(hint(result))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, DeepImagePrior):
@@ -92,14 +98,9 @@ class Writer(Callback):
 def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[str, Any]:
     """The contents of `result.json`; metrics are None without a ground truth."""
     assert model.problem is not None
-    images: dict[str, Tensor | None] = {
-        "restored": model.restored,
-        "out": model.out,
-        "average": model.average,
-        "x": model.x if isinstance(model, DeepRED) else None,
-    }
+    x = model.x if isinstance(model, DeepRED) else None
     return {
-        **score(model.problem, images),
+        **score(model.problem, model.restored, out=model.out, average=model.average, x=x),
         "steps": model.step,
         "seconds": round(seconds, 3),
         "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
@@ -109,10 +110,10 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
     }
 
 
-def score(problem: InverseProblem, images: dict[str, Tensor | None]) -> dict[str, Any]:
+def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) -> dict[str, Any]:
     """What `result.json` says of the problem and of images restored from it, as plain data."""
     truth = problem.ground_truth
-    images = {"measurement": problem.as_image(), **images}
+    images = {"measurement": problem.as_image(), "restored": restored, **others}
 
     def scores(metric: Any) -> dict[str, float | None]:
         known = {
@@ -127,7 +128,31 @@ def score(problem: InverseProblem, images: dict[str, Tensor | None]) -> dict[str
         "ssim": scores(ssim),
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
         "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
+        "residual_to_sigma": residual_to_sigma(problem, restored),
     }
+
+
+@torch.no_grad()
+def residual_to_sigma(problem: InverseProblem, restored: Tensor) -> float | None:
+    """How far a restored image is from the measurement, in units of what the noise makes of it.
+
+    At 1 it explains all but the noise. Far above, it lacks what is in the measurement, as after too
+    few steps, and may be worse than it. None without a noise model.
+    """
+    restored = restored.to(problem.y.device)
+    expected = problem.expected_residual(restored)
+    return None if expected is None else float((problem.residual(restored) / expected).sqrt())
+
+
+def hint(result: dict[str, Any]) -> str:
+    """What to do where `result.json` shows that a fit was too short; "" where it does not."""
+    ratio = result["residual_to_sigma"]
+    if ratio is None or ratio <= TOO_FAR:
+        return ""
+    return (
+        f"its residual is {ratio:.1f} times the noise: the fit was too short, details are missing; "
+        "give more steps (--trainer.max_steps and, if it is set, --model.lr_scheduler.total_steps)"
+    )
 
 
 def _stop_reason(trainer: Trainer) -> str:

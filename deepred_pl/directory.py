@@ -1,7 +1,7 @@
 """The run directory."""
 
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ def check_writable(directory: Path) -> None:
     Raises:
         OSError: It cannot be made or written; the message says how to choose another.
     """
-    probe = directory / ".writable"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_bytes(probe, b"")
-        os.unlink(probe)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise OSError(
             f"expected to write the run directory {directory}: {error.strerror or error}; "
@@ -48,8 +47,14 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; None where there is no such file."""
+    """What `write_json` wrote; None where there is no such file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"expected what a run wrote, but {path} is damaged; remove it") from error

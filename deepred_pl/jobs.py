@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from deepred_pl.callbacks.progress import ProgressFile
+from deepred_pl.callbacks.progress import ProgressFile, progress_file
 from deepred_pl.callbacks.writer import compare, score, write_uncertainty
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import last_checkpoint, read_json, write_json
@@ -69,18 +70,25 @@ class Job:
         began = read_json(self.directory / "job.json")
         if began is not None:
             before, now = _flat(began), _flat(self.about)
-            for name in [*now, *(before.keys() - now.keys() - {"machine"})]:
+            for name in [*now, *sorted(before.keys() - now.keys())]:
                 if not name.startswith("machine.") and before.get(name) != now.get(name):
                     label = name.removeprefix("settings.").replace("init_args.", "")
                     return f"{label} was {before.get(name)}, and is {now.get(name)} now"
         return next((c for c in (part.changed() for part in self.parts) if c is not None), None)
 
-    def begin(self, threads: int) -> None:
-        """Keep in the run directory what the job is, and with how many CPU threads it is made."""
+    def begin(self, threads: int | None = None) -> None:
+        """Keep in the run directory what the job is, and of a fit the CPU threads that make it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         machine: dict[str, Any] = {name: version(name) for name in PACKAGES}
         machine |= {"threads": threads, "host": socket.gethostname()}
         write_json(self.directory / "job.json", {**self.about, "machine": machine})
+
+    def begin_parents(self) -> None:
+        """`begin` all jobs that have parts: so that other settings are noticed before they end."""
+        if self.parts:
+            self.begin()
+            for part in self.parts:
+                part.begin_parents()
 
     def discard(self) -> None:
         """Empty the run directory, but for other methods' directories."""
@@ -96,14 +104,19 @@ def fit(job: Job, threads: int) -> str | None:
 
     Messages, warnings and the traceback of a failure go into `run.log` in the run directory.
     """
+    if job.result is not None:  # the process was killed when all was done
+        return None
     try:
-        if job.result is None:  # else the process was killed when all was done
-            job.begin(threads)
-            torch.set_num_threads(threads)
-            with _log_into(job.directory / "run.log"):
-                _fit(job)
+        job.begin(threads)
+        torch.set_num_threads(threads)
+        # A scheduler's environment may say that this is one process of many, which log nothing.
+        rank_zero_only.rank = 0
+        with _log_into(job.directory / "run.log"):
+            _fit(job)
     except Exception as error:  # one bad image fails alone, whatever it raises
-        return reason(error)
+        return None if job.result is not None else reason(error)
+    finally:
+        progress_file(job.directory).unlink(missing_ok=True)
     return None
 
 
@@ -117,10 +130,10 @@ def _fit(job: Job) -> None:
         path = str(checkpoint) if checkpoint.is_file() else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
         cli.after_fit()
+        _log_hyperparameters(cli, job)
     except Exception:
         logging.getLogger("pytorch_lightning").exception("the fit failed")
         raise
-    _log_hyperparameters(cli, job)
 
 
 def _log_hyperparameters(cli: RestorationCLI, job: Job) -> None:
@@ -157,8 +170,6 @@ def finish(job: Job) -> None:
         return
     for part in job.parts:
         finish(part)
-    began = read_json(job.fits[0].directory / "job.json") or {}
-    job.begin(began["machine"]["threads"])
     data = datamodule(job.options)
     data.setup()
     problem = data.problem
@@ -171,12 +182,12 @@ def finish(job: Job) -> None:
     else:
         for part in job.parts:
             moments.add(_floats(part))
-        write_uncertainty(job.directory, moments.variance.sqrt())
+        write_uncertainty(job.directory, (moments.scatter / (moments.count - 1)).sqrt())
     restored = moments.mean
     name = "restored" + data.image_format.suffix(restored.shape[1])
     write_image(job.directory / name, restored, data.image_format)
     write_image(job.directory / "comparison.png", compare(problem, restored))
-    results = [part.result or {} for part in job.parts]
+    results = [result for part in job.parts if (result := part.result) is not None]
     write_json(
         job.directory / "result.json",
         {
@@ -204,7 +215,7 @@ def _log_into(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "py.warnings")]
-    before = [logger.handlers for logger in loggers]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
     logging.captureWarnings(True)
     for logger in loggers:
         logger.handlers = [handler]
@@ -213,8 +224,8 @@ def _log_into(path: Path) -> Iterator[None]:
         yield
     finally:
         logging.captureWarnings(False)
-        for logger, handlers in zip(loggers, before, strict=True):
-            logger.handlers = handlers
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
         handler.close()
 
 

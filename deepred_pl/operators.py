@@ -404,7 +404,15 @@ class Mask(Operator):
         return 0, 0
 
     def cropped(self, region: Region) -> "Mask":
-        return self if self.mask is None else Mask(region.of(self.mask))
+        if self.mask is None:
+            return self
+        mask = region.of(self.mask)
+        if not mask.any():
+            raise ValueError(
+                f"no pixel is known in the part {list(region)} [top, left, height, width] of the "
+                "image; take larger parts, or restore it whole"
+            )
+        return Mask(mask)
 
     def extra_repr(self) -> str:
         if self.mask is None:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,18 @@ class Batch:
     role: Literal["data.measurement", "data.ground_truth"]
     out: Path
     configs: Sequence[str]
-    methods: Sequence[str] = ()
-    options: Sequence[str] = ()
-    restarts: int = 1
-    tile: int | None = None
-    overlap: int = 32
-    here: bool = True
+    methods: Sequence[str]
+    options: Sequence[str]
+    restarts: int
+    tile: int | None
+    overlap: int
+    here: bool
 
 
 def find_images(given: Sequence[str]) -> list[Source]:
     """The images that files, folders, patterns and "sample:NAME" come to.
+
+    Of a folder that is what has an image's suffix, but for hidden files and NAME.restored.png.
 
     Raises:
         ValueError: There are none, or two of one name.
@@ -102,12 +105,13 @@ def _matches(text: str) -> list[str]:
     if text.startswith("sample:"):
         return [text]
     if Path(text).is_dir():
-        found = [p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES]
+        images = (p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES)
+        found = [p for p in images if not p.stem.endswith(".restored")]
         what = f"images ({', '.join(SUFFIXES)}) in the folder"
     else:
         found = [Path(text)] if Path(text).is_file() else [Path(p) for p in glob.glob(text)]
         what = "an image, a folder or a pattern"
-    files = sorted(str(p.resolve()) for p in found if p.is_file() and p.name[0] != ".")
+    files = sorted(os.path.abspath(p) for p in found if p.is_file() and p.name[0] != ".")
     if not files:
         raise ValueError(f"expected {what}, found nothing: {text}")
     return files
@@ -127,17 +131,31 @@ def plan(batch: Batch) -> list[Job]:
     methods = []
     for label, overlay in zip(labels or [""], overlays, strict=True):
         options = [*configs, *overlay, *batch.options, *WITHIN_A_BATCH]
-        methods.append((label, options, settings_of(options)))
-        _check(batch, options)
-    return [_job(batch, source, *method) for source in batch.sources for method in methods]
+        settings = settings_of(options)
+        _check(batch, options, settings["data"])
+        methods.append((label, options, settings))
+    jobs = []
+    for source in batch.sources:
+        regions = () if batch.tile is None else _regions(batch, batch.tile, methods[0][1], source)
+        jobs += [_job(batch, source, regions, *method) for method in methods]
+    return jobs
 
 
-def _check(batch: Batch, options: Sequence[str]) -> None:
-    """Refuse settings with which no image can be restored.
+def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
+    """Refuse settings with which no image can be restored, or not each from its own file.
 
     Raises:
         ValueError: They are such.
     """
+    truth = str(data.get("ground_truth", "{name}"))
+    one_for_all = "{name}" not in truth and len(batch.sources) > 1
+    twice = batch.role == "data.ground_truth" and "ground_truth" in data
+    for name in ("measurement", "region", "ground_truth"):
+        if name in data and (name != "ground_truth" or one_for_all or twice):
+            raise ValueError(
+                f"the configuration has data.{name}={data[name]}, and each image of a batch its "
+                "own; leave it out, or use {name} in it"
+            )
     named = [option.replace("{name}", batch.sources[0].name) for option in options]
     try:
         cli = RestorationCLI(named if batch.here else [*named, *ON_ANY_MACHINE], run=False)
@@ -163,19 +181,29 @@ def _method(name: str) -> str:
     return name if Path(name).is_file() else f"methods/{name.removeprefix('methods/')}"
 
 
+def _of_image(batch: Batch, source: Source, options: Sequence[str]) -> list[str]:
+    """The options of an image's fits."""
+    named = [option.replace("{name}", source.name) for option in options]
+    return [*named, f"--{batch.role}={source.path}"]
+
+
 def _job(
-    batch: Batch, source: Source, label: str, options: Sequence[str], settings: dict[str, Any]
+    batch: Batch,
+    source: Source,
+    regions: tuple[Region, ...],
+    label: str,
+    options: Sequence[str],
+    settings: dict[str, Any],
 ) -> Job:
     """What an image comes to with one method."""
-    options = [option.replace("{name}", source.name) for option in options]
-    options.append(f"--{batch.role}={source.path}")
-    regions = () if batch.tile is None else _regions(batch, batch.tile, options)
+    options = _of_image(batch, source, options)
     directory = batch.out / source.name / label
     several = batch.restarts > 1
     about = {
         "image": source.name,
         "method": label,
         "restart": "mean" if several else None,
+        "role": batch.role,
         "sha256": source.digest,
         "bytes": source.size,
         "tile": batch.tile,
@@ -208,14 +236,21 @@ def _job(
     return Job(directory, tuple(options), about, restarts)
 
 
-def _regions(batch: Batch, tile: int, options: Sequence[str]) -> tuple[Region, ...]:
-    """The tiles of an image; none where it cannot be read, which its fit will tell."""
+def _regions(batch: Batch, tile: int, options: Sequence[str], source: Source) -> tuple[Region, ...]:
+    """The tiles of an image; none where it cannot be read, which its fit will tell.
+
+    Raises:
+        ValueError: It cannot be cut so.
+    """
     try:
-        data = datamodule(options)
+        data = datamodule(_of_image(batch, source, options))
         data.setup()
     except EXPECTED:
         return ()
-    return tuple(tiles_of(data, tile, batch.overlap))
+    try:
+        return tuple(tiles_of(data, tile, batch.overlap))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
 
 
 def _logger(directory: Path) -> str:

@@ -157,8 +157,9 @@ class InverseProblem(nn.Module):
         if not observed.all():
             operator = Observed(operator, observed)
         truth = None if self.ground_truth is None else region.of(self.ground_truth)
-        part = InverseProblem(measured.of(self.y), operator, self.noise, truth, self.metric_on)
-        part._limits = self._limits
+        part = InverseProblem(measured.of(self.y), operator, None, truth, self.metric_on)
+        # Neither is to be found out anew: a part may be all black, or lack what was clipped.
+        part.noise, part._limits = self.noise, self._limits
         return part
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

@@ -230,6 +230,8 @@ def restore(
     >>> restore(photo, ["denoising", "methods/quick"], {"trainer.max_steps": 2}).shape
     (35, 41, 3)
     """
+    if tile is None and overlap is not None:
+        raise ValueError(f"overlap={overlap} is that of tiles; give tile too, or leave it out")
     with tempfile.TemporaryDirectory() as scratch:
         settings = dict(overrides or {})
         keeps_files = "trainer.default_root_dir" in settings
@@ -290,7 +292,10 @@ def tiles_of(data: RestorationDataModule, tile: int, overlap: int) -> list[Regio
         raise ValueError("expected a whole image to cut into tiles; leave data.region out")
     data.problem.operator.reach()  # refuses
     height, width = data.problem.image_shape[-2:]
-    return cut(height, width, tile, overlap, data.problem.operator.factor)
+    regions = cut(height, width, tile, overlap, data.problem.operator.factor)
+    for region in regions:
+        data.problem.operator.cropped(region)  # refuses
+    return regions
 
 
 class _Parser(RestorationCLI):

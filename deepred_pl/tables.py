@@ -58,7 +58,7 @@ def _row(job: Job, failures: Mapping[Path, str], root: Path) -> Row:
         for name in ("measurement", "restored"):
             row[f"{metric}_{name}"] = result[metric][name]
     row |= {name: result[name] for name in COLUMNS if name in result}
-    began = read_json(job.directory / "job.json") or {}
+    began = read_json(job.fits[0].directory / "job.json") or {}
     row |= began.get("machine", {})
     return row
 
@@ -103,62 +103,65 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _scores(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """A table of each metric, and the methods' differences; means are over the same images."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["image"], row["method"]), []).append(row)
+    images = dict.fromkeys(row["image"] for row in rows)
+    complete = [i for i in images if all((i, method) in groups for method in methods)]
+    on = ", ".join(sorted({row["metric_on"] for row in rows}))
     lines = []
-    measured = {row["image"]: row for row in rows}
     for metric, unit, digits in (("psnr", ", dB", 2), ("ssim", "", 4)):
-        on = ", ".join(sorted({row["metric_on"] for row in rows}))
+        before, after = f"{metric}_measurement", f"{metric}_restored"
         lines += ["", f"## {metric.upper()}{unit} ({on})", ""]
-        names = [method or "restored" for method in methods]
-        lines.append("| image | measurement | " + " | ".join(names) + " |")
+        lines.append(
+            "| image | measurement | " + " | ".join(m or "restored" for m in methods) + " |"
+        )
         lines.append("|---" * (2 + len(methods)) + "|")
-        columns: list[list[float]] = [[] for _ in range(1 + len(methods))]
-        for image, row in measured.items():
-            cells = [_number(row[f"{metric}_measurement"], digits)]
-            columns[0] += _known([row[f"{metric}_measurement"]])
-            for column, method in zip(columns[1:], methods, strict=True):
-                of_method = [r for r in rows if (r["image"], r["method"]) == (image, method)]
-                cells.append(_cell(of_method, f"{metric}_restored", digits))
-                single = [r for r in of_method if r["restart"] != "mean"]
-                values = _known([r[f"{metric}_restored"] for r in single])
-                column += [mean(values)] if values else []
+        for image in images:
+            of_image = [groups.get((image, method), []) for method in methods]
+            measured = next(group[0][before] for group in of_image if group)
+            cells = [_number(measured, digits), *(_cell(g, after, digits) for g in of_image)]
             lines.append(f"| {image} | " + " | ".join(cells) + " |")
-        means = [f"**{mean(column):.{digits}f}**" if column else "" for column in columns]
-        lines.append("| **mean** | " + " | ".join(means) + " |")
+        columns = [[groups[i, methods[0]][0][before] for i in complete]]
+        columns += [[_mean(groups[i, m], after) for i in complete] for m in methods]
+        means = [_known(column) for column in columns]
+        cells = [f"**{mean(values):.{digits}f}**" if values else "" for values in means]
+        lines.append(f"| **mean of {len(complete)}** | " + " | ".join(cells) + " |")
     if len(methods) > 1:
-        lines += ["", *_differences(rows, methods)]
+        lines += ["", f"PSNR less that of {methods[0]}, image by image:", ""]
+        for method in methods[1:]:
+            gains = [
+                _mean(groups[i, method], "psnr_restored")
+                - _mean(groups[i, methods[0]], "psnr_restored")
+                for i in complete
+            ]
+            lines.append(f"- {method}: {_gain(_known(gains))}")
     return lines
 
 
-def _cell(rows: Sequence[Row], name: str, digits: int) -> str:
+def _cell(group: Sequence[Row], name: str, digits: int) -> str:
     """A value; of several restarts mean ± standard deviation, and their mean image's."""
-    values = _known([row[name] for row in rows if row["restart"] != "mean"])
-    averaged = _known([row[name] for row in rows if row["restart"] == "mean"])
+    values = _known([row[name] for row in group if row["restart"] != "mean"])
+    averaged = _known([row[name] for row in group if row["restart"] == "mean"])
     if len(values) < 2:
         return _number(values[0], digits) if values else ""
     text = f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
     return text + (f" (their mean image {averaged[0]:.{digits}f})" if averaged else "")
 
 
-def _differences(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """PSNR of each method less that of the first, on the images that both restored."""
+def _mean(group: Sequence[Row], name: str) -> float:
+    """The mean over restarts; NaN where it is not known."""
+    values = _known([row[name] for row in group if row["restart"] != "mean"])
+    return mean(values) if values else math.nan
 
-    def of(method: str) -> dict[str, float]:
-        single = [r for r in rows if r["method"] == method and r["restart"] != "mean"]
-        images = dict.fromkeys(row["image"] for row in single)
-        return {i: mean(r["psnr_restored"] for r in single if r["image"] == i) for i in images}
 
-    first = of(methods[0])
-    lines = [f"PSNR less that of {methods[0]}, image by image:", ""]
-    for method in methods[1:]:
-        other = of(method)
-        gains = [other[image] - first[image] for image in first if image in other]
-        if gains:
-            spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
-            better = sum(gain > 0 for gain in gains)
-            lines.append(
-                f"- {method}: {mean(gains):+.2f}{spread} dB, better on {better} of {len(gains)}"
-            )
-    return lines
+def _gain(gains: Sequence[float]) -> str:
+    if not gains:
+        return "no image that all methods restored"
+    spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
+    better = sum(gain > 0 for gain in gains)
+    return f"{mean(gains):+.2f}{spread} dB, better on {better} of {len(gains)}"
 
 
 def _name(row: Row) -> str:

@@ -64,7 +64,7 @@ def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> 
     if not 0 <= overlap < tile:
         raise ValueError(
             f"expected an overlap of at least 0 and less than the tile's {tile} pixels, got "
-            f"{overlap}; a quarter of the tile or 32 pixels is enough"
+            f"{overlap}; an eighth of the tile is enough"
         )
     rows, columns = (_spread(side, tile, overlap, multiple) for side in (height, width))
     return [Region(top, left, h, w) for top, h in rows for left, w in columns]
@@ -82,7 +82,8 @@ def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int
         return [(0, side)]
     count = math.ceil((side - overlap) / (tile - overlap))
     starts = [i * (side - tile) / (count - 1) for i in range(count)]
-    return [(round(start / multiple) * multiple, tile) for start in starts]
+    aligned = dict.fromkeys(round(start / multiple) * multiple for start in starts)
+    return [(start, tile) for start in aligned]  # each once, where they are less than that apart
 
 
 def blend(tiles: Iterable[tuple[Region, Tensor]], height: int, width: int, overlap: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the jobs of a batch run: processes on this machine, or a Ray cluster."""
+"""Where the fits of a batch run: processes on this machine, or a Ray cluster."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -14,71 +15,118 @@ from typing import Any
 
 import torch
 
+from deepred_pl.callbacks.preflight import step_memory
 from deepred_pl.jobs import Job, fit
+from deepred_pl.memory import free_memory, give_memory_back
+from deepred_pl.run import EXPECTED, RestorationCLI, reason
 
-RETRIES = 2  # of a job whose process was killed; it goes on from its checkpoint
+RETRIES = 2  # of a fit whose process was killed; it goes on from its checkpoint
 TICK = 1.0  # seconds between two looks at what is going on
+PROCESS = 700 * 2**20  # bytes of a process with torch, beside its fit
+TRIED = 3  # images, to find out what memory a fit takes
 
-Outcome = tuple[Job, str | None]  # a job that ended, and why it failed if it did
+Outcome = tuple[Job, str | None]  # a fit that ended, and why it failed if it did
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where fits are to run; None leaves a number to what there is.
+
+    Attributes:
+        ray: Address of a Ray cluster, as "auto" or "HOST:PORT"; "local" starts one on this
+            machine; None runs processes.
+        workers: Fits beside each other on this machine.
+        threads: CPU threads of a fit.
+        gpus: GPUs of a fit with Ray; a fraction packs several on one.
+    """
+
+    ray: str | None = None
+    workers: int | None = None
+    threads: int | None = None
+    gpus: float | None = None
+
+
+def start(fits: Sequence[Job], where: Where, batch_size: int) -> Iterator[Outcome | None]:
+    """Run fits; yields those that ended, and None now and then.
+
+    On this machine the threads of a fit depend on how many fits the batch has, `batch_size`, and
+    not on those that are left of it, for the last bits of the results depend on them.
+
+    Raises:
+        ValueError: Ray is not installed, does not answer, or has not what a fit takes.
+    """
+    accelerator = fits[0].about["settings"]["trainer"]["accelerator"]
+    if where.ray not in (None, "local"):
+        return on_ray(fits, where, where.threads or 1, accelerator)
+    on_gpu = accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    cores, gpus = _cores(), torch.cuda.device_count() if on_gpu else 0
+    beside = where.workers or min(batch_size, gpus or cores)
+    threads = where.threads or max(1, cores // beside)
+    workers = where.workers or min(gpus or max(1, cores // threads), len(fits))
+    if where.workers is None and workers > 1 and not gpus:
+        workers = min(workers, _that_fit_into_memory(fits))
+    if where.ray is None:
+        return on_this_machine(fits, workers, threads)
+    share = min(1.0, gpus / workers) if where.gpus is None else where.gpus
+    return on_ray(fits, Where("local", workers, threads, share), threads, accelerator)
 
 
 def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Iterator[Outcome | None]:
-    """Run jobs in processes, each with so many CPU threads; yields what ended, and None now and
-    then.
+    """Run fits in processes, so many beside each other with so many CPU threads each.
 
-    A process serves one job after another. One that is killed takes nothing with it: its job goes
+    A process serves one fit after another. One that is killed takes nothing with it: its fit goes
     on in another from its checkpoint, and fails when that happens for the third time.
     """
     context = get_context("spawn")  # a forked process cannot use CUDA, or torch's threads
     waiting, killed = deque(jobs), Counter[Path]()
-    gpus = _gpus()
     idle: list[Connection] = []
     busy: dict[Connection, Job] = {}
     processes: list[BaseProcess] = []
+    gpus, gpu_of = _gpus(), dict[Connection, str | None]()
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
                 if not idle:
                     ours, theirs = context.Pipe()
-                    gpu = gpus[len(processes) % len(gpus)] if gpus else None
-                    processes.append(
-                        context.Process(target=_serve, args=(theirs, gpu), daemon=True)
-                    )
-                    processes[-1].start()
+                    taken = Counter(gpu_of[c] for c in busy)
+                    gpu_of[ours] = min(gpus, key=lambda gpu: taken[gpu]) if gpus else None
+                    process = context.Process(target=_serve, args=(theirs, gpu_of[ours]))
+                    process.daemon = True
+                    process.start()
                     theirs.close()  # so that its end is seen
+                    processes.append(process)
                     idle.append(ours)
-                connection, job = idle.pop(), waiting.popleft()
-                connection.send((job, threads))
-                busy[connection] = job
+                connection = idle.pop()
+                try:
+                    connection.send((waiting[0], threads))
+                except OSError:  # it was killed while it had nothing to do
+                    continue
+                busy[connection] = waiting.popleft()
             ended = wait(list(busy), timeout=TICK)
             for connection in [c for c in busy if c in ended]:
                 job = busy.pop(connection)
                 try:
                     error = connection.recv()
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     killed[job.directory] += 1
                     if killed[job.directory] <= RETRIES:
                         waiting.appendleft(job)
                         continue
                     error = "its process was killed, again and again; perhaps for want of memory"
                 else:
-                    idle.append(connection)
+                    if error is None:
+                        idle.append(connection)
+                    else:  # what made it fail may be the process's state: a new one is sure
+                        connection.close()
                 yield job, error
             yield None
     finally:
-        for process in processes:
-            process.kill()
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+        for served in processes:
+            served.kill()
 
 
 def _serve(connection: Connection, gpu: str | None) -> None:
-    """A process of `on_this_machine`: one job after another, on one GPU if there is any."""
+    """A process of `on_this_machine`: one fit after another, on one GPU if there is any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
@@ -86,7 +134,7 @@ def _serve(connection: Connection, gpu: str | None) -> None:
     while True:
         try:
             job, threads = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         connection.send(fit(job, threads))
 
@@ -99,26 +147,49 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _that_fit_into_memory(fits: Sequence[Job]) -> int:
+    """How many fits the free memory takes, at least 1, by the images with the largest files."""
+    for job in sorted(fits, key=lambda job: job.about["bytes"], reverse=True)[:TRIED]:
+        try:
+            cli = RestorationCLI(list(job.options), run=False)
+            cli.datamodule.setup()
+            assert cli.datamodule.problem is not None
+            cli.model.build(cli.datamodule.problem)
+            needed, device = step_memory(cli.model), cli.model.device
+        except EXPECTED:  # its fit will tell
+            continue
+        del cli
+        give_memory_back()
+        return max(1, free_memory(device) // (needed + PROCESS))
+    return len(fits)
+
+
 def on_ray(
-    jobs: Sequence[Job], address: str, workers: int | None, threads: int, gpus: float
+    jobs: Sequence[Job], where: Where, threads: int, accelerator: str
 ) -> Iterator[Outcome | None]:
-    """Run jobs as Ray tasks; yields what ended, and None now and then.
+    """Run fits as Ray tasks, which Ray places, and starts again where their worker died.
 
-    Ray places them, and starts a task again whose worker died. The run directories must be on
-    storage that all nodes share.
-
-    Args:
-        jobs: The jobs.
-        address: Of a cluster, as "auto" or "HOST:PORT"; "local" starts one on this machine, which
-            listens on the loopback interface alone.
-        workers: Fits beside each other on a local one; None leaves that to its cores.
-        threads: Cores that a fit takes.
-        gpus: GPUs that a fit takes; a fraction packs several on one.
+    The run directories must be on storage that all nodes share. One that is started here listens
+    on the loopback interface alone.
 
     Raises:
-        ValueError: Ray is not installed, or no cluster answers.
+        ValueError: Ray is not installed, does not answer, or no node has what a fit takes.
     """
-    local = address == "local"
+    local = where.ray == "local"
     if local:  # read when Ray is imported: without clusters, it keeps to the loopback interface
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     else:  # its core would write a warning a second while it waits for an answer
@@ -131,19 +202,33 @@ def on_ray(
             "--ray needs Ray, which is not installed; pip install 'deepred_pl[ray]', or use "
             "--workers"
         ) from error
-    cores: dict[str, Any] = {"include_dashboard": False} if local else {}
-    if local and workers is not None:
-        cores["num_cpus"] = workers * threads
+    own: dict[str, Any] = {}  # of a cluster that is started here
+    if local and where.workers:
+        own = {"include_dashboard": False, "num_cpus": where.workers * threads}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **cores)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        ray.init(where.ray, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except Exception as error:  # as many kinds as ways to connect
         raise ValueError(
-            f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one by "
+            f"no Ray cluster answers at {where.ray} ({reason(error)}); start one by "
             "`ray start --head`, or give --ray local"
         ) from error
     try:
-        task = ray.remote(fit).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
-        pending = {task.remote(job, threads): job for job in jobs}
+        gpus = where.gpus
+        if gpus is None:
+            has_some = ray.cluster_resources().get("GPU", 0) > 0
+            gpus = (
+                1.0
+                if accelerator in ("gpu", "cuda") or (accelerator == "auto" and has_some)
+                else 0.0
+            )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= gpus for n in nodes):
+            raise ValueError(
+                f"a fit takes {threads} CPUs and {gpus:g} GPUs, which no node of the Ray cluster "
+                "has; change --threads or --gpus"
+            )
+        task = ray.remote(_fit_in).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
+        pending = {task.remote(os.getcwd(), job, threads): job for job in jobs}
         while pending:
             ended, _ = ray.wait(list(pending), timeout=TICK)
             for reference in ended:
@@ -151,7 +236,13 @@ def on_ray(
                 try:
                     yield job, ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    yield job, f"its worker died: {str(error).splitlines()[0]}"
+                    yield job, f"its worker died: {reason(error)}"
             yield None
     finally:
         ray.shutdown()
+
+
+def _fit_in(directory: str, job: Job, threads: int) -> str | None:
+    """`fit`, with paths in settings meant from a directory."""
+    os.chdir(directory)
+    return fit(job, threads)

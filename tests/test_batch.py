@@ -2,26 +2,33 @@
 
 import csv
 import errno
+import ipaddress
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import skimage.data
+import tifffile
 import torch
 from PIL import Image
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import deepred_pl.batch
-from deepred_pl import jobs
+from deepred_pl import jobs, workers
 from deepred_pl.batch import main
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, read_image, write_image
@@ -57,7 +64,7 @@ def crops(tmp_path):
     return save_crops(tmp_path / "crops", 3)
 
 
-def run_here(fits, workers, threads):
+def run_here(fits, beside, threads):
     """In place of processes, for all that is not about them."""
     for fit in fits:
         yield fit, jobs.fit(fit, threads)
@@ -67,7 +74,7 @@ def run_here(fits, workers, threads):
 @pytest.fixture
 def batch(tmp_path, monkeypatch, capsys):
     """Call `deepred-batch` within this process; give its status, and what it said."""
-    monkeypatch.setattr(deepred_pl.batch, "on_this_machine", run_here)
+    monkeypatch.setattr(workers, "on_this_machine", run_here)
     threads = torch.get_num_threads()
 
     def call(*args, settings=TINY, out="out"):
@@ -112,14 +119,40 @@ def result(run):
 # On the machine
 
 
-def test_two_workers_and_ray_give_the_same_rows(tmp_path, capfd):
-    pytest.importorskip("ray")
+def test_two_workers_and_ray_give_the_same_rows(tmp_path, capfd, monkeypatch):
+    """Though one of Ray's workers is killed; the cluster is on the loopback interface alone."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    monkeypatch.chdir(ROOT)
     images = save_crops(tmp_path / "crops")
-    common = [*TINY, "--ground_truth", str(images), "--threads", "1"]
-    main([*common, "--out", str(tmp_path / "two"), "--workers", "2"])
-    main([*common, "--out", str(tmp_path / "ray"), "--ray", "local", "--workers", "2"])
-    two, ray = numbers(tmp_path / "two"), numbers(tmp_path / "ray")
-    assert two == ray and len(two) == 8
+    deadly = ["--red.denoiser=tests.test_batch.Deadly", "--red.denoiser.marker"]
+    common = [*TINY, "--ground_truth", str(images), "--threads", "1", *deadly]
+    marker = str(tmp_path / "{name} was killed")
+    for i in set(range(8)) - {1}:
+        (tmp_path / f"crop{i} was killed").touch()
+    ended, addresses = threading.Event(), set()
+
+    def watch():
+        while not ended.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    listening = [c for c in process.net_connections() if c.status == "LISTEN"]
+                    addresses.update(c.laddr.ip for c in listening)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        ray = ["--ray", "local", "--workers", "2"]
+        main([*common, marker, "--out", str(tmp_path / "ray"), *ray])
+    finally:
+        ended.set()
+        thread.join()
+    assert "127.0.0.1" in {address.removeprefix("::ffff:") for address in addresses}
+    assert all(ipaddress.ip_address(a.removeprefix("::ffff:")).is_loopback for a in addresses)
+    assert (tmp_path / "crop1 was killed").exists()
+    main([*common, marker, "--out", str(tmp_path / "two"), "--workers", "2"])
+    two, rays = numbers(tmp_path / "two"), numbers(tmp_path / "ray")
+    assert two == rays and len(two) == 8
     assert {row["threads"] for row in two} == {"1"}
     assert all(float(row["psnr_restored"]) > 10 and int(row["steps"]) == STEPS for row in two)
     for row in two:
@@ -172,32 +205,32 @@ def test_a_batch_that_was_killed_goes_on(batch, tmp_path, monkeypatch):
 
 
 class Deadly(Denoiser):
-    """Kills its process: once if `marker` is a file to make, always if it is None."""
+    """Kills its process where there is no file `marker`, which it makes; at "always" each time."""
 
-    def __init__(self, marker: str | None = None):
+    def __init__(self, marker: str):
         super().__init__()
-        self.marker = marker
+        self.marker = Path(marker)
 
     def __call__(self, x):
-        if "crop1" in str(self.marker):
-            return x
-        if "crop2" in str(self.marker) or not Path(self.marker).exists():
-            Path(self.marker).touch()
+        if self.marker.name == "always" or not self.marker.exists():
+            self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return x
+        return 0.9 * x
 
 
 def test_a_killed_worker_takes_nothing_with_it(tmp_path, capfd, monkeypatch):
     images = save_crops(tmp_path / "crops", 3)
+    (images / "crop2.png").rename(images / "always.png")
+    (tmp_path / "crop1").touch()
+    monkeypatch.chdir(ROOT)
     deadly = ["--red.denoiser=tests.test_batch.Deadly"]
     deadly += ["--red.denoiser.marker", str(tmp_path / "{name}")]
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
         main([*TINY, *deadly, "--images", str(images), "--out", str(tmp_path / "out")])
     assert stop.value.code == 1
-    errors = [row["error"] for row in rows(tmp_path / "out")]
-    assert errors[:2] == ["", ""]  # killed once, and never
-    assert "its process was killed, again and again" in errors[2]
+    errors = {row["image"]: row["error"] for row in rows(tmp_path / "out")}
+    assert errors["crop0"] == errors["crop1"] == ""  # killed once, and never
+    assert "its process was killed, again and again" in errors["always"]
     assert (tmp_path / "crop0").exists()
     assert "2 of 3 restored" in capfd.readouterr().err
 
@@ -256,7 +289,7 @@ def test_restarts_are_averaged(batch, crops, tmp_path):
     assert [result(run)["seed"] for run in runs] == [5, 6, 7]
     assert len({result(run)["psnr"]["measurement"] for run in runs}) == 1
     images = np.stack([read_image(run / "restored.tif")[0][0].numpy() for run in runs])
-    mean, std = images.mean(0), images.std(0)  # (C, H, W)
+    mean, std = images.mean(0), images.std(0, ddof=1)  # (C, H, W)
     stored = np.asarray(Image.open(out / "restored.png"), float)
     assert np.abs(stored - 255 * mean[0]).max() <= 0.5 + 1e-3
     np.testing.assert_allclose(np.load(out / "uncertainty.npy"), np.moveaxis(std, 0, -1), atol=1e-6)
@@ -366,6 +399,18 @@ def test_a_changed_image_is_refused(batch, refused, crops):
     assert "sha256 was" in refused("--images", crops / "crop0.png")
 
 
+def test_tiles_or_restarts_that_were_begun_are_not_forgotten(batch, refused, crops, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    args = ["--images", crops / "crop0.png"]
+    monkeypatch.setattr(workers, "on_this_machine", killed)
+    assert "stopped; the same command goes on" in batch(*args, "--restarts", 2)[1]
+    monkeypatch.setattr(workers, "on_this_machine", run_here)
+    assert "restart was mean, and is None now" in refused(*args)
+    assert batch(*args, "--restarts", 2)[0] == 0
+
+
 def test_shards_are_merged_by_a_last_call(batch, crops, tmp_path):
     for i in (2, 1):
         status, said = batch("--images", crops, "--restarts", 2, "--shard", f"{i}/2")
@@ -378,9 +423,15 @@ def test_shards_are_merged_by_a_last_call(batch, crops, tmp_path):
     assert len(rows(tmp_path / "out")) == 9
 
 
+def test_an_image_that_becomes_the_truth_is_refused(batch, refused, crops):
+    batch("--images", crops / "crop0.png")
+    assert "role was data.measurement" in refused("--ground_truth", crops / "crop0.png")
+
+
 def test_an_allocation_of_slurm_is_not_the_fits(batch, crops, tmp_path, monkeypatch):
     for name, value in {"NTASKS": "4", "JOB_ID": "7", "JOB_NAME": "b", "PROCID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(rank_zero_only, "rank", 2)  # as it is where Lightning was imported
     monkeypatch.setenv("SLURM_LOCALID", "0")
     monkeypatch.setenv("SLURM_NODEID", "0")
     seen = []
@@ -393,7 +444,8 @@ def test_an_allocation_of_slurm_is_not_the_fits(batch, crops, tmp_path, monkeypa
     monkeypatch.setattr(RestorationCLI, "before_fit", spy)
     assert batch("--images", crops / "crop0.png")[0] == 0
     assert isinstance(seen[0], LightningEnvironment)
-    assert (tmp_path / "out" / "crop0" / "restored.png").exists()  # rank 2 would write none
+    run = tmp_path / "out" / "crop0"
+    assert (run / "restored.png").exists() and list(run.glob("events*"))
 
 
 # One image
@@ -412,6 +464,36 @@ def test_one_image_needs_nothing_else(batch, tmp_path, monkeypatch):
     again = batch(photo, settings=few, out=None)
     assert again[1].startswith("deepred-batch: error: ") and "is there already" in again[1]
     assert batch(photo, "--overwrite", settings=few, out=None)[0] == 0
+
+
+def test_a_method_is_fitted_without_a_configuration_too(batch, crops, tmp_path):
+    few = ["--trainer.max_steps=4", "--model.network.width=4", "--model.network.scales=2"]
+    assert batch("--images", crops / "crop0.png", "--method", "dip", settings=few)[0] == 0
+    config = (tmp_path / "out" / "crop0" / "dip" / "config.yaml").read_text()
+    assert "deepred_pl.DeepImagePrior" in config and "sigma: null" in config
+
+
+def test_files_of_all_kinds_come_back_in_theirs(batch, tmp_path):
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    colour = (picture(3, 48, 64)[0].movedim(0, -1) * 255).byte().numpy()
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90°
+    Image.fromarray(colour).save(folder / "phone.jpg", exif=exif)
+    grey = (picture(1, 49, 53) * 65535)[0, 0].numpy().astype(np.uint16)
+    tifffile.imwrite(folder / "grey16.tif", grey)
+    alpha = np.full((48, 64, 1), 255, np.uint8)
+    alpha[:9] = 0
+    Image.fromarray(np.concatenate([colour, alpha], -1)).save(folder / "alpha.png")
+    (folder / "text.png").write_text("hello")
+    status, _ = batch("--images", folder, "--data.noise.sigma=10")
+    assert status == 1
+    out = tmp_path / "out"
+    assert [row["image"] for row in rows(out) if row["error"]] == ["text"]
+    assert Image.open(out / "phone" / "restored.png").size == (48, 64)  # width, height: upright
+    assert Image.open(out / "grey16" / "restored.png").mode == "I;16"
+    restored = np.asarray(Image.open(out / "alpha" / "restored.png"))
+    np.testing.assert_array_equal(restored[..., 3:], alpha)
 
 
 # Bad input
@@ -447,7 +529,7 @@ def test_a_full_disk_fails_its_image_alone(batch, crops, tmp_path, monkeypatch):
     errors = [row["error"] for row in rows(tmp_path / "out")]
     assert errors[0] == errors[2] == "" and "No space left" in errors[1]
     monkeypatch.undo()
-    monkeypatch.setattr(deepred_pl.batch, "on_this_machine", run_here)
+    monkeypatch.setattr(workers, "on_this_machine", run_here)
     assert batch("--images", crops)[0] == 0
 
 
@@ -487,18 +569,38 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "crops", "--trainer.default_root_dir", "a"), "use --out"),
         (("--images", "crops", "--data.noise.sigma"), "expected a value behind --data.noise.sigma"),
         (("--images", "crops", "--gpus", "0.5"), "--gpus is for --ray"),
+        (("--images", "crops", "--overlap", "8"), "--overlap is that of tiles"),
+        (("--images", "crops", "--shard", "1/2", "--overwrite"), "give it without --shard"),
+        (("--images", "crops", "--workers", "0"), "whole number of at least 1, got 0"),
+        (("--images", "crops", "--worker", "2"), "unrecognized arguments: --worker"),
+        (("--images", "crops", "--trainer.devices=2"), "batch's own to set"),
+        (
+            ("--images", "crops", "--config", "truth.yaml"),
+            "data.ground_truth=a.png, and each image",
+        ),
+        (
+            ("--images", "crops", "--ray", "nowhere:1"),
+            "no Ray cluster answers at nowhere:1 .no one",
+        ),
         (("--images", "crops", "--ray", "auto", "--workers", "2"), "--workers is for this machine"),
         (("crops/crop0.png", "crops/crop1.png"), "expected --out DIR"),
+        (("crops/crop0.png", "--restarts", "2"), "expected --out DIR"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_begun(refused, crops, monkeypatch, args, said):
     monkeypatch.chdir(crops.parent)
+
+    def no_one(*args, **kwargs):
+        raise ConnectionError("no one is there")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=no_one))
+    (crops.parent / "truth.yaml").write_text("data:\n  ground_truth: a.png\n")
     (crops.parent / "empty").mkdir()
     (crops.parent / "other").mkdir()
     (crops.parent / "other" / "crop0.tif").write_bytes(b"")
     out = None if args and args[0].startswith("crops/") else "out"
     assert re.search(said, refused(*args, out=out))
-    assert not (crops.parent / "out").exists() or not list((crops.parent / "out").iterdir())
+    assert not (crops.parent / "out").exists() or "--ray" in args
 
 
 @pytest.mark.parametrize(
@@ -521,13 +623,28 @@ def test_ray_that_is_missing_names_the_extra(refused, crops, monkeypatch):
     assert "pip install 'deepred_pl[ray]'" in refused("--images", crops, "--ray", "local")
 
 
+def test_what_no_node_of_the_cluster_has_is_refused(refused, crops, monkeypatch):
+    node = {"Alive": True, "Resources": {"CPU": 2.0}}
+    cluster = SimpleNamespace(
+        init=lambda *args, **kwargs: None,
+        nodes=lambda: [node],
+        cluster_resources=lambda: node["Resources"],
+        shutdown=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    for wish in (["--threads", "3"], ["--gpus", "0.5"]):
+        said = refused("--images", crops, "--ray", "local", *wish)
+        assert "which no node of the Ray cluster has" in said
+
+
 def test_folders_and_patterns_are_sorted_and_hidden_files_left_out(crops, monkeypatch):
     (crops / ".hidden.png").write_bytes(b"")
     (crops / "photo.JPG").write_bytes(b"")
+    (crops / "photo.restored.png").write_bytes(b"")
     (crops / "inner.png").mkdir()
     names = ["crop0", "crop1", "crop2", "photo"]
     assert [source.name for source in find_images([str(crops)])] == names
     monkeypatch.chdir(crops)
     assert [source.name for source in find_images(["crop[12].png"])] == names[1:3]
     assert find_images(["sample:coffee", "crop0.png"])[0].path == "sample:coffee"
-    assert len(find_images(["crop0.png", str(crops), "*.png"])) == 4  # each once
+    assert len(find_images(["crop0.png", str(crops), "crop*.png"])) == 4  # each once

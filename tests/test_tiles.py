@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepred_pl import InverseProblem
-from deepred_pl.noise import GaussianNoise
+from deepred_pl.noise import GaussianNoise, PoissonNoise
 from deepred_pl.operators import Adapted, Blur, Downsample, Identity, Mask, Observed, Radon
 from deepred_pl.tiles import Region, blend, cut
 from tests.conftest import picture
@@ -158,3 +158,23 @@ def test_a_region_that_cannot_be_is_refused(region, said):
     problem = InverseProblem(operator(picture(3, 96, 120)), operator)
     with pytest.raises(ValueError, match=said):
         problem.part(Region(*region))
+
+
+def test_no_tile_comes_twice():
+    regions = cut(264, 64, 64, 61, 4)  # tiles less than a pixel of the small image apart
+    assert len(set(regions)) == len(regions)
+
+
+def test_a_part_may_be_black_and_the_noise_stays():
+    y = torch.zeros(1, 1, 64, 64)
+    y[..., 32:] = 0.5
+    problem = InverseProblem(y, noise=PoissonNoise(30))
+    assert problem.part(Region(0, 0, 64, 32)).noise is problem.noise
+
+
+def test_a_part_without_a_known_pixel_says_so():
+    mask = torch.ones(64, 64)
+    mask[:32] = 0
+    problem = InverseProblem(torch.rand(1, 1, 64, 64), Mask(mask))
+    with pytest.raises(ValueError, match=r"no pixel is known in the part \[0, 0, 32, 64\]"):
+        problem.part(Region(0, 0, 32, 64))

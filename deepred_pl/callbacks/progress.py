@@ -31,7 +31,7 @@ class ProgressFile(Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._path(trainer).unlink(missing_ok=True)
+        progress_file(run_directory(trainer)).unlink(missing_ok=True)
 
     def _write(self, trainer: Trainer) -> None:
         psnr = float(trainer.callback_metrics.get("curves/psnr_average", math.nan))
@@ -40,8 +40,10 @@ class ProgressFile(Callback):
             "max_steps": trainer.max_steps,
             "psnr": psnr if math.isfinite(psnr) else None,
         }
-        write_json(self._path(trainer), report)
+        write_json(progress_file(run_directory(trainer)), report)
         self._written = time.monotonic()
 
-    def _path(self, trainer: Trainer) -> Path:
-        return run_directory(trainer) / "progress.json"
+
+def progress_file(directory: Path) -> Path:
+    """Where a run's progress is kept."""
+    return directory / "progress.json"

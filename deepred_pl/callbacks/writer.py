@@ -150,8 +150,9 @@ def hint(result: dict[str, Any]) -> str:
     if ratio is None or ratio <= TOO_FAR:
         return ""
     return (
-        f"its residual is {ratio:.1f} times the noise: the fit was too short, details are missing; "
-        "give more steps (--trainer.max_steps and, if it is set, --model.lr_scheduler.total_steps)"
+        f"its residual is {ratio:.1f} times the noise: details are missing, for the fit was too "
+        "short (--trainer.max_steps and, if it is set, --model.lr_scheduler.total_steps), or the "
+        "noise is stronger than was said"
     )
 
 

@@ -1,0 +1,87 @@
+"""The progress bar of a batch."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deepred_pl.callbacks.progress import progress_file
+from deepred_pl.directory import read_json
+from deepred_pl.jobs import Job
+
+SPEED_PERIOD = 600.0  # seconds by which the bar estimates the time left
+LOOKED_AT, SHOWN = 64, 3  # fits that may run now, of which the bar names some
+
+
+class Bar:
+    """A progress bar over the fits of a batch, with the PSNR of those that run and the time left.
+
+    Where the output is no terminal, it prints a line for each fit that ends.
+
+    Args:
+        total: Fits of the batch.
+        left: Those that are not done.
+        console: Where it is shown.
+    """
+
+    def __init__(self, total: int, left: Sequence[Job], console: Console) -> None:
+        self._left = {fit.directory: fit for fit in left}
+        self._total = total
+        self._console = console
+        self._progress = Progress(
+            TextColumn("restoring"),
+            BarColumn(),
+            TextColumn("{task.fields[ended]} of {task.total}"),
+            TextColumn("{task.fields[running]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=SPEED_PERIOD,
+        )
+        ended = total - len(left)
+        self._task = self._progress.add_task(
+            "", total=total, completed=ended, ended=ended, running=""
+        )
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def end(self, fit: Job, error: str | None) -> None:
+        """Count a fit that ended, and tell of it."""
+        del self._left[fit.directory]
+        if error is not None or not self._console.is_terminal:
+            ended = f"{self._total - len(self._left)} of {self._total}"
+            self._console.print(f"{ended}: {label(fit)}: {error or _said(fit)}")
+
+    def look(self) -> None:
+        """Show where the fits are."""
+        running, parts = [], 0.0
+        for fit in list(self._left.values())[:LOOKED_AT]:
+            report = read_json(progress_file(fit.directory))
+            if report is not None:
+                parts += max(0.0, report["step"] / report["max_steps"])
+                psnr = report["psnr"]
+                running.append(label(fit) + ("" if psnr is None else f" {psnr:.2f} dB"))
+        ended = self._total - len(self._left)
+        text = ", ".join(running[:SHOWN]) + (", …" if len(running) > SHOWN else "")
+        self._progress.update(self._task, completed=ended + parts, ended=ended, running=text)
+
+
+def label(fit: Job) -> str:
+    """What a fit is called where it is told of."""
+    method, restart = fit.about["method"], fit.about["restart"]
+    tile = fit.directory.name if fit.directory.name.startswith("tile_") else ""
+    named = (fit.about["image"], method, "" if restart is None else f"restart {restart}", tile)
+    return " ".join(name for name in named if name)
+
+
+def _said(fit: Job) -> str:
+    result = fit.result
+    assert result is not None
+    before, after = (result["psnr"][name] for name in ("measurement", "restored"))
+    gain = "" if after is None else f"{before:.2f} -> {after:.2f} dB, "
+    return f"{gain}{result['steps']} steps in {result['seconds']:.0f} s"

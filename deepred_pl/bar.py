@@ -1,5 +1,6 @@
 """The progress bar of a batch."""
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,13 +11,14 @@ from deepred_pl.directory import read_json
 from deepred_pl.jobs import Job
 
 SPEED_PERIOD = 600.0  # seconds by which the bar estimates the time left
+SILENCE = 60.0  # seconds, at most, where there is no terminal
 LOOKED_AT, SHOWN = 64, 3  # fits that may run now, of which the bar names some
 
 
 class Bar:
     """A progress bar over the fits of a batch, with the PSNR of those that run and the time left.
 
-    Where the output is no terminal, it prints a line for each fit that ends.
+    Where the output is no terminal, it prints a line for each fit that ends, and once a minute.
 
     Args:
         total: Fits of the batch.
@@ -28,6 +30,7 @@ class Bar:
         self._left = {fit.directory: fit for fit in left}
         self._total = total
         self._console = console
+        self._told = time.monotonic()
         self._progress = Progress(
             TextColumn("restoring"),
             BarColumn(),
@@ -55,7 +58,11 @@ class Bar:
         del self._left[fit.directory]
         if error is not None or not self._console.is_terminal:
             ended = f"{self._total - len(self._left)} of {self._total}"
-            self._console.print(f"{ended}: {label(fit)}: {error or _said(fit)}")
+            self._print(f"{ended}: {label(fit)}: {error or _said(fit)}")
+
+    def _print(self, text: str) -> None:
+        self._told = time.monotonic()
+        self._console.print(text)
 
     def look(self) -> None:
         """Show where the fits are."""
@@ -64,24 +71,32 @@ class Bar:
             report = read_json(progress_file(fit.directory))
             if report is not None:
                 parts += max(0.0, report["step"] / report["max_steps"])
-                psnr = report["psnr"]
+                psnr = None if _tile(fit) else report["psnr"]
                 running.append(label(fit) + ("" if psnr is None else f" {psnr:.2f} dB"))
         ended = self._total - len(self._left)
         text = ", ".join(running[:SHOWN]) + (", …" if len(running) > SHOWN else "")
         self._progress.update(self._task, completed=ended + parts, ended=ended, running=text)
+        if not self._console.is_terminal and time.monotonic() - self._told > SILENCE and running:
+            self._print(f"{ended + parts:.1f} of {self._total}, {text}")
 
 
 def label(fit: Job) -> str:
     """What a fit is called where it is told of."""
     method, restart = fit.about["method"], fit.about["restart"]
-    tile = fit.directory.name if fit.directory.name.startswith("tile_") else ""
-    named = (fit.about["image"], method, "" if restart is None else f"restart {restart}", tile)
+    restarted = "" if restart is None else f"restart {restart}"
+    named = (fit.about["image"], method, restarted, _tile(fit))
     return " ".join(name for name in named if name)
+
+
+def _tile(fit: Job) -> str:
+    """The tile that a fit is; "" where it is a whole image. A tile's borders are not used, so that
+    its PSNR says little."""
+    return fit.directory.name if fit.directory.name.startswith("tile_") else ""
 
 
 def _said(fit: Job) -> str:
     result = fit.result
     assert result is not None
     before, after = (result["psnr"][name] for name in ("measurement", "restored"))
-    gain = "" if after is None else f"{before:.2f} -> {after:.2f} dB, "
+    gain = "" if after is None or _tile(fit) else f"{before:.2f} -> {after:.2f} dB, "
     return f"{gain}{result['steps']} steps in {result['seconds']:.0f} s"

@@ -16,16 +16,15 @@ from rich.console import Console
 from deepred_pl.bar import Bar, label
 from deepred_pl.callbacks.progress import progress_file
 from deepred_pl.callbacks.writer import hint
-from deepred_pl.directory import check_writable
+from deepred_pl.directory import check_writable, last_checkpoint
 from deepred_pl.images import write_bytes
 from deepred_pl.jobs import Job, finish
 from deepred_pl.plan import Batch, Source, find_images, plan
 from deepred_pl.run import EXPECTED, reason
 from deepred_pl.tables import rows_of, summary, write_csv
-from deepred_pl.tiles import default_overlap
 from deepred_pl.workers import Where, start
 
-HINTS = 5  # at most, on images whose fit was too short; residual_to_sigma in the table has all
+HINTS = 5  # at most, on images whose fit was too short
 UNSEEN = "its result is not in DIR; on a cluster --out must be on storage that all nodes share"
 
 # Without --config: a photograph with noise of unknown strength.
@@ -130,7 +129,10 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     )
     add("--tile", type=_count, metavar="PIXELS", help="restore tiles of that side, and blend them")
     add(
-        "--overlap", type=int, metavar="PIXELS", help="that tiles share (default: an eighth of one)"
+        "--overlap",
+        type=int,
+        metavar="PIXELS",
+        help="that tiles share (default: an eighth of one, and what A mixes)",
     )
     add(
         "--workers",
@@ -209,9 +211,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--overwrite would empty what other shards begin; give it without --shard")
     if arguments.tile is None and arguments.overlap is not None:
         raise ValueError("--overlap is that of tiles; give --tile too")
-    if arguments.overlap is None:
-        arguments.overlap = default_overlap(arguments.tile or 0)
-    if arguments.tile is not None and not 0 <= arguments.overlap < arguments.tile:
+    if arguments.overlap is not None and not 0 <= arguments.overlap < arguments.tile:
         raise ValueError(
             f"expected --overlap of at least 0 and less than --tile {arguments.tile}, got "
             f"{arguments.overlap}"
@@ -279,8 +279,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_shard(jobs, where, arguments.shard, console)
     failures = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
     rows = rows_of(jobs, failures, out)
-    for row in [row for row in rows if hint(row)][:HINTS]:
-        console.print(f"{row['directory']}: {hint(row)}")
+    hints = [
+        f"{r['directory']}: {hint(r)}" for r in rows if hint(r) and r["restart"] in (None, "mean")
+    ]
+    for text in hints[:HINTS]:
+        console.print(text)
+    if len(hints) > HINTS:
+        console.print(f"and {len(hints) - HINTS} more: residual_to_sigma in the table")
     if beside:
         return _move_beside(sources[0], jobs[0], out, console)
     write_csv(out / "results.csv", rows)
@@ -319,6 +324,10 @@ def _restored_beside(path: Path, suffix: str) -> Path:
 def _move_beside(source: Source, job: Job, out: Path, console: Console) -> int:
     """Move the restored image beside its original, and remove the rest."""
     if job.result is None:
+        if any(last_checkpoint(fit.directory).exists() for fit in job.fits):
+            console.print(f"what is done is in {out}; the same command goes on from there")
+        else:
+            shutil.rmtree(out)
         return 1
     [restored] = job.directory.glob("restored.*")
     target = _restored_beside(Path(source.path), restored.suffix)
@@ -377,7 +386,7 @@ def _follow(
     for job in jobs:
         finish_complete(job)
     with Bar(len(fits), left, console) as bar:
-        for outcome in start(left, where, len(job_of)) if left else ():
+        for outcome in start(left, where, len(job_of), console.print) if left else ():
             if outcome is not None:
                 fit, error = outcome
                 if error is None and fit.result is None:

@@ -43,7 +43,8 @@ class Job:
         parts: The jobs whose images this one is made of: tiles that are blended, or restarts that
             are averaged. None: the job is a fit.
         regions: Of the parts, where they are tiles.
-        overlap: Of the tiles.
+        overlap: Of the tiles; it and the margin are those of `tiles.blend`.
+        margin: Of the tiles.
     """
 
     directory: Path
@@ -52,6 +53,7 @@ class Job:
     parts: tuple["Job", ...] = ()
     regions: tuple[Region, ...] = ()
     overlap: int = 0
+    margin: tuple[int, int] = (0, 0)
 
     @property
     def fits(self) -> list["Job"]:
@@ -178,7 +180,7 @@ def finish(job: Job) -> None:
     if job.regions:
         tiles = ((r, _floats(part)) for r, part in zip(job.regions, job.parts, strict=True))
         height, width = problem.image_shape[-2:]
-        moments.add(blend(tiles, height, width, job.overlap))
+        moments.add(blend(tiles, height, width, job.overlap, job.margin))
     else:
         for part in job.parts:
             moments.add(_floats(part))

@@ -27,6 +27,9 @@ AS_FLOATS = "--data.as_floats=true"  # for what is made of several images
 LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
 
 
+Tiles = tuple[list[Region], int, tuple[int, int]]  # of `tiles_of`
+
+
 @dataclass(frozen=True)
 class Source:
     """An image of a batch.
@@ -57,7 +60,7 @@ class Batch:
         options: Other settings of every fit; "{name}" in their values is the image's name.
         restarts: Fits per image, which differ in `model.seed`.
         tile: Side of the tiles in pixels, or None.
-        overlap: Pixels that tiles share.
+        overlap: Pixels that tiles share; None leaves it to `tiles_of`.
         here: Whether the fits run on this machine.
     """
 
@@ -69,7 +72,7 @@ class Batch:
     options: Sequence[str]
     restarts: int
     tile: int | None
-    overlap: int
+    overlap: int | None
     here: bool
 
 
@@ -136,8 +139,8 @@ def plan(batch: Batch) -> list[Job]:
         methods.append((label, options, settings))
     jobs = []
     for source in batch.sources:
-        regions = () if batch.tile is None else _regions(batch, batch.tile, methods[0][1], source)
-        jobs += [_job(batch, source, regions, *method) for method in methods]
+        tiles = _tiles(batch, source, methods[0][1])
+        jobs += [_job(batch, source, tiles, *method) for method in methods]
     return jobs
 
 
@@ -190,13 +193,14 @@ def _of_image(batch: Batch, source: Source, options: Sequence[str]) -> list[str]
 def _job(
     batch: Batch,
     source: Source,
-    regions: tuple[Region, ...],
+    tiles: Tiles,
     label: str,
     options: Sequence[str],
     settings: dict[str, Any],
 ) -> Job:
     """What an image comes to with one method."""
     options = _of_image(batch, source, options)
+    regions, overlap, margin = tiles
     directory = batch.out / source.name / label
     several = batch.restarts > 1
     about = {
@@ -207,7 +211,7 @@ def _job(
         "sha256": source.digest,
         "bytes": source.size,
         "tile": batch.tile,
-        "overlap": batch.overlap if batch.tile else None,
+        "overlap": overlap if regions else None,
         "settings": settings,
     }
 
@@ -215,12 +219,12 @@ def _job(
         """A fit, or its tiles."""
         if len(regions) < 2:
             return Job(directory, (*options, _logger(directory)), about)
-        tiles = []
+        parts = []
         for region in regions:
             inside = directory / f"tile_{region.top}_{region.left}"
             own = (f"--data.region={list(region)}", AS_FLOATS, _logger(inside))
-            tiles.append(Job(inside, (*options, *own), about))
-        return Job(directory, tuple(options), about, tuple(tiles), regions, batch.overlap)
+            parts.append(Job(inside, (*options, *own), about))
+        return Job(directory, tuple(options), about, tuple(parts), tuple(regions), overlap, margin)
 
     if not several:
         return one(directory, options, about)
@@ -236,19 +240,22 @@ def _job(
     return Job(directory, tuple(options), about, restarts)
 
 
-def _regions(batch: Batch, tile: int, options: Sequence[str], source: Source) -> tuple[Region, ...]:
+def _tiles(batch: Batch, source: Source, options: Sequence[str]) -> Tiles:
     """The tiles of an image; none where it cannot be read, which its fit will tell.
 
     Raises:
         ValueError: It cannot be cut so.
     """
+    none: Tiles = [], 0, (0, 0)
+    if batch.tile is None:
+        return none
     try:
         data = datamodule(_of_image(batch, source, options))
         data.setup()
     except EXPECTED:
-        return ()
+        return none
     try:
-        return tuple(tiles_of(data, tile, batch.overlap))
+        return tiles_of(data, batch.tile, batch.overlap)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
 

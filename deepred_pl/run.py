@@ -45,7 +45,7 @@ from deepred_pl.images import to_array
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
-from deepred_pl.tiles import Region, blend, cut, default_overlap
+from deepred_pl.tiles import Region, blend, cut
 
 Image = TypeVar("Image", np.ndarray, Tensor)
 
@@ -214,7 +214,7 @@ def restore(
         tile: Restore tile × tile pixels at a time, for images too large for the memory; None
             restores the image at once.
         overlap: Pixels that neighbouring tiles share, and over which they are blended; None is an
-            eighth of a tile.
+            eighth of a tile, and what a blur or downsampling mixes beside it.
 
     Returns:
         The restored image, of the kind, dtype and device of `image`; larger than it with an
@@ -273,16 +273,18 @@ def restore(
         else:
             data = assemble().datamodule
             data.setup()
-            overlap = default_overlap(tile) if overlap is None else overlap
-            regions = tiles_of(data, tile, overlap)
+            regions, overlap, margin = tiles_of(data, tile, overlap)
             tiles = [(region, fit(region).model.restored) for region in regions]
             height, width = data.problem.image_shape[-2:]
-            restored = to_array(blend(tiles, height, width, overlap), data.image_format)
+            restored = to_array(blend(tiles, height, width, overlap, margin), data.image_format)
     return _like(image, restored)
 
 
-def tiles_of(data: RestorationDataModule, tile: int, overlap: int) -> list[Region]:
-    """The tiles (`tiles.cut`) of the image that a datamodule has set up.
+def tiles_of(
+    data: RestorationDataModule, tile: int, overlap: int | None
+) -> tuple[list[Region], int, tuple[int, int]]:
+    """How to cut the image that a datamodule has set up: `tiles.cut`, and for `tiles.blend` the
+    overlap (by default an eighth of a tile, and twice the margin) and the margin.
 
     Raises:
         ValueError: The image cannot be cut, or not so.
@@ -290,12 +292,23 @@ def tiles_of(data: RestorationDataModule, tile: int, overlap: int) -> list[Regio
     assert data.problem is not None
     if data.region is not None:
         raise ValueError("expected a whole image to cut into tiles; leave data.region out")
-    data.problem.operator.reach()  # refuses
+    operator = data.problem.operator
+    rows, columns = operator.reach()  # refuses
+    # Pixels beside a cut whose own measured value mixes in what is beyond, and is not compared.
+    margin = rows * operator.factor, columns * operator.factor
+    least = 2 * max(margin) + operator.factor if max(margin) else 0
+    if overlap is None:
+        overlap = tile // 8 + 2 * max(margin)
+    elif overlap < least:
+        raise ValueError(
+            f"tiles behind {operator} must share at least {least} pixels, got an overlap of "
+            f"{overlap}; leave it out"
+        )
     height, width = data.problem.image_shape[-2:]
-    regions = cut(height, width, tile, overlap, data.problem.operator.factor)
+    regions = cut(height, width, tile, overlap, operator.factor)
     for region in regions:
-        data.problem.operator.cropped(region)  # refuses
-    return regions
+        operator.cropped(region)  # refuses
+    return regions, overlap, margin
 
 
 class _Parser(RestorationCLI):

@@ -83,8 +83,8 @@ def summary(rows: Sequence[Row]) -> str:
     single = [row for row in done if row["restart"] != "mean"]
     lines = ["# Restored images", ""]
     images = {row["image"] for row in rows}
-    hours = sum(row["seconds"] for row in single) / 3600
-    lines += [f"{len(images)} images, {len(single)} restorations, {hours:.2f} hours of fits."]
+    minutes = sum(row["seconds"] for row in single) / 60
+    lines += [f"Images: {len(images)}. Fits done: {len(single)}, in {minutes:.1f} minutes of work."]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     scored = [row for row in done if row["psnr_restored"] is not None]
     if scored:

@@ -70,11 +70,6 @@ def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> 
     return [Region(top, left, h, w) for top, h in rows for left, w in columns]
 
 
-def default_overlap(tile: int) -> int:
-    """Pixels that tiles share where nobody says: an eighth of one."""
-    return tile // 8
-
-
 def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int, int]]:
     """Start and length of the tiles along one side."""
     tile = math.ceil(tile / multiple) * multiple
@@ -86,33 +81,42 @@ def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int
     return [(start, tile) for start in aligned]  # each once, where they are less than that apart
 
 
-def blend(tiles: Iterable[tuple[Region, Tensor]], height: int, width: int, overlap: int) -> Tensor:
+def blend(
+    tiles: Iterable[tuple[Region, Tensor]],
+    height: int,
+    width: int,
+    overlap: int,
+    margin: tuple[int, int] = (0, 0),
+) -> Tensor:
     """The image (1, C, height, width) of its tiles, whose weights fade out towards their cuts.
 
-    The weight of a pixel d pixels from a cut is sin²(π/2 · (d + ½) / overlap), and 1 from `overlap`
-    on: those of two tiles that share so many add up to 1. Where more is shared, they are divided
-    by their sum.
+    The rows and columns of `margin` beside a cut, of whose pixels too little was measured, have no
+    weight. Behind them, d pixels on, it is sin²(π/2 · (d + ½) / (overlap − 2 margin)), and 1 where
+    that ends: the weights of two tiles that share `overlap` pixels add up to 1. Where more is
+    shared, they are divided by their sum.
     """
     total, weights = torch.zeros(()), torch.zeros(1, 1, height, width)
     for region, image in tiles:
         image = image.cpu()
         if total.ndim == 0:
             total = torch.zeros(1, image.shape[1], height, width)
-        rows = _fade(region.top, region.height, height, overlap)
-        columns = _fade(region.left, region.width, width, overlap)
+        rows = _fade(region.top, region.height, height, overlap, margin[0])
+        columns = _fade(region.left, region.width, width, overlap, margin[1])
         weight = rows[:, None] * columns  # (H', W')
         region.of(total).add_(image * weight)
         region.of(weights).add_(weight)
     return total / weights
 
 
-def _fade(start: int, length: int, side: int, overlap: int) -> Tensor:
+def _fade(start: int, length: int, side: int, overlap: int, margin: int) -> Tensor:
     """The weights along one side of a tile; the image's borders are no cuts."""
+    ramp_length = max(1, overlap - 2 * margin)
+    d = (torch.arange(length) + 0.5 - margin).clamp(0, ramp_length)
+    ramp = torch.sin(math.pi / 2 * d / ramp_length).square()
+    ramp[: min(margin, length)] = 0
     weights = torch.ones(length)
-    d = torch.arange(min(overlap, length))
-    ramp = torch.sin(math.pi / 2 * (d + 0.5) / max(1, overlap)).square()
     if start > 0:
-        weights[: len(ramp)] *= ramp
+        weights = weights * ramp
     if start + length < side:
-        weights[length - len(ramp) :] *= ramp.flip(0)
+        weights = weights * ramp.flip(0)
     return weights

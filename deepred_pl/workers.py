@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -46,8 +46,11 @@ class Where:
     gpus: float | None = None
 
 
-def start(fits: Sequence[Job], where: Where, batch_size: int) -> Iterator[Outcome | None]:
-    """Run fits; yields those that ended, and None now and then.
+def start(
+    fits: Sequence[Job], where: Where, batch_size: int, tell: Callable[[str], None]
+) -> Iterator[Outcome | None]:
+    """Run fits, and `tell` how many beside each other; yields those that ended, and None now and
+    then.
 
     On this machine the threads of a fit depend on how many fits the batch has, `batch_size`, and
     not on those that are left of it, for the last bits of the results depend on them.
@@ -65,6 +68,8 @@ def start(fits: Sequence[Job], where: Where, batch_size: int) -> Iterator[Outcom
     workers = where.workers or min(gpus or max(1, cores // threads), len(fits))
     if where.workers is None and workers > 1 and not gpus:
         workers = min(workers, _that_fit_into_memory(fits))
+    of_each = f"{threads} CPU thread{'s' * (threads > 1)} each"
+    tell(f"{len(fits)} fits, {workers} beside each other, {of_each}")
     if where.ray is None:
         return on_this_machine(fits, workers, threads)
     share = min(1.0, gpus / workers) if where.gpus is None else where.gpus
@@ -199,8 +204,8 @@ def on_ray(
         import ray
     except ImportError as error:
         raise ValueError(
-            "--ray needs Ray, which is not installed; pip install 'deepred_pl[ray]', or use "
-            "--workers"
+            "--ray needs Ray, which is not installed; pip install -c constraints.txt '.[ray]' in a "
+            "clone of deepred_pl, or use --workers"
         ) from error
     own: dict[str, Any] = {}  # of a cluster that is started here
     if local and where.workers:

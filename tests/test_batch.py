@@ -249,7 +249,7 @@ def test_each_image_has_a_run_directory_and_a_row(batch, crops, tmp_path):
         assert row["steps"] == str(STEPS) and row["psnr_restored"] == ""
         assert row["torch"] == torch.__version__ and row["seed"] == "0"
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "3 images" in summary and "| crop1 | 25.00 | 12 |" in summary
+    assert "Images: 3." in summary and "| crop1 | 25.00 | 12 |" in summary
 
 
 def test_a_job_is_the_fit_that_its_configuration_says(batch, crops, tmp_path):
@@ -330,7 +330,7 @@ def test_tiles_are_blended(batch, crops, tmp_path, restarts):
 def test_other_tasks_are_tiled(batch, tmp_path, crops, task):
     settings = ["--config", task, *TINY[2:]]
     more = ["--data.operator.boundary=reflect"] if task == "deblurring_gaussian" else []
-    args = ["--ground_truth", crops / "crop2.png", "--tile", 60, "--overlap", 12, *more]
+    args = ["--ground_truth", crops / "crop2.png", "--tile", 60, *more]
     assert batch(*args, settings=settings)[0] == 0
     assert Image.open(tmp_path / "out" / "crop2" / "restored.png").size == (52, 96)
 
@@ -620,7 +620,7 @@ def test_ray_that_is_missing_names_the_extra(refused, crops, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    assert "pip install 'deepred_pl[ray]'" in refused("--images", crops, "--ray", "local")
+    assert "pip install -c constraints.txt '.[ray]'" in refused("--images", crops, "--ray", "local")
 
 
 def test_what_no_node_of_the_cluster_has_is_refused(refused, crops, monkeypatch):

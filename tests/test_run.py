@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 
 from deepred_pl import InverseProblem, restore
@@ -140,3 +141,28 @@ def test_the_processes_random_numbers_are_left_alone():
     before = torch.random.get_rng_state()
     restore(picture(1), overrides=TINY)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_tiles_are_as_good_as_the_whole_and_leave_no_seam():
+    truth = skimage.data.astronaut()[40:128, 150:262]
+    noise = np.random.default_rng(0).normal(0, 25, truth.shape)
+    y = np.clip(truth + noise, 0, 255).astype(np.uint8)
+    few = {"trainer.max_steps": 100, "model.lr_scheduler.total_steps": 100}
+    settings = {**few, "model.network.width": 8, "trainer.enable_progress_bar": False}
+    settings["trainer.accelerator"] = "cpu"
+    whole = restore(y, ["denoising", "methods/quick"], settings)
+    tiled = restore(y, ["denoising", "methods/quick"], settings, tile=64)
+
+    def psnr(image):
+        return -10 * np.log10(np.mean(((image.astype(float) - truth) / 255) ** 2))
+
+    def across_cuts(image):
+        """Mean difference of neighbours across the tiles' borders, against elsewhere."""
+        down = np.abs(np.diff(image.astype(float), axis=0)).mean((1, 2))
+        right = np.abs(np.diff(image.astype(float), axis=1)).mean((0, 2))
+        rows, columns = [23, 63], [47, 63]  # tiles of 64 from 0 and 24, and from 0 and 48
+        on = np.concatenate([down[rows], right[columns]]).mean()
+        return on / np.concatenate([np.delete(down, rows), np.delete(right, columns)]).mean()
+
+    assert psnr(tiled) > psnr(whole) - 0.2 > psnr(y) + 3
+    assert abs(across_cuts(tiled) / across_cuts(whole) - 1) < 0.05

@@ -61,6 +61,25 @@ def test_the_tiles_of_an_image_give_it_back(channels, height, width, tile, overl
     torch.testing.assert_close(blend(tiles, height, width, overlap), image)
 
 
+@pytest.mark.parametrize("margin", [(0, 0), (5, 9), (12, 12)])
+def test_what_is_wrong_beside_a_cut_is_not_seen(margin):
+    image = torch.rand(1, 3, 97, 131)
+    tiles = []
+    for region in cut(97, 131, 64, 26):
+        part = region.of(image).clone()
+        rows, columns = margin
+        if region.top > 0:
+            part[..., :rows, :] = 1e3
+        if region.top + region.height < 97:
+            part[..., part.shape[-2] - rows :, :] = 1e3
+        if region.left > 0:
+            part[..., :columns] = 1e3
+        if region.left + region.width < 131:
+            part[..., part.shape[-1] - columns :] = 1e3
+        tiles.append((region, part))
+    torch.testing.assert_close(blend(tiles, 97, 131, 26, margin), image)
+
+
 def test_two_tiles_are_faded_into_each_other():
     overlap, width = 16, 48  # two tiles of 32 that share 16
     regions = cut(8, width, 32, overlap)
@@ -70,6 +89,10 @@ def test_two_tiles_are_faded_into_each_other():
     expected = np.concatenate([np.zeros(16), np.sin(np.pi / 2 * d / overlap) ** 2, np.ones(16)])
     np.testing.assert_allclose(blended[0, 0].numpy(), np.tile(expected, (8, 1)), atol=1e-6)
     assert np.abs(np.diff(expected)).max() < math.pi / 2 / overlap  # no seam
+    d = np.arange(8) + 0.5  # what is left between two margins of 4
+    expected[16:32] = np.concatenate([np.zeros(4), np.sin(np.pi / 2 * d / 8) ** 2, np.ones(4)])
+    blended = blend(zip(regions, images, strict=True), 8, width, overlap, (0, 4))
+    np.testing.assert_allclose(blended[0, 0].numpy(), np.tile(expected, (8, 1)), atol=1e-6)
 
 
 BOUNDARIES = ["replicate", "reflect", "zero"]

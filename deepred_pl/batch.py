@@ -190,15 +190,14 @@ def _check(arguments: argparse.Namespace) -> None:
             "expected one of an IMAGE, --images and --ground_truth; give a file, as in "
             "`deepred-batch photo.jpg`, or see `deepred-batch --help`"
         )
+    owned = dict(OWNED)
+    if arguments.ground_truth:
+        owned["data.ground_truth"] = "--ground_truth, and the images to restore by --images"
     for option in arguments.options:
         name = option[2:].partition("=")[0].rstrip("+")
-        mine = next((n for n in OWNED if name == n or name.startswith(n + ".")), None)
-        if name == "data.ground_truth" and arguments.ground_truth:
-            mine, instead = name, "--ground_truth, and the images to restore by --images"
-        elif mine:
-            instead = OWNED[mine]
-        if mine:
-            raise ValueError(f"--{name} is the batch's own to set; use {instead}")
+        for mine, instead in owned.items():
+            if name == mine or name.startswith(mine + "."):
+                raise ValueError(f"--{name} is the batch's own to set; use {instead}")
     if not arguments.config:
         arguments.config = DEFAULT_CONFIGS
         arguments.options = DEFAULT_OPTIONS + arguments.options
@@ -269,10 +268,7 @@ def run(arguments: argparse.Namespace) -> int:
         here=arguments.ray in (None, "local"),
     )
     jobs = plan(batch)
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise OSError(str(error).replace("--trainer.default_root_dir", "--out")) from error
+    check_writable(out, "--out")
     _refuse_changes(jobs, arguments.overwrite)
     where = Where(arguments.ray, arguments.workers, arguments.threads, arguments.gpus)
     if arguments.shard is not None:

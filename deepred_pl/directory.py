@@ -20,8 +20,8 @@ def last_checkpoint(directory: Path) -> Path:
     return directory / "checkpoints" / "last.ckpt"
 
 
-def check_writable(directory: Path) -> None:
-    """Make the directory and try it.
+def check_writable(directory: Path, option: str = "--trainer.default_root_dir") -> None:
+    """Make the directory and try it; `option` is what chooses another.
 
     Raises:
         OSError: It cannot be made or written; the message says how to choose another.
@@ -33,7 +33,7 @@ def check_writable(directory: Path) -> None:
     except OSError as error:
         raise OSError(
             f"expected to write the run directory {directory}: {error.strerror or error}; "
-            "choose another by --trainer.default_root_dir"
+            f"choose another by {option}"
         ) from error
 
 

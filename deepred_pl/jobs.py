@@ -23,7 +23,7 @@ from deepred_pl.images import read_image, write_image
 from deepred_pl.model import DeepRED
 from deepred_pl.moments import RunningMoments
 from deepred_pl.run import RestorationCLI, reason
-from deepred_pl.tiles import Region, blend
+from deepred_pl.tiles import Tiling, blend
 
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 ON_ANY_MACHINE = ("--trainer.accelerator=cpu", "--trainer.precision=32")  # where none is fitted
@@ -42,18 +42,14 @@ class Job:
             batch goes on: "settings" and others. With them are labels for the tables.
         parts: The jobs whose images this one is made of: tiles that are blended, or restarts that
             are averaged. None: the job is a fit.
-        regions: Of the parts, where they are tiles.
-        overlap: Of the tiles; it and the margin are those of `tiles.blend`.
-        margin: Of the tiles.
+        tiling: How the image is cut, where the parts are tiles.
     """
 
     directory: Path
     options: tuple[str, ...]
     about: dict[str, Any]
     parts: tuple["Job", ...] = ()
-    regions: tuple[Region, ...] = ()
-    overlap: int = 0
-    margin: tuple[int, int] = (0, 0)
+    tiling: Tiling | None = None
 
     @property
     def fits(self) -> list["Job"]:
@@ -68,9 +64,13 @@ class Job:
         return result if result is not None and result.get("parts", []) == names else None
 
     def changed(self) -> str | None:
-        """What differs from the job that this directory was begun with; None: nothing."""
+        """What differs from the job that this directory was begun with.
+
+        None: nothing does, or nothing was computed yet, as of an image that could not be read.
+        """
         began = read_json(self.directory / "job.json")
-        if began is not None:
+        computed = ("result.json", "last.ckpt")
+        if began is not None and any(any(self.directory.rglob(name)) for name in computed):
             before, now = _flat(began), _flat(self.about)
             for name in [*now, *sorted(before.keys() - now.keys())]:
                 if not name.startswith("machine.") and before.get(name) != now.get(name):
@@ -176,16 +176,15 @@ def finish(job: Job) -> None:
     data.setup()
     problem = data.problem
     assert problem is not None
-    moments = RunningMoments()
-    if job.regions:
-        tiles = ((r, _floats(part)) for r, part in zip(job.regions, job.parts, strict=True))
-        height, width = problem.image_shape[-2:]
-        moments.add(blend(tiles, height, width, job.overlap, job.margin))
+    images = (_floats(part) for part in job.parts)
+    if job.tiling is not None:
+        restored = blend(images, job.tiling)
     else:
-        for part in job.parts:
-            moments.add(_floats(part))
+        moments = RunningMoments()
+        for image in images:
+            moments.add(image)
+        restored = moments.mean
         write_uncertainty(job.directory, (moments.scatter / (moments.count - 1)).sqrt())
-    restored = moments.mean
     name = "restored" + data.image_format.suffix(restored.shape[1])
     write_image(job.directory / name, restored, data.image_format)
     write_image(job.directory / "comparison.png", compare(problem, restored))

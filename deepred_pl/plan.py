@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from deepred_pl.jobs import ON_ANY_MACHINE, Job, datamodule
 from deepred_pl.operators import as_operator
-from deepred_pl.run import EXPECTED, RestorationCLI, find_config, settings_of, tiles_of
-from deepred_pl.tiles import Region
+from deepred_pl.run import EXPECTED, RestorationCLI, find_config, settings_of, tiling_of
+from deepred_pl.tiles import Tiling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
@@ -25,9 +25,6 @@ WITHIN_A_BATCH = (
 )
 AS_FLOATS = "--data.as_floats=true"  # for what is made of several images
 LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
-
-
-Tiles = tuple[list[Region], int, tuple[int, int]]  # of `tiles_of`
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Batch:
         options: Other settings of every fit; "{name}" in their values is the image's name.
         restarts: Fits per image, which differ in `model.seed`.
         tile: Side of the tiles in pixels, or None.
-        overlap: Pixels that tiles share; None leaves it to `tiles_of`.
+        overlap: Pixels that tiles share; None leaves it to `tiling_of`.
         here: Whether the fits run on this machine.
     """
 
@@ -139,8 +136,8 @@ def plan(batch: Batch) -> list[Job]:
         methods.append((label, options, settings))
     jobs = []
     for source in batch.sources:
-        tiles = _tiles(batch, source, methods[0][1])
-        jobs += [_job(batch, source, tiles, *method) for method in methods]
+        tiling = _tiling(batch, source, methods[0][1])
+        jobs += [_job(batch, source, tiling, *method) for method in methods]
     return jobs
 
 
@@ -193,14 +190,13 @@ def _of_image(batch: Batch, source: Source, options: Sequence[str]) -> list[str]
 def _job(
     batch: Batch,
     source: Source,
-    tiles: Tiles,
+    tiling: Tiling | None,
     label: str,
     options: Sequence[str],
     settings: dict[str, Any],
 ) -> Job:
     """What an image comes to with one method."""
     options = _of_image(batch, source, options)
-    regions, overlap, margin = tiles
     directory = batch.out / source.name / label
     several = batch.restarts > 1
     about = {
@@ -211,20 +207,20 @@ def _job(
         "sha256": source.digest,
         "bytes": source.size,
         "tile": batch.tile,
-        "overlap": overlap if regions else None,
+        "overlap": None if tiling is None else tiling.overlap,
         "settings": settings,
     }
 
     def one(directory: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
         """A fit, or its tiles."""
-        if len(regions) < 2:
+        if tiling is None or len(tiling.regions) < 2:
             return Job(directory, (*options, _logger(directory)), about)
         parts = []
-        for region in regions:
+        for region in tiling.regions:
             inside = directory / f"tile_{region.top}_{region.left}"
             own = (f"--data.region={list(region)}", AS_FLOATS, _logger(inside))
             parts.append(Job(inside, (*options, *own), about))
-        return Job(directory, tuple(options), about, tuple(parts), tuple(regions), overlap, margin)
+        return Job(directory, tuple(options), about, tuple(parts), tiling)
 
     if not several:
         return one(directory, options, about)
@@ -240,22 +236,21 @@ def _job(
     return Job(directory, tuple(options), about, restarts)
 
 
-def _tiles(batch: Batch, source: Source, options: Sequence[str]) -> Tiles:
-    """The tiles of an image; none where it cannot be read, which its fit will tell.
+def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | None:
+    """How an image is cut; None where it is not, or cannot be read, which its fit will tell.
 
     Raises:
         ValueError: It cannot be cut so.
     """
-    none: Tiles = [], 0, (0, 0)
     if batch.tile is None:
-        return none
+        return None
     try:
         data = datamodule(_of_image(batch, source, options))
         data.setup()
     except EXPECTED:
-        return none
+        return None
     try:
-        return tiles_of(data, batch.tile, batch.overlap)
+        return tiling_of(data, batch.tile, batch.overlap)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
 

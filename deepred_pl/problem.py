@@ -137,7 +137,8 @@ class InverseProblem(nn.Module):
         observed.
 
         Raises:
-            ValueError: The region is not within the image, or the operator cannot be cut.
+            ValueError: The region is not within the image, the operator cannot be cut, or noise
+                that depends on the light has none to be known by.
         """
         operator, factor = self.operator.cropped(region), self.operator.factor
         rows, columns = self.operator.reach()
@@ -158,8 +159,14 @@ class InverseProblem(nn.Module):
             operator = Observed(operator, observed)
         truth = None if self.ground_truth is None else region.of(self.ground_truth)
         part = InverseProblem(measured.of(self.y), operator, None, truth, self.metric_on)
-        # Neither is to be found out anew: a part may be all black, or lack what was clipped.
+        # Neither is to be found out anew: a part may lack what was clipped, or be mostly black.
         part.noise, part._limits = self.noise, self._limits
+        variance = part.noise_variance()
+        if variance is not None and not variance > 0:
+            raise ValueError(
+                f"the part {list(region)} [top, left, height, width] of the image is all black, so "
+                f"{self.noise} has no strength there; take larger parts, or restore it whole"
+            )
         return part
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

@@ -45,7 +45,7 @@ from deepred_pl.images import to_array
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
-from deepred_pl.tiles import Region, blend, cut
+from deepred_pl.tiles import Region, Tiling, blend, cut
 
 Image = TypeVar("Image", np.ndarray, Tensor)
 
@@ -273,18 +273,19 @@ def restore(
         else:
             data = assemble().datamodule
             data.setup()
-            regions, overlap, margin = tiles_of(data, tile, overlap)
-            tiles = [(region, fit(region).model.restored) for region in regions]
-            height, width = data.problem.image_shape[-2:]
-            restored = to_array(blend(tiles, height, width, overlap, margin), data.image_format)
+            tiling = tiling_of(data, tile, overlap)
+            tiles = [fit(region).model.restored for region in tiling.regions]
+            restored = to_array(blend(tiles, tiling), data.image_format)
     return _like(image, restored)
 
 
-def tiles_of(
-    data: RestorationDataModule, tile: int, overlap: int | None
-) -> tuple[list[Region], int, tuple[int, int]]:
-    """How to cut the image that a datamodule has set up: `tiles.cut`, and for `tiles.blend` the
-    overlap (by default an eighth of a tile, and twice the margin) and the margin.
+def tiling_of(data: RestorationDataModule, tile: int, overlap: int | None = None) -> Tiling:
+    """How to cut the image that a datamodule has set up.
+
+    Args:
+        data: The datamodule.
+        tile: Side of a tile in pixels.
+        overlap: Pixels that tiles share; None is an eighth of a tile, and twice the margin.
 
     Raises:
         ValueError: The image cannot be cut, or not so.
@@ -307,8 +308,8 @@ def tiles_of(
     height, width = data.problem.image_shape[-2:]
     regions = cut(height, width, tile, overlap, operator.factor)
     for region in regions:
-        operator.cropped(region)  # refuses
-    return regions, overlap, margin
+        data.problem.part(region)  # refuses
+    return Tiling(regions, overlap, margin)
 
 
 class _Parser(RestorationCLI):

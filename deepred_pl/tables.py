@@ -33,7 +33,7 @@ def rows_of(jobs: Iterable[Job], failures: Mapping[Path, str], root: Path) -> li
     """
     rows = []
     for job in jobs:
-        restarts = [] if job.regions else job.parts
+        restarts = () if job.tiling else job.parts
         rows += [_row(part, failures, root) for part in restarts]
         rows.append(_row(job, failures, root))
     return rows

@@ -1,7 +1,7 @@
 """Cut a large image into tiles, and blend what was restored of each."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -40,6 +40,20 @@ class Region(NamedTuple):
                 f"expected a region [top, left, height, width] in multiples of the factor "
                 f"{multiple}, got {list(self)}"
             )
+
+
+class Tiling(NamedTuple):
+    """How an image is cut.
+
+    Attributes:
+        regions: The tiles, which cover the image.
+        overlap: Pixels that neighbours share.
+        margin: Rows and columns beside a cut that are not to be used.
+    """
+
+    regions: Sequence[Region]
+    overlap: int
+    margin: tuple[int, int] = (0, 0)
 
 
 def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> list[Region]:
@@ -81,22 +95,18 @@ def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int
     return [(start, tile) for start in aligned]  # each once, where they are less than that apart
 
 
-def blend(
-    tiles: Iterable[tuple[Region, Tensor]],
-    height: int,
-    width: int,
-    overlap: int,
-    margin: tuple[int, int] = (0, 0),
-) -> Tensor:
-    """The image (1, C, height, width) of its tiles, whose weights fade out towards their cuts.
+def blend(images: Iterable[Tensor], tiling: Tiling) -> Tensor:
+    """The image (1, C, H, W) of its tiles (1, C, H', W').
 
-    The rows and columns of `margin` beside a cut, of whose pixels too little was measured, have no
-    weight. Behind them, d pixels on, it is sin²(π/2 · (d + ½) / (overlap − 2 margin)), and 1 where
-    that ends: the weights of two tiles that share `overlap` pixels add up to 1. Where more is
-    shared, they are divided by their sum.
+    Their weights fade out towards their cuts: 0 in the margin, d pixels behind it
+    sin²(π/2 · (d + ½) / (overlap − 2 margin)), and 1 where that ends. Those of two tiles that share
+    `overlap` pixels add up to 1; where more is shared, they are divided by their sum.
     """
+    regions, overlap, margin = tiling
+    height = max(region.top + region.height for region in regions)
+    width = max(region.left + region.width for region in regions)
     total, weights = torch.zeros(()), torch.zeros(1, 1, height, width)
-    for region, image in tiles:
+    for region, image in zip(regions, images, strict=True):
         image = image.cpu()
         if total.ndim == 0:
             total = torch.zeros(1, image.shape[1], height, width)

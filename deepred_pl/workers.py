@@ -60,7 +60,7 @@ def start(
     """
     accelerator = fits[0].about["settings"]["trainer"]["accelerator"]
     if where.ray not in (None, "local"):
-        return on_ray(fits, where, where.threads or 1, accelerator)
+        return on_ray(fits, where, accelerator)
     on_gpu = accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     cores, gpus = _cores(), torch.cuda.device_count() if on_gpu else 0
     beside = where.workers or min(batch_size, gpus or cores)
@@ -73,7 +73,7 @@ def start(
     if where.ray is None:
         return on_this_machine(fits, workers, threads)
     share = min(1.0, gpus / workers) if where.gpus is None else where.gpus
-    return on_ray(fits, Where("local", workers, threads, share), threads, accelerator)
+    return on_ray(fits, Where("local", workers, threads, share), accelerator)
 
 
 def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Iterator[Outcome | None]:
@@ -183,18 +183,16 @@ def _that_fit_into_memory(fits: Sequence[Job]) -> int:
     return len(fits)
 
 
-def on_ray(
-    jobs: Sequence[Job], where: Where, threads: int, accelerator: str
-) -> Iterator[Outcome | None]:
+def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Iterator[Outcome | None]:
     """Run fits as Ray tasks, which Ray places, and starts again where their worker died.
 
-    The run directories must be on storage that all nodes share. One that is started here listens
-    on the loopback interface alone.
+    The run directories must be on storage that all nodes share. A cluster that is started here
+    listens on the loopback interface alone.
 
     Raises:
         ValueError: Ray is not installed, does not answer, or no node has what a fit takes.
     """
-    local = where.ray == "local"
+    local, threads = where.ray == "local", where.threads or 1
     if local:  # read when Ray is imported: without clusters, it keeps to the loopback interface
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     else:  # its core would write a warning a second while it waits for an answer
@@ -221,11 +219,8 @@ def on_ray(
         gpus = where.gpus
         if gpus is None:
             has_some = ray.cluster_resources().get("GPU", 0) > 0
-            gpus = (
-                1.0
-                if accelerator in ("gpu", "cuda") or (accelerator == "auto" and has_some)
-                else 0.0
-            )
+            on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and has_some)
+            gpus = float(on_gpu)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= gpus for n in nodes):
             raise ValueError(

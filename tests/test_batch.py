@@ -401,6 +401,7 @@ def test_a_changed_image_is_refused(batch, refused, crops):
 
 def test_tiles_or_restarts_that_were_begun_are_not_forgotten(batch, refused, crops, monkeypatch):
     def killed(*args):
+        yield next(run_here(*args))
         raise KeyboardInterrupt
 
     args = ["--images", crops / "crop0.png"]
@@ -514,6 +515,14 @@ def test_one_bad_image_fails_alone(batch, crops, tmp_path):
     assert "## Not restored" in summary and "- text: expected a PNG" in summary
     log = (tmp_path / "out" / "text" / "run.log").read_text()
     assert "Traceback" in log and "cannot read" in log
+
+
+def test_a_bad_image_may_be_replaced_by_a_good_one(batch, crops):
+    good = (crops / "crop1.png").read_bytes()
+    (crops / "crop1.png").write_text("not a picture")
+    assert batch("--images", crops)[0] == 1
+    (crops / "crop1.png").write_bytes(good)
+    assert batch("--images", crops)[0] == 0
 
 
 def test_a_full_disk_fails_its_image_alone(batch, crops, tmp_path, monkeypatch):

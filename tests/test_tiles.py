@@ -9,7 +9,7 @@ import torch
 from deepred_pl import InverseProblem
 from deepred_pl.noise import GaussianNoise, PoissonNoise
 from deepred_pl.operators import Adapted, Blur, Downsample, Identity, Mask, Observed, Radon
-from deepred_pl.tiles import Region, blend, cut
+from deepred_pl.tiles import Region, Tiling, blend, cut
 from tests.conftest import picture
 
 SIZES = [(1, 1), (5, 70), (64, 64), (65, 64), (97, 131), (200, 33), (384, 256)]
@@ -57,15 +57,17 @@ def test_an_overlap_that_cannot_be_is_refused(overlap):
 @pytest.mark.parametrize("tile, overlap", [(64, 0), (64, 16), (40, 30)])
 def test_the_tiles_of_an_image_give_it_back(channels, height, width, tile, overlap):
     image = torch.rand(1, channels, height, width)
-    tiles = ((r, r.of(image)) for r in cut(height, width, tile, overlap))
-    torch.testing.assert_close(blend(tiles, height, width, overlap), image)
+    tiling = Tiling(cut(height, width, tile, overlap), overlap)
+    blended = blend((region.of(image) for region in tiling.regions), tiling)
+    torch.testing.assert_close(blended, image)
 
 
 @pytest.mark.parametrize("margin", [(0, 0), (5, 9), (12, 12)])
 def test_what_is_wrong_beside_a_cut_is_not_seen(margin):
     image = torch.rand(1, 3, 97, 131)
     tiles = []
-    for region in cut(97, 131, 64, 26):
+    tiling = Tiling(cut(97, 131, 64, 26), 26, margin)
+    for region in tiling.regions:
         part = region.of(image).clone()
         rows, columns = margin
         if region.top > 0:
@@ -76,22 +78,22 @@ def test_what_is_wrong_beside_a_cut_is_not_seen(margin):
             part[..., :columns] = 1e3
         if region.left + region.width < 131:
             part[..., part.shape[-1] - columns :] = 1e3
-        tiles.append((region, part))
-    torch.testing.assert_close(blend(tiles, 97, 131, 26, margin), image)
+        tiles.append(part)
+    torch.testing.assert_close(blend(tiles, tiling), image)
 
 
 def test_two_tiles_are_faded_into_each_other():
     overlap, width = 16, 48  # two tiles of 32 that share 16
     regions = cut(8, width, 32, overlap)
     images = [torch.zeros(1, 1, 8, 32), torch.ones(1, 1, 8, 32)]
-    blended = blend(zip(regions, images, strict=True), 8, width, overlap)
+    blended = blend(images, Tiling(regions, overlap))
     d = np.arange(overlap) + 0.5
     expected = np.concatenate([np.zeros(16), np.sin(np.pi / 2 * d / overlap) ** 2, np.ones(16)])
     np.testing.assert_allclose(blended[0, 0].numpy(), np.tile(expected, (8, 1)), atol=1e-6)
     assert np.abs(np.diff(expected)).max() < math.pi / 2 / overlap  # no seam
     d = np.arange(8) + 0.5  # what is left between two margins of 4
     expected[16:32] = np.concatenate([np.zeros(4), np.sin(np.pi / 2 * d / 8) ** 2, np.ones(4)])
-    blended = blend(zip(regions, images, strict=True), 8, width, overlap, (0, 4))
+    blended = blend(images, Tiling(regions, overlap, (0, 4)))
     np.testing.assert_allclose(blended[0, 0].numpy(), np.tile(expected, (8, 1)), atol=1e-6)
 
 
@@ -188,11 +190,15 @@ def test_no_tile_comes_twice():
     assert len(set(regions)) == len(regions)
 
 
-def test_a_part_may_be_black_and_the_noise_stays():
+def test_a_part_without_light_has_no_noise_to_go_by():
     y = torch.zeros(1, 1, 64, 64)
     y[..., 32:] = 0.5
     problem = InverseProblem(y, noise=PoissonNoise(30))
-    assert problem.part(Region(0, 0, 64, 32)).noise is problem.noise
+    assert problem.part(Region(0, 16, 64, 32)).noise is problem.noise  # half of it is dark
+    with pytest.raises(ValueError, match=r"\[0, 0, 64, 32\] .* all black.* take larger parts"):
+        problem.part(Region(0, 0, 64, 32))
+    gaussian = InverseProblem(y, noise=GaussianNoise(5))
+    assert gaussian.part(Region(0, 0, 64, 32)).noise is gaussian.noise
 
 
 def test_a_part_without_a_known_pixel_says_so():

@@ -4,11 +4,18 @@ import math
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
-from deepred_pl import DeepImagePrior, DeepRED, REDUpdate, RestorationDataModule
+from deepred_pl import (
+    DeepImagePrior,
+    DeepRED,
+    InverseProblem,
+    REDUpdate,
+    RestorationDataModule,
+)
 from deepred_pl.callbacks import LastCheckpoint, Writer
-from deepred_pl.callbacks.writer import compare
+from deepred_pl.callbacks.writer import compare, hint, score
 from deepred_pl.noise import GaussianNoise
 from tests.conftest import TinyNet, noisy_problem, picture, smooth
 
@@ -72,6 +79,21 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer
     with pytest.raises(OSError, match=r"expected to write the run directory .*default_root_dir"):
         run(make_trainer, model, default_root_dir=tmp_path / "file" / "run")
     assert model.step == 0
+
+
+@pytest.mark.parametrize("missing, told", [(0, False), (0.9, False), (1.2, True), (3, True)])
+def test_what_is_missing_is_told_where_it_is_more_than_the_noise(missing, told):
+    """The residual's variance is that of the noise, 1, and of what is missing."""
+    generator, sigma = torch.Generator().manual_seed(0), 10 / 255
+    truth = torch.full((1, 3, 120, 160), 0.5)
+    y = truth + sigma * torch.randn(truth.shape, generator=generator)
+    problem = InverseProblem(y, noise=GaussianNoise(10))
+    restored = truth + missing * sigma * torch.randn(truth.shape, generator=generator)
+    result = score(problem, restored)
+    expected = (1 + missing**2) ** 0.5
+    assert result["residual_to_sigma"] == pytest.approx(expected, rel=0.01)
+    assert ("the fit was too short" in hint(result)) == told
+    assert score(InverseProblem(y), restored)["residual_to_sigma"] is None
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

@@ -42,8 +42,9 @@ class RestorationDataModule(LightningDataModule):
     embedded sample "sample:astronaut" is the ground truth.
 
     Args:
-        ground_truth: Image file (PNG, JPEG, TIFF, NPY), or "sample:NAME" for a 128×128 crop of
-            an image inside scikit-image: astronaut, camera, chelsea, coffee or rocket.
+        ground_truth: Image file (PNG, JPEG, TIFF, NPY); "sample:NAME" for a 128×128 crop of an
+            image inside scikit-image: astronaut, camera, chelsea, coffee or rocket; or
+            "set:SET/IMAGE" for one of the literature (`deepred_pl.datasets`).
         measurement: Image file of what was observed.
         operator: The forward operator A; None is the identity.
         noise: The noise model; None means the mean squared residual as data term.
@@ -54,6 +55,8 @@ class RestorationDataModule(LightningDataModule):
             65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
             [lo, hi]. Every sigma is in 255ths of it. The restored image is stored in it, too.
         page: Which page of a TIFF file with several, from 0; with a measurement, of that alone.
+        crop: Simulate the degradation of that many rows and columns in the middle of the ground
+            truth alone, and restore them, to try something on a small image.
         region: Restore this part of the image alone, [top, left, height, width] in its pixels; the
             noise is estimated, and a degradation simulated, on all of it.
         as_floats: Store the restored image as floats in [0, 1], whatever the input.
@@ -80,6 +83,7 @@ class RestorationDataModule(LightningDataModule):
         clip: bool = True,
         intensity_range: IntensityRange = "dtype",
         page: int | None = None,
+        crop: int | None = None,
         region: tuple[int, int, int, int] | None = None,
         as_floats: bool = False,
         metric_on: MetricOn = "rgb",
@@ -90,6 +94,13 @@ class RestorationDataModule(LightningDataModule):
             raise ValueError(f"data seed must be >= 0, got {seed}")
         if degrade not in ("operator", "antialiased_resize"):
             raise ValueError(f"degrade must be 'operator' or 'antialiased_resize', got {degrade!r}")
+        if crop is not None and crop < 1:
+            raise ValueError(f"crop must be at least 1 pixel, got {crop}")
+        if crop is not None and measurement is not None:
+            raise ValueError(
+                "crop is of a ground truth whose degradation is simulated, and there is a "
+                "measurement; give region=[top, left, height, width] for a part of it"
+            )
         if metric_on not in ("rgb", "luminance"):
             raise ValueError(f"metric_on must be 'rgb' or 'luminance', got {metric_on!r}")
         self.ground_truth = ground_truth
@@ -100,6 +111,7 @@ class RestorationDataModule(LightningDataModule):
         self.clip = clip
         self.intensity_range = intensity_range
         self.page = page
+        self.crop = crop
         self.region = region
         self.as_floats = as_floats
         self.metric_on = metric_on
@@ -126,6 +138,9 @@ class RestorationDataModule(LightningDataModule):
             truth_from = DEFAULT_SAMPLE
         if truth_from is not None:
             original, truth_format = _read(truth_from, truth_range, truth_page)
+            if self.crop is not None:
+                middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)
+                original, truth_format = middle.of(original), _part(truth_format, middle)
             truth = operator.admissible(original)
             if truth.shape != original.shape:
                 rank_zero_info(
@@ -146,7 +161,7 @@ class RestorationDataModule(LightningDataModule):
             whole, self.problem = self.problem, self.problem.part(region)
             alpha = self.image_format.alpha
             if alpha is not None and alpha.shape == whole.image_shape[-2:]:
-                self.image_format = replace(self.image_format, alpha=region.of(alpha))
+                self.image_format = _part(self.image_format, region)
         if self.as_floats:
             self.image_format = ImageFormat("float32")
 
@@ -218,6 +233,11 @@ def _read(
     if name not in SAMPLES:
         raise ValueError(f"expected one of the samples {', '.join(SAMPLES)}, got {path}")
     return to_tensor(getattr(skimage.data, name)()[SAMPLES[name]], intensity_range, str(path))
+
+
+def _part(image_format: ImageFormat, region: Region) -> ImageFormat:
+    alpha = image_format.alpha
+    return replace(image_format, alpha=None if alpha is None else region.of(alpha))
 
 
 def _size(image: Tensor) -> str:

@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo, putchunk
 from torch import Tensor
 
+from deepred_pl.datasets import PREFIX, find_image
+
 IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float]
 
 WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value of 1 under "dtype"
@@ -74,7 +76,7 @@ def read_image(
     Orientation noted in the file is applied. Transparency is kept aside.
 
     Args:
-        path: The file.
+        path: The file, or "set:SET/IMAGE" for an image of `deepred_pl.datasets`.
         intensity_range: Which stored values become 0 and 1, as in `to_tensor`.
         page: Page of a TIFF file that has several, from 0.
 
@@ -85,7 +87,7 @@ def read_image(
         FileNotFoundError: No such file.
         ValueError: Not an image, or not one that can be read; the message says why.
     """
-    path = Path(path)
+    path = find_image(str(path)) if str(path).startswith(PREFIX) else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected an image file, found none at {path}; check the path")
     try:

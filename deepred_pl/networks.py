@@ -6,6 +6,7 @@ A network is built as `network(channels)` for the image's number of channels. It
     prepare(problem) -> z   to make its own fixed input, called once.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepred_pl import convolution
+from deepred_pl.denoisers.bm3d import deblur
+from deepred_pl.operators import Blur
 from deepred_pl.problem import InverseProblem
 
 INPUT_CHANNELS = 32
@@ -204,6 +207,32 @@ class ImageParameter(nn.Module):
         if saved is not None and self.image.numel() == 0:
             self.image = nn.Parameter(torch.empty_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class BM3DDeblurring(ImageParameter):
+    """No network, but an image started at BM3D's deblurring: a rival without one.
+
+    After one step that is what comes out; more would be a fit that starts there.
+
+    Args:
+        channels: Channels of the image.
+
+    Raises:
+        ValueError: The problem is no `Blur` with a circular boundary and Gaussian noise; when it is
+            built.
+    """
+
+    def prepare(self, problem: InverseProblem) -> Tensor:
+        """Deblur the measurement; z is one 0."""
+        operator, variance = problem.operator, problem.noise_variance()
+        if not isinstance(operator, Blur) or operator.boundary != "circular" or variance is None:
+            raise ValueError(
+                "BM3D's deblurring needs a Blur with a circular boundary, and noise, got "
+                f"{operator} and {problem.noise}; take another method"
+            )
+        sigma = 255 * math.sqrt(float(variance))
+        self.image = nn.Parameter(deblur(problem.y, operator.kernel, sigma).clamp(0, 1))
+        return torch.zeros(1, 1, 1, 1)
 
 
 class _Up(nn.Module):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deepred_pl.datasets import PREFIX, find_image, find_set
 from deepred_pl.jobs import ON_ANY_MACHINE, Job, datamodule
 from deepred_pl.operators import as_operator
 from deepred_pl.run import EXPECTED, RestorationCLI, find_config, settings_of, tiling_of
@@ -74,12 +75,13 @@ class Batch:
 
 
 def find_images(given: Sequence[str]) -> list[Source]:
-    """The images that files, folders, patterns and "sample:NAME" come to.
+    """The images that files, folders, patterns, "sample:NAME" and "set:SET" come to.
 
     Of a folder that is what has an image's suffix, but for hidden files and NAME.restored.png.
 
     Raises:
-        ValueError: There are none, or two of one name.
+        ValueError: There are none, or two of one name, or an unknown set.
+        OSError: A set's image is neither there nor to be downloaded.
     """
     named: dict[str, str] = {}
     for path in (path for text in given for path in _matches(text)):
@@ -104,6 +106,9 @@ def _source(name: str, path: str) -> Source:
 def _matches(text: str) -> list[str]:
     if text.startswith("sample:"):
         return [text]
+    if text.startswith(PREFIX):
+        found = [find_image(text)] if "/" in text else find_set(text)
+        return [os.path.abspath(path) for path in found]
     if Path(text).is_dir():
         images = (p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES)
         found = [p for p in images if not p.stem.endswith(".restored")]
@@ -178,7 +183,7 @@ def _config(name: str) -> str:
 
 
 def _method(name: str) -> str:
-    return name if Path(name).is_file() else f"methods/{name.removeprefix('methods/')}"
+    return name if "/" in name or Path(name).is_file() else f"methods/{name}"
 
 
 def _of_image(batch: Batch, source: Source, options: Sequence[str]) -> list[str]:

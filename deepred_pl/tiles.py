@@ -19,6 +19,12 @@ class Region(NamedTuple):
     height: int
     width: int
 
+    @classmethod
+    def middle(cls, height: int, width: int, side: int) -> "Region":
+        """The side × side pixels in the middle of height × width, or as many as there are."""
+        rows, columns = min(side, height), min(side, width)
+        return cls((height - rows) // 2, (width - columns) // 2, rows, columns)
+
     def of(self, image: Pixels) -> Pixels:
         """The region of an image (..., H, W)."""
         return image[..., self.top : self.top + self.height, self.left : self.left + self.width]

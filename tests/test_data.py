@@ -50,6 +50,36 @@ def test_simulation_depends_on_the_data_seed_alone(photo):
     assert not torch.equal(simulated(0), simulated(1))
 
 
+@pytest.mark.parametrize(
+    ("crop", "rows", "columns"),
+    [
+        (20, slice(7, 27), slice(10, 30)),
+        (37, slice(0, 35), slice(2, 39)),
+        (99, slice(35), slice(41)),
+    ],
+)
+def test_a_crop_is_the_middle_before_it_is_degraded(photo, crop, rows, columns):
+    blur = Blur.uniform(5)
+    problem = set_up(ground_truth=photo, operator=blur, crop=crop).problem
+    truth = torch.from_numpy(skimage.data.astronaut()[:35, :41][rows, columns] / 255).float()
+    assert torch.equal(problem.ground_truth, truth.movedim(-1, 0)[None])
+    torch.testing.assert_close(problem.y, blur(problem.ground_truth).clamp(0, 1))
+
+
+def test_a_crop_takes_the_transparency_with_it(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    Image.fromarray(levels).save(tmp_path / "clear.png")
+    data = set_up(ground_truth=tmp_path / "clear.png", crop=34)
+    assert (data.image_format.alpha == levels[3:37, 8:42, 3]).all()
+
+
+def test_a_crop_of_a_measurement_or_of_nothing_is_refused(photo):
+    with pytest.raises(ValueError, match="there is a measurement; give region="):
+        RestorationDataModule(measurement=photo, crop=20)
+    with pytest.raises(ValueError, match="crop must be at least 1 pixel, got 0"):
+        RestorationDataModule(ground_truth=photo, crop=0)
+
+
 def test_a_measurement_is_taken_as_it_is(photo):
     problem = set_up(measurement=photo, noise=GaussianNoise(25)).problem
     want = skimage.data.astronaut()[:35, :41] / 255

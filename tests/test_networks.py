@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from deepred_pl import DeepImagePrior, InverseProblem, convolution
-from deepred_pl.networks import DeepDecoder, ImageParameter, MeasurementNet, SkipNet
-from deepred_pl.operators import Downsample
+from deepred_pl.metrics import psnr
+from deepred_pl.networks import (
+    BM3DDeblurring,
+    DeepDecoder,
+    ImageParameter,
+    MeasurementNet,
+    SkipNet,
+)
+from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Blur, Downsample
 from tests.conftest import noisy_problem, picture
 
 
@@ -161,6 +169,31 @@ def test_image_parameter_starts_at_the_first_guess_and_leaves_its_output_alone()
     assert torch.equal(out, problem.first_guess())
     net(z).sum().backward()
     assert torch.equal(net.image.grad, torch.ones_like(net.image))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bm3d_deblurring_undoes_a_blur_of_any_shape(channels):
+    kernel = torch.zeros(5, 7)
+    kernel[0] = kernel[:, 1] = 1.0  # turned by 180° it would be another
+    truth, noise = picture(channels, 49, 64), GaussianNoise(2**0.5)
+    y = noise.sample(Blur(kernel)(truth), torch.Generator().manual_seed(0))
+    problem = InverseProblem(y, Blur(kernel), noise, truth)
+    net = BM3DDeblurring(channels)
+    deblurred = net(net.prepare(problem))
+    assert deblurred.min() >= 0 and deblurred.max() <= 1
+    assert psnr(deblurred, truth) > psnr(y, truth) + 8
+
+
+def test_bm3d_deblurring_takes_nothing_but_a_circular_blur_with_noise():
+    y = picture(1, 33, 47)
+    blur = Blur.uniform(3)
+    for problem in (
+        InverseProblem(y, None, GaussianNoise(1)),
+        InverseProblem(y, Blur.uniform(3, "reflect"), GaussianNoise(1)),
+        InverseProblem(y, blur),
+    ):
+        with pytest.raises(ValueError, match="needs a Blur with a circular boundary, and noise"):
+            BM3DDeblurring(1).prepare(problem)
 
 
 def test_measurement_net_is_fed_the_measurement():

@@ -1,0 +1,323 @@
+"""The paper's tables and its Figure 3 (arXiv:1903.10176), as measured on this machine.
+
+    python tests/benchmarks/paper.py denoising --quick
+    python tests/benchmarks/paper.py sr4 --set set14 --config trainer/gpu
+    python tests/benchmarks/paper.py figure3 --quick
+
+A table is `deepred-batch` over a set with the methods of `configs/paper`: that command is printed,
+and its other options may be given here. It goes on where it was stopped. The table in Markdown, and
+a CSV, go to `tests/benchmarks/results`; the run directories stay in `lightning_logs/paper`.
+"""
+
+import argparse
+import csv
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deepred_pl.batch import main as deepred_batch
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("lightning_logs") / "paper"
+QUICK = "paper/quick"
+PACKAGES = ("deepred_pl", "torch", "pytorch-lightning", "bm3d", "scikit-image")
+DIP = "dip"  # the method that has a column for its peak
+Curve = list[tuple[int, float]]  # steps and values
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is compared on which images.
+
+    Attributes:
+        title: What the images suffer from.
+        sets: Names of sets, the paper's first.
+        folder: Of the methods, in `configs/paper`.
+        before: What is shown of the measurement.
+        methods: The heading of each column.
+        dip_steps: Steps after which Deep Image Prior's release stops, where it has that task.
+        published: By set and image, or "mean", DeepRED's PSNR in the paper, at second hand.
+    """
+
+    title: str
+    sets: tuple[str, ...]
+    folder: str
+    before: str
+    methods: dict[str, str]
+    dip_steps: int | None = None
+    published: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+DEEPRED = {"deepred": "DeepRED, released", "ours": "DeepRED, ours"}
+SR = {"red": "RED", "dip": "DIP", **DEEPRED}
+DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": "DIP", **DEEPRED}
+TABLES = {
+    "denoising": Table(
+        "Denoising, σ = 25",
+        ("cbm3d9",),
+        "denoising",
+        "noisy",
+        {"nlm": "NLM", "bm3d": "BM3D", "red": "RED", "dip": "DIP", "dip_tv": "DIP + TV", **DEEPRED},
+        dip_steps=3000,
+    ),
+    "sr4": Table(
+        "Super-resolution ×4",
+        ("set5", "set14"),
+        "super_resolution",
+        "bicubic",
+        SR,
+        dip_steps=2000,
+        published={("set5", "mean"): 30.72, ("set14", "mean"): 27.63},
+    ),
+    "sr8": Table(
+        "Super-resolution ×8",
+        ("set5", "set14"),
+        "super_resolution",
+        "bicubic",
+        SR,
+        dip_steps=4000,
+        published={("set5", "mean"): 26.04, ("set14", "mean"): 24.28},
+    ),
+    "deblur_uniform": Table(
+        "Deblurring, uniform 9×9, noise of σ = √2",
+        ("ncsr",),
+        "deblurring",
+        "blurred",
+        DEBLURRING,
+        published={("ncsr", "butterfly"): 31.44},
+    ),
+    "deblur_gaussian": Table(
+        "Deblurring, Gaussian 25×25 of width 1.6, noise of σ = √2",
+        ("ncsr",),
+        "deblurring",
+        "blurred",
+        DEBLURRING,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a method made of an image: PSNR in dB, and how long it took."""
+
+    psnr: float
+    steps: int
+    seconds: float
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a table, or Figure 3, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", choices=[*TABLES, "figure3"])
+    parser.add_argument("--quick", action="store_true", help=f"the reduced form, {QUICK}")
+    parser.add_argument("--set", help="another set than the paper's first, as set14 for sr4")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directories go")
+    given, options = parser.parse_known_args(args)
+    command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]
+    given.results.mkdir(parents=True, exist_ok=True)
+    if given.what == "figure3":
+        figure3(given, options)
+    else:
+        table(TABLES[given.what], given, options, " ".join(command))
+
+
+def run(
+    config: str, truth: str, methods: Sequence[str], out: Path, quick: bool, options: Sequence[str]
+) -> list[dict[str, str]]:
+    """`deepred-batch`, and the rows of its `results.csv`; images that fail have no figures."""
+    configs = ["--config", config, *(["--config", QUICK] if quick else [])]
+    named = [word for method in methods for word in ("--method", method)]
+    command = [*configs, "--ground_truth", truth, "--out", str(out), *named, *options]
+    print("deepred-batch", *command, file=sys.stderr)
+    try:
+        deepred_batch(command)
+    except SystemExit as end:
+        if end.code != 1:  # a mistake; 1 is for images that failed
+            raise
+    with (out / "results.csv").open(newline="") as rows:
+        return list(csv.DictReader(rows))
+
+
+def curve(directory: Path, name: str) -> Curve:
+    """A curve of a run."""
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    tag = f"curves/{name}"
+    known = events.Tags()["scalars"]
+    return [(e.step + 1, e.value) for e in events.Scalars(tag)] if tag in known else []
+
+
+def table(what: Table, given: argparse.Namespace, options: Sequence[str], command: str) -> None:
+    """Run a table, print it, and write it as CSV and Markdown."""
+    of_set = given.set or what.sets[0]
+    name = f"{given.what}_{of_set}" + ("_quick" if given.quick else "")
+    methods = [m if m == "deepred" else f"paper/{what.folder}/{m}" for m in what.methods]
+    out = given.runs / name
+    config = f"paper/{given.what}"
+    rows = run(config, f"set:{of_set}", methods, out, given.quick, options)
+    columns, scores = columns_of(what, rows, out)
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    text = markdown(what, of_set, images, columns, scores)
+    form = f", reduced by `{QUICK}`" if given.quick else ""
+    metric = ", ".join(sorted({row["metric_on"] for row in rows if row["metric_on"]}))
+    seconds = sum(float(row["seconds"]) for row in rows if row["seconds"])
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    lines = [
+        f"# {what.title}, {of_set}{form}",
+        "",
+        f"PSNR in dB ({metric}), {date.today()}, {machine()}; {versions}; "
+        f"{seconds / 60:.0f} minutes of work.",
+        "",
+        f"    {command}",
+        "",
+        *text,
+    ]
+    (given.results / f"{name}.md").write_text("\n".join(lines) + "\n")
+    with (given.results / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "method", "psnr", "steps", "seconds"])
+        for (image, column), score in scores.items():
+            seconds_text = f"{score.seconds:.1f}"
+            writer.writerow([image, column, f"{score.psnr:.4f}", score.steps, seconds_text])
+    print("\n".join(lines))
+
+
+def columns_of(
+    what: Table, rows: Sequence[dict[str, str]], out: Path
+) -> tuple[list[str], dict[tuple[str, str], Score]]:
+    """The headings of the columns, and by image and heading what is there.
+
+    Deep Image Prior's release stops early, so that the fit's PSNR then is its result; beside it is
+    the fit's best, which nobody knows without the true image.
+    """
+    columns = [what.before]
+    scores: dict[tuple[str, str], Score] = {}
+    for row in rows:
+        if not row["psnr_restored"]:
+            continue
+        image, method = row["image"], row["method"]
+        heading, steps, seconds = what.methods[method], int(row["steps"]), float(row["seconds"])
+        scores[image, what.before] = Score(float(row["psnr_measurement"]), 0, 0.0)
+        end = float(row["psnr_restored"])
+        if method != DIP:
+            scores[image, heading] = Score(end, steps, seconds)
+            continue
+        points = curve(out / row["directory"], "psnr_average")
+        stop = min(what.dip_steps or steps, steps)
+        stopped = end if stop == steps else dict(points)[stop]
+        scores[image, heading] = Score(stopped, stop, seconds * stop / steps)
+        best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
+        scores[image, f"{heading}, best*"] = Score(best, at, seconds)
+    for heading in what.methods.values():
+        columns += [heading, f"{heading}, best*"] if heading == what.methods.get(DIP) else [heading]
+    return columns, scores
+
+
+def markdown(
+    what: Table,
+    of_set: str,
+    images: Sequence[str],
+    columns: Sequence[str],
+    scores: dict[tuple[str, str], Score],
+) -> list[str]:
+    """The table, with the mean over the images that all methods restored."""
+    published = {image: psnr for (s, image), psnr in what.published.items() if s == of_set}
+    header = ["image", *columns, *(["published†"] if published else [])]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    complete = [i for i in images if all((i, c) in scores for c in columns)]
+
+    def line(name: str, cells: Sequence[str], of_paper: float | None, strong: str = "") -> str:
+        best = [*cells, *([] if not published else ["" if of_paper is None else str(of_paper)])]
+        return "| " + " | ".join(f"{strong}{c}{strong}" if c else "" for c in [name, *best]) + " |"
+
+    for image in images:
+        known = [scores.get((image, column)) for column in columns]
+        cells = [f"{score.psnr:.2f}" if score else "" for score in known]
+        lines.append(line(image, cells, published.get(image)))
+    if complete:
+        means = [f"{mean(scores[i, c].psnr for i in complete):.2f}" for c in columns]
+        name = "mean" if len(complete) == len(images) else f"mean of {len(complete)}"
+        lines.append(line(name, means, published.get("mean"), strong="**"))
+    steps = {c: sorted({scores[i, c].steps for i in images if (i, c) in scores}) for c in columns}
+    told = [f"{c} {'–'.join(map(str, s))}" for c, s in steps.items() if s and s[-1] > 1]
+    lines += ["", f"Steps: {'; '.join(told)}."]
+    if any("*" in column for column in columns):
+        lines += [
+            "",
+            "\\* At its best step, known by the true image alone: an oracle.",
+        ]
+    if published:
+        lines += [
+            "",
+            "† DeepRED in the paper, at second hand, on whole images with the full network: a soft "
+            "target.",
+        ]
+    return lines
+
+
+def machine() -> str:
+    """What it ran on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    models = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.split(":")[1].strip() for line in models if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
+    """Objective, gap and PSNR of `head` of Set5 against the steps, denoised and enlarged."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
+    form = "_quick" if given.quick else ""
+    for row, task in zip(axes, ("denoising", "sr4"), strict=True):
+        out = given.runs / f"figure3_{task}{form}"
+        methods = [f"paper/{TABLES[task].folder}/dip", "deepred"]
+        run(f"paper/{task}", "set:set5/head", methods, out, given.quick, options)
+        deepred, dip = (out / "head" / name for name in ("deepred", "dip"))
+        title = TABLES[task].title
+        draw(row[0], f"{title}: objective", {"DeepRED": curve(deepred, "objective")}, log=True)
+        gap = {"DeepRED": curve(deepred, "gap")}
+        draw(row[1], "gap ‖x − T_θ(z)‖", gap, log=True)
+        average = {m: curve(d, "psnr_average") for m, d in (("DeepRED", deepred), ("DIP", dip))}
+        draw(row[2], "PSNR of the average, dB", average, log=False)
+        measured = TABLES[task].before
+        for name, points in average.items():
+            best, at = max((psnr, step) for step, psnr in points)
+            end = points[-1][1]
+            print(f"{title}, {name}: best {best:.2f} dB at step {at}, at the end {end:.2f} dB")
+        row[2].set_title(f"{row[2].get_title()} ({measured} image: its start)", fontsize=9)
+    path = given.results / f"figure3{form}.png"
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+def draw(axis, title: str, curves: dict[str, Curve], log: bool) -> None:
+    """Curves against the steps."""
+    colours = {"DeepRED": "tab:blue", "DIP": "tab:orange"}
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), label=name, color=colours[name])
+    if log:
+        axis.set_yscale("log")
+    else:
+        top = max(value for points in curves.values() for _, value in points)
+        axis.set_ylim(top - 8, top + 0.5)
+        axis.legend()
+    axis.set_xlabel("θ-steps")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    main()

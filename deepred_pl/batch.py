@@ -109,15 +109,18 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="TRUTHS",
-        help="in place of --images: clean images, whose degradation is simulated, for scores; "
-        "true images of --images are --data.ground_truth 'FOLDER/{name}.png'",
+        help="in place of --images: clean images, whose degradation is simulated, for scores; also "
+        "set:cbm3d9, set:set5, set:set14, set:ncsr and set:inpainting, the literature's, which are "
+        "in DEEPRED_DATA or downloaded; true images of --images are --data.ground_truth "
+        "'FOLDER/{name}.png'",
     )
     add("--out", type=Path, metavar="DIR", help="where the run directories and tables go")
     add(
         "--method",
         action="append",
         default=[],
-        help="overlay of a method, as dip or deepred; several are compared on the same data",
+        help="overlay of a method, as dip or paper/denoising/bm3d; several are compared on the same "
+        "data",
     )
     add(
         "--restarts",

@@ -213,8 +213,8 @@ def columns_of(
             scores[image, heading] = Score(end, steps, seconds)
             continue
         points = curve(out / row["directory"], "psnr_average")
-        stop = min(what.dip_steps or steps, steps)
-        stopped = end if stop == steps else dict(points)[stop]
+        until = what.dip_steps or steps
+        stop, stopped = (steps, end) if steps <= until else max(p for p in points if p[0] <= until)
         scores[image, heading] = Score(stopped, stop, seconds * stop / steps)
         best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
         scores[image, f"{heading}, best*"] = Score(best, at, seconds)

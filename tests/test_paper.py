@@ -1,0 +1,206 @@
+"""The configurations of the paper's tables, and what makes the tables of them."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from deepred_pl import datasets, jobs, workers
+from deepred_pl.cli import main as deepred
+from deepred_pl.data import RestorationDataModule
+from deepred_pl.denoisers import BM3D, NonLocalMeans
+from deepred_pl.images import read_image, write_image
+from deepred_pl.noise import GaussianNoise
+from tests.benchmarks import paper
+from tests.conftest import picture
+
+ROOT = Path(__file__).parents[1] / "configs" / "paper"
+TINY = {
+    "trainer": {"max_steps": 4, "log_every_n_steps": 2, "accelerator": "cpu"},
+    "model": {
+        "init_args": {"network": {"class_path": "SkipNet", "init_args": {"width": 4, "scales": 2}}}
+    },
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Two small images in the place of each set."""
+    rows = ["folder,file,sha256,repository,commit,path"]
+    for folder in datasets.FOLDERS.values():
+        (tmp_path / folder).mkdir()
+        for name, image in {"head": picture(3, 40, 52), "tail": picture(1, 44, 40)}.items():
+            path = tmp_path / folder / f"{name}.png"
+            write_image(path, image)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            rows.append(f"{folder},{name}.png,{digest},someone/images,0123abc,{name}.png")
+    (tmp_path / "datasets.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(datasets, "__file__", str(tmp_path / "datasets.py"))
+    monkeypatch.setenv("DEEPRED_DATA", str(tmp_path))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    def run_here(fits, beside, threads):
+        for fit in fits:
+            yield fit, jobs.fit(fit, threads)
+
+    monkeypatch.setattr(workers, "on_this_machine", run_here)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+OVERLAYS = [
+    (name, f"paper/{paper.TABLES[name].folder}/{method}")
+    for name in ("denoising", "sr4", "deblur_uniform")
+    for method in paper.TABLES[name].methods
+    if method != "deepred"
+]
+
+
+@pytest.mark.parametrize(("task", "method"), OVERLAYS)
+def test_every_method_of_a_table_runs_behind_its_task(tmp_path, tiny, task, method):
+    image = tmp_path / "image.png"
+    write_image(image, picture(3, 48, 56))
+    deepred(
+        [
+            *("fit", "--config", f"paper/{task}", "--config", "paper/quick", "--config", str(tiny)),
+            *("--config", method, f"--data.ground_truth={image}", "--data.crop=40"),
+            *(f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"),
+            "--trainer.max_steps=4",  # of methods that have steps of their own, too
+        ]
+    )
+    [run] = tmp_path.glob("lightning_logs/version_0")
+    assert json.loads((run / "result.json").read_text())["psnr"]["restored"] > 0
+
+
+@pytest.mark.parametrize("name", ["denoising", "sr4", "sr8", "deblur_uniform", "deblur_gaussian"])
+def test_the_tasks_have_the_released_settings(name):
+    settings = yaml.safe_load((ROOT / f"{name}.yaml").read_text())
+    model, red = settings["model"]["init_args"], settings["red"]
+    steps = settings["trainer"]["max_steps"]
+    of_model = [model[key] for key in ("lam", "mu", "input_noise_std", "result")]
+    found = (of_model, model["optimizer"]["init_args"]["lr"], red["denoiser"]["init_args"]["sigma"])
+    blurred = ([0.02, 0.04, 0.01, "x-u"], 0.004, 3), 30000
+    enlarged = [0.05, 0.06, 0.02, "x-u"], 0.001, 5
+    assert (found, steps) == {
+        "denoising": (([0.5, 0.5, 0.033, "average"], 0.008, 3), 6000),
+        "sr4": (enlarged, 2000),
+        "sr8": (enlarged, 4000),
+        "deblur_uniform": blurred,
+        "deblur_gaussian": blurred,
+    }[name]
+    assert (red["every_n_steps"], red["rounds_per_denoising"]) == (1, 10)
+    assert model["network"]["init_args"]["width"] == 128
+
+
+@pytest.mark.parametrize(
+    ("method", "denoiser"), [("nlm", NonLocalMeans(25)), ("bm3d", BM3D(25, threads=1))]
+)
+def test_a_denoiser_alone_is_the_denoised_measurement(tmp_path, method, denoiser):
+    image = tmp_path / "image.png"
+    write_image(image, picture(3, 40, 45))
+    options = ["--data.as_floats=true", "--trainer.enable_progress_bar=false"]
+    options += ["--red.denoiser.threads=1"] if method == "bm3d" else []
+    deepred(
+        [
+            *("fit", "--config", "paper/denoising", "--config", f"paper/denoising/{method}"),
+            *(f"--data.ground_truth={image}", f"--trainer.default_root_dir={tmp_path}", *options),
+        ]
+    )
+    data = RestorationDataModule(ground_truth=image, noise=GaussianNoise(25))
+    data.setup()
+    restored, _ = read_image(tmp_path / "lightning_logs/version_0/restored.tif")
+    torch.testing.assert_close(restored, denoiser(data.problem.y).clamp(0, 1))
+
+
+def test_a_table_is_made_and_made_again(tmp_path, sets, in_process, tiny, monkeypatch, capsys):
+    few = {m: paper.TABLES["sr4"].methods[m] for m in ("dip", "deepred")}
+    table = paper.Table(
+        "Small", ("set5",), "super_resolution", "bicubic", few, 3, {("set5", "mean"): 30.0}
+    )
+    monkeypatch.setitem(paper.TABLES, "sr4", table)
+    command = ["sr4", "--quick", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"]
+    command += ["--config", str(tiny), "--data.crop=36", "--threads=1"]
+    paper.main(command)
+    written = (tmp_path / "results" / "sr4_set5_quick.md").read_text()
+    header = "| image | bicubic | DIP | DIP, best* | DeepRED, released | published† |"
+    assert header in written and "python tests/benchmarks/paper.py sr4 --quick" in written
+    with (tmp_path / "results" / "sr4_set5_quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4
+    results = {
+        (path.parts[-3], path.parts[-2]): json.loads(path.read_text())["psnr"]
+        for path in (tmp_path / "runs").rglob("result.json")
+    }
+    for row in rows:
+        psnr = float(row["psnr"])
+        if row["method"] == "bicubic":
+            assert psnr == pytest.approx(results[row["image"], "dip"]["measurement"], abs=1e-3)
+        if row["method"] == "DeepRED, released":
+            assert psnr == pytest.approx(results[row["image"], "deepred"]["restored"], abs=1e-3)
+    capsys.readouterr()
+    paper.main(command)  # goes on: nothing is left to do
+    assert (tmp_path / "results" / "sr4_set5_quick.md").read_text() == written
+
+
+def test_dip_is_read_where_its_release_stops_and_at_its_best(tmp_path):
+    run = tmp_path / "head" / "dip"
+    with SummaryWriter(run) as writer:
+        for step, psnr in [(10, 20.0), (20, 29.0), (30, 27.0), (40, 25.0)]:
+            writer.add_scalar("curves/psnr_average", psnr, step - 1)  # as Lightning counts
+    row = {"image": "head", "method": "dip", "directory": "head/dip", "steps": "40"}
+    row |= {"psnr_measurement": "15.5", "psnr_restored": "25.0", "seconds": "8"}
+    failed = {"image": "tail", "method": "dip", "psnr_restored": ""}
+    table = paper.Table("", ("set5",), "", "noisy", {"dip": "DIP"}, dip_steps=30)
+    columns, scores = paper.columns_of(table, [row, failed], tmp_path)
+    assert columns == ["noisy", "DIP", "DIP, best*"]
+    assert scores == {
+        ("head", "noisy"): paper.Score(15.5, 0, 0.0),
+        ("head", "DIP"): paper.Score(27.0, 30, 6.0),
+        ("head", "DIP, best*"): paper.Score(29.0, 20, 8.0),
+    }
+    lines = paper.markdown(table, "set5", ["head", "tail"], columns, scores)
+    assert lines[:5] == [
+        "| image | noisy | DIP | DIP, best* |",
+        "|---|---|---|---|",
+        "| head | 15.50 | 27.00 | 29.00 |",
+        "| tail |  |  |  |",
+        "| **mean of 1** | **15.50** | **27.00** | **29.00** |",
+    ]
+
+
+def test_published_figures_are_in_a_column_of_their_own():
+    scores = {(i, c): paper.Score(20.0 + len(i), 5, 1.0) for i in ("a", "bb") for c in ("y", "m")}
+    published = {("set5", "a"): 31.5, ("set5", "mean"): 30.72, ("set14", "mean"): 27.63}
+    table = paper.Table("", ("set5",), "", "y", {"m": "m"}, published=published)
+    lines = paper.markdown(table, "set5", ["a", "bb"], ["y", "m"], scores)
+    assert lines[2:5] == [
+        "| a | 21.00 | 21.00 | 31.5 |",
+        "| bb | 22.00 | 22.00 |  |",
+        "| **mean** | **21.50** | **21.50** | **30.72** |",
+    ]
+    assert "soft target" in lines[-1]
+
+
+def test_figure_3_is_drawn(tmp_path, sets, in_process, tiny):
+    pytest.importorskip("matplotlib").use("agg")
+    options = ["--config", str(tiny), "--data.crop=36", "--threads=1"]
+    paper.main(["figure3", f"--results={tmp_path}", f"--runs={tmp_path}/runs", *options])
+    levels = np.asarray(Image.open(tmp_path / "figure3.png"))
+    assert levels.shape[0] > 500 and levels.std() > 5

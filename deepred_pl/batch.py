@@ -119,8 +119,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         "--method",
         action="append",
         default=[],
-        help="overlay of a method, as dip or paper/denoising/bm3d; several are compared on the same "
-        "data",
+        help="overlay of a method, as dip or paper/denoising/bm3d; several are compared on the "
+        "same data",
     )
     add(
         "--restarts",

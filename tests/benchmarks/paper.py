@@ -248,8 +248,12 @@ def markdown(
         means = [f"{mean(scores[i, c].psnr for i in complete):.2f}" for c in columns]
         name = "mean" if len(complete) == len(images) else f"mean of {len(complete)}"
         lines.append(line(name, means, published.get("mean"), strong="**"))
-    steps = {c: sorted({scores[i, c].steps for i in images if (i, c) in scores}) for c in columns}
-    told = [f"{c} {'–'.join(map(str, s))}" for c, s in steps.items() if s and s[-1] > 1]
+    told = []
+    for column in columns:
+        steps = sorted(scores[i, column].steps for i in images if (i, column) in scores)
+        if steps and steps[-1] > 1:
+            more = f" to {steps[-1]}" if steps[-1] > steps[0] else ""
+            told.append(f"{column} {steps[0]}{more}")
     lines += ["", f"Steps: {'; '.join(told)}."]
     if any("*" in column for column in columns):
         lines += [

@@ -96,11 +96,6 @@ class RestorationDataModule(LightningDataModule):
             raise ValueError(f"degrade must be 'operator' or 'antialiased_resize', got {degrade!r}")
         if crop is not None and crop < 1:
             raise ValueError(f"crop must be at least 1 pixel, got {crop}")
-        if crop is not None and measurement is not None:
-            raise ValueError(
-                "crop is of a ground truth whose degradation is simulated, and there is a "
-                "measurement; give region=[top, left, height, width] for a part of it"
-            )
         if metric_on not in ("rgb", "luminance"):
             raise ValueError(f"metric_on must be 'rgb' or 'luminance', got {metric_on!r}")
         self.ground_truth = ground_truth
@@ -127,6 +122,11 @@ class RestorationDataModule(LightningDataModule):
         truth_from, y, truth = self.ground_truth, None, None
         truth_range, truth_page = self.intensity_range, self.page
         if self.measurement is not None:
+            if self.crop is not None:
+                raise ValueError(
+                    f"crop={self.crop} is of a ground truth whose degradation is simulated, and "
+                    "there is a measurement; give region=[top, left, height, width] for a part"
+                )
             self._check_range(operator)
             y, self.image_format = _read(self.measurement, self.intensity_range, self.page)
             truth_page = None

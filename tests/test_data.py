@@ -75,7 +75,7 @@ def test_a_crop_takes_the_transparency_with_it(tmp_path):
 
 def test_a_crop_of_a_measurement_or_of_nothing_is_refused(photo):
     with pytest.raises(ValueError, match="there is a measurement; give region="):
-        RestorationDataModule(measurement=photo, crop=20)
+        set_up(measurement=photo, crop=20)
     with pytest.raises(ValueError, match="crop must be at least 1 pixel, got 0"):
         RestorationDataModule(ground_truth=photo, crop=0)
 

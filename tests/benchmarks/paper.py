@@ -24,10 +24,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepred_pl.batch import main as deepred_batch
+from deepred_pl.run import CONFIGS
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("lightning_logs") / "paper"
-QUICK = "paper/quick"
+QUICK = "paper/quick"  # and behind it what the folder of the methods has by that name
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning", "bm3d", "scikit-image")
 DIP = "dip"  # the method that has a column for its peak
 Curve = list[tuple[int, float]]  # steps and values
@@ -132,10 +133,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(
-    config: str, truth: str, methods: Sequence[str], out: Path, quick: bool, options: Sequence[str]
+    task: str, truth: str, methods: Sequence[str], out: Path, quick: bool, options: Sequence[str]
 ) -> list[dict[str, str]]:
     """`deepred-batch`, and the rows of its `results.csv`; images that fail have no figures."""
-    configs = ["--config", config, *(["--config", QUICK] if quick else [])]
+    configs = ["--config", f"paper/{task}", *(["--config", QUICK] if quick else [])]
+    own = f"paper/{TABLES[task].folder}/quick"
+    if quick and (CONFIGS / f"{own}.yaml").exists():
+        configs += ["--config", own]
     named = [word for method in methods for word in ("--method", method)]
     command = [*configs, "--ground_truth", truth, "--out", str(out), *named, *options]
     print("deepred-batch", *command, file=sys.stderr)
@@ -163,8 +167,7 @@ def table(what: Table, given: argparse.Namespace, options: Sequence[str], comman
     name = f"{given.what}_{of_set}" + ("_quick" if given.quick else "")
     methods = [m if m == "deepred" else f"paper/{what.folder}/{m}" for m in what.methods]
     out = given.runs / name
-    config = f"paper/{given.what}"
-    rows = run(config, f"set:{of_set}", methods, out, given.quick, options)
+    rows = run(given.what, f"set:{of_set}", methods, out, given.quick, options)
     columns, scores = columns_of(what, rows, out)
     images = list(dict.fromkeys(row["image"] for row in rows))
     text = markdown(what, of_set, images, columns, scores)
@@ -288,7 +291,7 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
     for row, task in zip(axes, ("denoising", "sr4"), strict=True):
         out = given.runs / f"figure3_{task}{form}"
         methods = [f"paper/{TABLES[task].folder}/dip", "deepred"]
-        run(f"paper/{task}", "set:set5/head", methods, out, given.quick, options)
+        run(task, "set:set5/head", methods, out, given.quick, options)
         deepred, dip = (out / "head" / name for name in ("deepred", "dip"))
         title = TABLES[task].title
         draw(row[0], f"{title}: objective", {"DeepRED": curve(deepred, "objective")}, log=True)

@@ -16,6 +16,7 @@ from rich.console import Console
 from deepred_pl.bar import Bar, label
 from deepred_pl.callbacks.progress import progress_file
 from deepred_pl.callbacks.writer import hint
+from deepred_pl.datasets import PREFIX
 from deepred_pl.directory import check_writable, last_checkpoint
 from deepred_pl.images import write_bytes
 from deepred_pl.jobs import Job, finish
@@ -307,8 +308,10 @@ def _run_shard(jobs: Sequence[Job], where: Where, shard: tuple[int, int], consol
 def _beside(sources: Sequence[Source], arguments: argparse.Namespace) -> Path:
     """Where the run directory of a single image goes until its result lies beside it."""
     path = Path(sources[0].path)
+    given = [*arguments.photos, *arguments.images]
+    of_set = any(name.startswith(PREFIX) for name in given)  # no place for results
     one_image = len(sources) == 1 and len(arguments.method) < 2 and arguments.restarts == 1
-    if not one_image or arguments.ground_truth or arguments.shard is not None:
+    if not one_image or of_set or arguments.ground_truth or arguments.shard is not None:
         raise ValueError("expected --out DIR, where run directories and tables go; got none")
     there = [p for s in (".png", ".tif") if (p := _restored_beside(path, s)).exists()]
     if there and not arguments.overwrite:

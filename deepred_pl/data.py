@@ -55,8 +55,8 @@ class RestorationDataModule(LightningDataModule):
             65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
             [lo, hi]. Every sigma is in 255ths of it. The restored image is stored in it, too.
         page: Which page of a TIFF file with several, from 0; with a measurement, of that alone.
-        crop: Simulate the degradation of that many rows and columns in the middle of the ground
-            truth alone, and restore them, to try something on a small image.
+        crop: Keep the middle crop × crop pixels of the ground truth (all, where there are fewer)
+            before it is degraded, to try something on a small image; not with a measurement.
         region: Restore this part of the image alone, [top, left, height, width] in its pixels; the
             noise is estimated, and a degradation simulated, on all of it.
         as_floats: Store the restored image as floats in [0, 1], whatever the input.
@@ -70,6 +70,7 @@ class RestorationDataModule(LightningDataModule):
 
     Raises:
         FileNotFoundError: A file that is not there.
+        OSError: An image of a set that cannot be downloaded.
         ValueError: A file that is no image, or files that do not fit together; at `setup`.
     """
 

@@ -17,9 +17,10 @@ FOLDERS = {
     "ncsr": "ncsr_deblur",  # deblurring
     "inpainting": "dip_inpainting",
 }
+TABLE = Path(__file__).with_name("datasets.csv")
 ADDRESS = "https://raw.githubusercontent.com/{repository}/{commit}/{path}"
 MASK = "_mask"
-LONGEST = 160  # characters; what says that there is no network names address and reasons
+LONGEST = 160  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -83,23 +84,25 @@ def find_set(name: str) -> list[Path]:
 def _files(name: str) -> list[_File]:
     if name not in FOLDERS:
         raise ValueError(f"expected one of the sets {', '.join(FOLDERS)}, got {PREFIX}{name}")
-    with (Path(__file__).parent / "datasets.csv").open(newline="") as table:
+    with TABLE.open(newline="") as table:
         files = [_File(**row) for row in csv.DictReader(table)]
     return [file for file in files if file.folder == FOLDERS[name]]
 
 
 def _locate(file: _File) -> Path:
     given = os.environ.get(FOLDER_VARIABLE)
-    return _download(file) if not given else _in_folder(Path(given), file)
-
-
-def _in_folder(folder: Path, file: _File) -> Path:
-    path = folder / file.folder / file.file
+    if not given:
+        return _download(file)
+    path = Path(given).expanduser().absolute() / file.folder / file.file
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected {file.folder}/{file.file} in {FOLDER_VARIABLE}={folder}, found none; put "
+            f"expected {file.folder}/{file.file} in {FOLDER_VARIABLE}={given}, found none; put "
             f"{file.address} there, or unset {FOLDER_VARIABLE} to have it downloaded"
         )
+    return _checked(path, file)
+
+
+def _checked(path: Path, file: _File) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != file.sha256:
         raise ValueError(
@@ -115,11 +118,16 @@ def _download(file: _File) -> Path:
     import pooch
 
     folder = Path(pooch.os_cache("deepred_pl")) / file.folder
+    if (folder / file.file).is_file():
+        return _checked(folder / file.file, file)
     try:
         return Path(pooch.retrieve(file.address, f"sha256:{file.sha256}", file.file, folder))
     except (OSError, ValueError) as error:  # no network or no such file; another file
-        why = shorten(f"{type(error).__name__}: {error}", LONGEST)
+        cause: BaseException = error
+        while cause.__context__ is not None:  # what lies below tells it in fewer words
+            cause = cause.__context__
         raise OSError(
-            f"expected to download {file.address}, got {why}; try again, or put the file by hand "
-            f"at {folder / file.file}"
+            f"expected to download {file.address}, got {shorten(str(cause), LONGEST)}; try again, "
+            f"or name a folder with {file.folder}/{file.file} by {FOLDER_VARIABLE}, or put the "
+            f"file by hand at {folder / file.file}"
         ) from error

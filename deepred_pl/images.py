@@ -85,6 +85,7 @@ def read_image(
 
     Raises:
         FileNotFoundError: No such file.
+        OSError: An image of a set that cannot be downloaded.
         ValueError: Not an image, or not one that can be read; the message says why.
     """
     path = find_image(str(path)) if str(path).startswith(PREFIX) else Path(path)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepred_pl import convolution
-from deepred_pl.denoisers.bm3d import deblur
+from deepred_pl.denoisers.bm3d import LEAST_SIDE, deblur
 from deepred_pl.operators import Blur
 from deepred_pl.problem import InverseProblem
 
@@ -212,22 +212,25 @@ class ImageParameter(nn.Module):
 class BM3DDeblurring(ImageParameter):
     """No network, but an image started at BM3D's deblurring: a rival without one.
 
-    After one step that is what comes out; more would be a fit that starts there.
+    After one step that is what comes out; more would be a fit that starts there. **Licence: the
+    `bm3d` package is free for non-commercial use only.**
 
     Args:
         channels: Channels of the image.
 
     Raises:
-        ValueError: The problem is no `Blur` with a circular boundary and Gaussian noise; when it is
-            built.
+        ValueError: The problem is no `Blur` with a circular boundary, or has no noise model (whose
+            mean variance is taken for that of white noise); when it is built.
     """
+
+    smallest_side = LEAST_SIDE
 
     def prepare(self, problem: InverseProblem) -> Tensor:
         """Deblur the measurement; z is one 0."""
         operator, variance = problem.operator, problem.noise_variance()
         if not isinstance(operator, Blur) or operator.boundary != "circular" or variance is None:
             raise ValueError(
-                "BM3D's deblurring needs a Blur with a circular boundary, and noise, got "
+                "BM3D's deblurring needs a Blur with a circular boundary and a noise model, got "
                 f"{operator} and {problem.noise}; take another method"
             )
         sigma = 255 * math.sqrt(float(variance))

@@ -107,8 +107,7 @@ def _matches(text: str) -> list[str]:
     if text.startswith("sample:"):
         return [text]
     if text.startswith(PREFIX):
-        found = [find_image(text)] if "/" in text else find_set(text)
-        return [os.path.abspath(path) for path in found]
+        return [str(path) for path in ([find_image(text)] if "/" in text else find_set(text))]
     if Path(text).is_dir():
         images = (p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES)
         found = [p for p in images if not p.stem.endswith(".restored")]

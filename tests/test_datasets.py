@@ -57,7 +57,9 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.delenv("DEEPRED_DATA", raising=False)
     yield Handler
     server.shutdown()
@@ -75,7 +77,7 @@ def table(tmp_path, monkeypatch):
             digest = hashlib.sha256(content).hexdigest()
             rows.append(f"{folder},{name}.png,{digest},someone/images,0123abc,{name}.png")
         (tmp_path / "datasets.csv").write_text("\n".join(rows) + "\n")
-        monkeypatch.setattr(datasets, "__file__", str(tmp_path / "datasets.py"))
+        monkeypatch.setattr(datasets, "TABLE", tmp_path / "datasets.csv")
 
     return write
 
@@ -99,14 +101,14 @@ def test_another_file_is_refused_and_leaves_nothing(server, table, tmp_path):
 
 def test_a_missing_file_says_which_and_where_to_put_it(server, table):
     table("set5", head=CONTENT)
-    with pytest.raises(OSError, match=r"0123abc/head\.png, got HTTPError: 404 .*by hand at"):
+    with pytest.raises(OSError, match=r"0123abc/head\.png, got 404 .*by hand at"):
         find_image("set:set5/head")
 
 
 def test_an_interrupted_transfer_leaves_nothing_and_the_next_one_succeeds(server, table, tmp_path):
     table("set5", head=CONTENT)
     server.served["/someone/images/0123abc/head.png"] = (CONTENT[:1000], len(CONTENT))
-    with pytest.raises(OSError, match=r"head\.png, got .*try again, or put the file by hand"):
+    with pytest.raises(OSError, match=r"head\.png, got IncompleteRead.*put the file by hand"):
         find_image("set:set5/head")
     assert not any(p.is_file() for p in (tmp_path / "cache").rglob("*"))
     server.served["/someone/images/0123abc/head.png"] = CONTENT
@@ -118,9 +120,13 @@ def test_without_a_network_it_says_how_to_place_the_file_by_hand(server, table, 
     monkeypatch.setattr(datasets, "ADDRESS", "http://127.0.0.1:9/{repository}/{commit}/{path}")
     with pytest.raises(OSError, match="by hand at") as caught:
         find_image("set:set5/head")
-    assert len(str(caught.value)) < 600
+    assert len(str(caught.value)) < 600 and "DEEPRED_DATA" in str(caught.value)
+    assert "refused" in str(caught.value)  # the cause, and not what was tried
     by_hand = Path(str(caught.value).split("by hand at ")[1])
     by_hand.parent.mkdir(parents=True, exist_ok=True)
+    by_hand.write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"expected the published head\.png .*replace it by"):
+        find_image("set:set5/head")
     by_hand.write_bytes(CONTENT)
     assert find_image("set:set5/head") == by_hand
 

@@ -192,7 +192,7 @@ def test_bm3d_deblurring_takes_nothing_but_a_circular_blur_with_noise():
         InverseProblem(y, Blur.uniform(3, "reflect"), GaussianNoise(1)),
         InverseProblem(y, blur),
     ):
-        with pytest.raises(ValueError, match="needs a Blur with a circular boundary, and noise"):
+        with pytest.raises(ValueError, match="needs a Blur with a circular boundary and a noise"):
             BM3DDeblurring(1).prepare(problem)
 
 

@@ -5,18 +5,20 @@
     python tests/benchmarks/paper.py figure3 --quick
 
 A table is `deepred-batch` over a set with the methods of `configs/paper`: that command is printed,
-and its other options may be given here. It goes on where it was stopped. The table in Markdown, and
-a CSV, go to `tests/benchmarks/results`; the run directories stay in `lightning_logs/paper`.
+and its options for the machine and `--section.key=value` may be given here. It goes on where it was
+stopped. The table in Markdown, and a CSV, go to `tests/benchmarks/results`; the run directories
+stay in `lightning_logs/paper`.
 """
 
 import argparse
 import csv
+import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
@@ -29,8 +31,10 @@ from deepred_pl.run import CONFIGS
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("lightning_logs") / "paper"
 QUICK = "paper/quick"  # and behind it what the folder of the methods has by that name
-PACKAGES = ("deepred_pl", "torch", "pytorch-lightning", "bm3d", "scikit-image")
-DIP = "dip"  # the method that has a column for its peak
+PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
+OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
+DIP = "DIP"  # the column beside which its best is shown
+BEST = f"{DIP}, best*"
 Curve = list[tuple[int, float]]  # steps and values
 
 
@@ -40,7 +44,7 @@ class Table:
 
     Attributes:
         title: What the images suffer from.
-        sets: Names of sets, the paper's first.
+        set: The name of the paper's set.
         folder: Of the methods, in `configs/paper`.
         before: What is shown of the measurement.
         methods: The heading of each column.
@@ -49,7 +53,7 @@ class Table:
     """
 
     title: str
-    sets: tuple[str, ...]
+    set: str
     folder: str
     before: str
     methods: dict[str, str]
@@ -58,20 +62,21 @@ class Table:
 
 
 DEEPRED = {"deepred": "DeepRED, released", "ours": "DeepRED, ours"}
-SR = {"red": "RED", "dip": "DIP", **DEEPRED}
-DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": "DIP", **DEEPRED}
+SR = {"red": "RED", "dip": DIP, **DEEPRED}
+SR8 = {"red": "RED", "dip8": DIP, "deepred": "DeepRED, as released for ×4", "ours": "DeepRED, ours"}
+DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": DIP, **DEEPRED}
 TABLES = {
     "denoising": Table(
         "Denoising, σ = 25",
-        ("cbm3d9",),
+        "cbm3d9",
         "denoising",
         "noisy",
-        {"nlm": "NLM", "bm3d": "BM3D", "red": "RED", "dip": "DIP", "dip_tv": "DIP + TV", **DEEPRED},
+        {"nlm": "NLM", "bm3d": "BM3D", "red": "RED", "dip": DIP, "dip_tv": "DIP + TV", **DEEPRED},
         dip_steps=3000,
     ),
     "sr4": Table(
         "Super-resolution ×4",
-        ("set5", "set14"),
+        "set5",
         "super_resolution",
         "bicubic",
         SR,
@@ -80,16 +85,16 @@ TABLES = {
     ),
     "sr8": Table(
         "Super-resolution ×8",
-        ("set5", "set14"),
+        "set5",
         "super_resolution",
         "bicubic",
-        SR,
+        SR8,
         dip_steps=4000,
         published={("set5", "mean"): 26.04, ("set14", "mean"): 24.28},
     ),
     "deblur_uniform": Table(
         "Deblurring, uniform 9×9, noise of σ = √2",
-        ("ncsr",),
+        "ncsr",
         "deblurring",
         "blurred",
         DEBLURRING,
@@ -97,7 +102,7 @@ TABLES = {
     ),
     "deblur_gaussian": Table(
         "Deblurring, Gaussian 25×25 of width 1.6, noise of σ = √2",
-        ("ncsr",),
+        "ncsr",
         "deblurring",
         "blurred",
         DEBLURRING,
@@ -124,12 +129,19 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directories go")
     given, options = parser.parse_known_args(args)
+    for name in OWNED:
+        if any(option.partition("=")[0] == name for option in options):
+            parser.error(
+                f"{name} is a table's own to set; for another comparison use deepred-batch"
+            )
+    if given.what == "figure3" and given.set:
+        parser.error("--set is for tables; Figure 3 is of head of Set5")
     command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]
     given.results.mkdir(parents=True, exist_ok=True)
     if given.what == "figure3":
         figure3(given, options)
     else:
-        table(TABLES[given.what], given, options, " ".join(command))
+        table(TABLES[given.what], given, options, shlex.join(command))
 
 
 def run(
@@ -153,45 +165,60 @@ def run(
 
 
 def curve(directory: Path, name: str) -> Curve:
-    """A curve of a run."""
+    """A curve of a run; Lightning counts its steps from 0.
+
+    Raises:
+        ValueError: It has none.
+    """
     events = EventAccumulator(str(directory))
     events.Reload()
     tag = f"curves/{name}"
-    known = events.Tags()["scalars"]
-    return [(e.step + 1, e.value) for e in events.Scalars(tag)] if tag in known else []
+    if tag not in events.Tags()["scalars"]:
+        raise ValueError(
+            f"expected the curve {name} in {directory}, found none; see its run.log, and leave "
+            "--trainer.log_every_n_steps as it is"
+        )
+    return [(e.step + 1, e.value) for e in events.Scalars(tag)]
 
 
 def table(what: Table, given: argparse.Namespace, options: Sequence[str], command: str) -> None:
     """Run a table, print it, and write it as CSV and Markdown."""
-    of_set = given.set or what.sets[0]
+    of_set = given.set or what.set
     name = f"{given.what}_{of_set}" + ("_quick" if given.quick else "")
     methods = [m if m == "deepred" else f"paper/{what.folder}/{m}" for m in what.methods]
     out = given.runs / name
     rows = run(given.what, f"set:{of_set}", methods, out, given.quick, options)
-    columns, scores = columns_of(what, rows, out)
+    done = [row for row in rows if row["psnr_restored"]]
+    columns, scores = columns_of(what, done, out)
     images = list(dict.fromkeys(row["image"] for row in rows))
-    text = markdown(what, of_set, images, columns, scores)
-    form = f", reduced by `{QUICK}`" if given.quick else ""
-    metric = ", ".join(sorted({row["metric_on"] for row in rows if row["metric_on"]}))
-    seconds = sum(float(row["seconds"]) for row in rows if row["seconds"])
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    minutes = sum(float(row["seconds"]) for row in done) / 60
+    about = {
+        "date": max(measured(out / row["directory"]) for row in done).isoformat(),
+        "machine": machine(),
+        "threads": ", ".join(sorted({row["threads"] for row in done})),
+        **{package: ", ".join(sorted({row[package] for row in done})) for package in PACKAGES},
+    }
+    versions = ", ".join(f"{package} {about[package]}" for package in PACKAGES)
     lines = [
-        f"# {what.title}, {of_set}{form}",
+        f"# {what.title}, {of_set}" + (f", reduced by `{QUICK}`" if given.quick else ""),
         "",
-        f"PSNR in dB ({metric}), {date.today()}, {machine()}; {versions}; "
-        f"{seconds / 60:.0f} minutes of work.",
+        f"PSNR in dB, {about['date']}, {about['machine']}, threads of a fit: {about['threads']}; "
+        f"{versions}; {minutes:.0f} minutes of fits.",
         "",
         f"    {command}",
         "",
-        *text,
+        *markdown(what, of_set, images, columns, scores),
+        *remarks(what, done, given.quick),
     ]
     (given.results / f"{name}.md").write_text("\n".join(lines) + "\n")
     with (given.results / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "method", "psnr", "steps", "seconds"])
+        writer.writerow(["image", "method", "psnr", "steps", "seconds", *about])
         for (image, column), score in scores.items():
-            seconds_text = f"{score.seconds:.1f}"
-            writer.writerow([image, column, f"{score.psnr:.4f}", score.steps, seconds_text])
+            seconds = f"{score.seconds:.1f}"
+            writer.writerow(
+                [image, column, f"{score.psnr:.4f}", score.steps, seconds, *about.values()]
+            )
     print("\n".join(lines))
 
 
@@ -200,19 +227,19 @@ def columns_of(
 ) -> tuple[list[str], dict[tuple[str, str], Score]]:
     """The headings of the columns, and by image and heading what is there.
 
-    Deep Image Prior's release stops early, so that the fit's PSNR then is its result; beside it is
-    the fit's best, which nobody knows without the true image.
+    Deep Image Prior's release stops early, so that the fit's PSNR then is its result (and its
+    seconds in proportion); beside it is the fit's best, which only the true image tells.
     """
     columns = [what.before]
+    for heading in what.methods.values():
+        columns += [heading, BEST] if heading == DIP else [heading]
     scores: dict[tuple[str, str], Score] = {}
     for row in rows:
-        if not row["psnr_restored"]:
-            continue
-        image, method = row["image"], row["method"]
-        heading, steps, seconds = what.methods[method], int(row["steps"]), float(row["seconds"])
+        image, heading = row["image"], what.methods[row["method"]]
+        steps, seconds = int(row["steps"]), float(row["seconds"])
         scores[image, what.before] = Score(float(row["psnr_measurement"]), 0, 0.0)
         end = float(row["psnr_restored"])
-        if method != DIP:
+        if heading != DIP:
             scores[image, heading] = Score(end, steps, seconds)
             continue
         points = curve(out / row["directory"], "psnr_average")
@@ -220,9 +247,7 @@ def columns_of(
         stop, stopped = (steps, end) if steps <= until else max(p for p in points if p[0] <= until)
         scores[image, heading] = Score(stopped, stop, seconds * stop / steps)
         best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
-        scores[image, f"{heading}, best*"] = Score(best, at, seconds)
-    for heading in what.methods.values():
-        columns += [heading, f"{heading}, best*"] if heading == what.methods.get(DIP) else [heading]
+        scores[image, BEST] = Score(best, at, seconds)
     return columns, scores
 
 
@@ -240,8 +265,9 @@ def markdown(
     complete = [i for i in images if all((i, c) in scores for c in columns)]
 
     def line(name: str, cells: Sequence[str], of_paper: float | None, strong: str = "") -> str:
-        best = [*cells, *([] if not published else ["" if of_paper is None else str(of_paper)])]
-        return "| " + " | ".join(f"{strong}{c}{strong}" if c else "" for c in [name, *best]) + " |"
+        more = ["" if of_paper is None else str(of_paper)] if published else []
+        texts = [f"{strong}{text}{strong}" if text else "" for text in (name, *cells, *more)]
+        return "| " + " | ".join(texts) + " |"
 
     for image in images:
         known = [scores.get((image, column)) for column in columns]
@@ -249,8 +275,9 @@ def markdown(
         lines.append(line(image, cells, published.get(image)))
     if complete:
         means = [f"{mean(scores[i, c].psnr for i in complete):.2f}" for c in columns]
-        name = "mean" if len(complete) == len(images) else f"mean of {len(complete)}"
-        lines.append(line(name, means, published.get("mean"), strong="**"))
+        whole = len(complete) == len(images)
+        name = "mean" if whole else f"mean of {len(complete)}"
+        lines.append(line(name, means, published.get("mean") if whole else None, strong="**"))
     told = []
     for column in columns:
         steps = sorted(scores[i, column].steps for i in images if (i, column) in scores)
@@ -258,11 +285,8 @@ def markdown(
             more = f" to {steps[-1]}" if steps[-1] > steps[0] else ""
             told.append(f"{column} {steps[0]}{more}")
     lines += ["", f"Steps: {'; '.join(told)}."]
-    if any("*" in column for column in columns):
-        lines += [
-            "",
-            "\\* At its best step, known by the true image alone: an oracle.",
-        ]
+    if BEST in columns:
+        lines += ["", "\\* At its best step, known by the true image alone: an oracle."]
     if published:
         lines += [
             "",
@@ -272,14 +296,41 @@ def markdown(
     return lines
 
 
+def remarks(what: Table, rows: Sequence[dict[str, str]], quick: bool) -> list[str]:
+    """What is to be known beside a table."""
+    lines = []
+    for metric in sorted({row["metric_on"] for row in rows}):
+        of_metric = dict.fromkeys(row["image"] for row in rows if row["metric_on"] == metric)
+        lines += ["", f"PSNR on {metric}: {', '.join(of_metric)}."]
+    if what.dip_steps:
+        lines += ["", f"The release of DIP stops after {what.dip_steps} steps."]
+    if quick:
+        lines += [
+            "",
+            "Fewer steps and channels than published have DIP, DIP + TV and DeepRED, released; the "
+            "other methods are as in the whole table, on smaller images.",
+        ]
+    back = [
+        f"{row['image']}, {what.methods[row['method']]}" for row in rows if row["rollbacks"] > "0"
+    ]
+    if back:
+        lines += ["", f"Taken back from a collapse by the guard: {'; '.join(back)}."]
+    return lines
+
+
+def measured(directory: Path) -> date:
+    """The day on which a run ended."""
+    return date.fromtimestamp((directory / "result.json").stat().st_mtime)
+
+
 def machine() -> str:
-    """What it ran on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """What it runs on, in words."""
     cpus = Path("/proc/cpuinfo")
-    models = cpus.read_text().splitlines() if cpus.exists() else []
-    names = [line.split(":")[1].strip() for line in models if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return gpu + processor
 
 
 def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
@@ -298,13 +349,12 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
         gap = {"DeepRED": curve(deepred, "gap")}
         draw(row[1], "gap ‖x − T_θ(z)‖", gap, log=True)
         average = {m: curve(d, "psnr_average") for m, d in (("DeepRED", deepred), ("DIP", dip))}
-        draw(row[2], "PSNR of the average, dB", average, log=False)
-        measured = TABLES[task].before
+        on = "luminance" if task == "sr4" else "RGB"
+        draw(row[2], f"PSNR of the average on {on}, dB", average, log=False)
         for name, points in average.items():
             best, at = max((psnr, step) for step, psnr in points)
             end = points[-1][1]
             print(f"{title}, {name}: best {best:.2f} dB at step {at}, at the end {end:.2f} dB")
-        row[2].set_title(f"{row[2].get_title()} ({measured} image: its start)", fontsize=9)
     path = given.results / f"figure3{form}.png"
     figure.savefig(path, dpi=110)
     print(path)

@@ -33,6 +33,7 @@ RUNS = Path("lightning_logs") / "paper"
 QUICK = "paper/quick"  # and behind it what the folder of the methods has by that name
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
+REDUCED = ("dip", "dip8", "dip_tv", "deepred")  # methods whose steps and network are the task's
 DIP = "DIP"  # the column beside which its best is shown
 BEST = f"{DIP}, best*"
 Curve = list[tuple[int, float]]  # steps and values
@@ -305,13 +306,14 @@ def remarks(what: Table, rows: Sequence[dict[str, str]], quick: bool) -> list[st
     if what.dip_steps:
         lines += ["", f"The release of DIP stops after {what.dip_steps} steps."]
     if quick:
+        reduced = [what.methods[method] for method in REDUCED if method in what.methods]
         lines += [
             "",
-            "Fewer steps and channels than published have DIP, DIP + TV and DeepRED, released; the "
-            "other methods are as in the whole table, on smaller images.",
+            f"Fewer steps and channels than published have {', '.join(reduced)}; the other methods "
+            "are as in the whole table, on smaller images.",
         ]
     back = [
-        f"{row['image']}, {what.methods[row['method']]}" for row in rows if row["rollbacks"] > "0"
+        f"{row['image']}, {what.methods[row['method']]}" for row in rows if int(row["rollbacks"])
     ]
     if back:
         lines += ["", f"Taken back from a collapse by the guard: {'; '.join(back)}."]

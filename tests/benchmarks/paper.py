@@ -349,10 +349,10 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
         title = TABLES[task].title
         draw(row[0], f"{title}: objective", {"DeepRED": curve(deepred, "objective")}, log=True)
         gap = {"DeepRED": curve(deepred, "gap")}
-        draw(row[1], "gap ‖x − T_θ(z)‖", gap, log=True)
+        draw(row[1], f"{title}: gap ‖x − T_θ(z)‖", gap, log=True)
         average = {m: curve(d, "psnr_average") for m, d in (("DeepRED", deepred), ("DIP", dip))}
         on = "luminance" if task == "sr4" else "RGB"
-        draw(row[2], f"PSNR of the average on {on}, dB", average, log=False)
+        draw(row[2], f"{title}: PSNR of the average on {on}, dB", average, log=False)
         for name, points in average.items():
             best, at = max((psnr, step) for step, psnr in points)
             end = points[-1][1]

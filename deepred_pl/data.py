@@ -55,8 +55,9 @@ class RestorationDataModule(LightningDataModule):
             65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
             [lo, hi]. Every sigma is in 255ths of it. The restored image is stored in it, too.
         page: Which page of a TIFF file with several, from 0; with a measurement, of that alone.
-        crop: Keep the middle crop × crop pixels of the ground truth (all, where there are fewer)
-            before it is degraded, to try something on a small image; not with a measurement.
+        crop: Keep the middle crop × crop pixels of the ground truth (all, where there are fewer),
+            and of a mask, before it is degraded, to try something on a small image; not with a
+            measurement.
         region: Restore this part of the image alone, [top, left, height, width] in its pixels; the
             noise is estimated, and a degradation simulated, on all of it.
         as_floats: Store the restored image as floats in [0, 1], whatever the input.
@@ -142,6 +143,7 @@ class RestorationDataModule(LightningDataModule):
             if self.crop is not None:
                 middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)
                 original, truth_format = middle.of(original), _part(truth_format, middle)
+                operator = operator.cropped(middle)
             truth = operator.admissible(original)
             if truth.shape != original.shape:
                 rank_zero_info(

@@ -66,6 +66,12 @@ def test_a_crop_is_the_middle_before_it_is_degraded(photo, crop, rows, columns):
     torch.testing.assert_close(problem.y, blur(problem.ground_truth).clamp(0, 1))
 
 
+def test_a_crop_takes_the_mask_with_it(photo):
+    known = torch.arange(35 * 41).reshape(35, 41) % 3 > 0
+    problem = set_up(ground_truth=photo, operator=Mask(known), crop=20).problem
+    assert torch.equal(problem.operator.mask[0, 0].bool(), known[7:27, 10:30])
+
+
 def test_a_crop_takes_the_transparency_with_it(tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
     Image.fromarray(levels).save(tmp_path / "clear.png")

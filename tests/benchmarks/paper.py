@@ -19,8 +19,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,10 +30,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deepred_pl.batch import main as deepred_batch
 from deepred_pl.run import CONFIGS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("lightning_logs") / "paper"
 QUICK = "paper/quick"  # and behind it what the folder of the methods has by that name
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
+DENOISERS = ("bm3d", "scikit-image")  # packages
 OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
 REDUCED = ("dip", "dip8", "dip_tv", "deepred")  # methods whose steps and network are the task's
 DIP = "DIP"  # the column beside which its best is shown
@@ -166,20 +172,12 @@ def run(
 
 
 def curve(directory: Path, name: str) -> Curve:
-    """A curve of a run; Lightning counts its steps from 0.
-
-    Raises:
-        ValueError: It has none.
-    """
+    """A curve of a run, empty where it was too short; Lightning counts its steps from 0."""
     events = EventAccumulator(str(directory))
     events.Reload()
     tag = f"curves/{name}"
-    if tag not in events.Tags()["scalars"]:
-        raise ValueError(
-            f"expected the curve {name} in {directory}, found none; see its run.log, and leave "
-            "--trainer.log_every_n_steps as it is"
-        )
-    return [(e.step + 1, e.value) for e in events.Scalars(tag)]
+    known = tag in events.Tags()["scalars"]
+    return [(e.step + 1, e.value) for e in events.Scalars(tag)] if known else []
 
 
 def table(what: Table, given: argparse.Namespace, options: Sequence[str], command: str) -> None:
@@ -198,18 +196,19 @@ def table(what: Table, given: argparse.Namespace, options: Sequence[str], comman
         "machine": machine(),
         "threads": ", ".join(sorted({row["threads"] for row in done})),
         **{package: ", ".join(sorted({row[package] for row in done})) for package in PACKAGES},
+        **{package: version(package) for package in DENOISERS},
     }
-    versions = ", ".join(f"{package} {about[package]}" for package in PACKAGES)
+    versions = ", ".join(f"{package} {about[package]}" for package in (*PACKAGES, *DENOISERS))
     lines = [
         f"# {what.title}, {of_set}" + (f", reduced by `{QUICK}`" if given.quick else ""),
         "",
         f"PSNR in dB, {about['date']}, {about['machine']}, threads of a fit: {about['threads']}; "
-        f"{versions}; {minutes:.0f} minutes of fits.",
+        f"{versions}; {minutes:.0f} minutes, summed over the fits.",
         "",
         f"    {command}",
         "",
-        *markdown(what, of_set, images, columns, scores),
-        *remarks(what, done, given.quick),
+        *markdown(images, columns, scores, {} if given.quick else of_paper(what, of_set)),
+        *remarks(what, of_set, done, given.quick),
     ]
     (given.results / f"{name}.md").write_text("\n".join(lines) + "\n")
     with (given.results / f"{name}.csv").open("w", newline="") as file:
@@ -248,19 +247,22 @@ def columns_of(
         stop, stopped = (steps, end) if steps <= until else max(p for p in points if p[0] <= until)
         scores[image, heading] = Score(stopped, stop, seconds * stop / steps)
         best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
-        scores[image, BEST] = Score(best, at, seconds)
+        scores[image, BEST] = Score(best, at, 0.0)  # the same fit
     return columns, scores
 
 
+def of_paper(what: Table, of_set: str) -> dict[str, float]:
+    """DeepRED's PSNR in the paper by image, and "mean"."""
+    return {image: psnr for (s, image), psnr in what.published.items() if s == of_set}
+
+
 def markdown(
-    what: Table,
-    of_set: str,
     images: Sequence[str],
     columns: Sequence[str],
     scores: dict[tuple[str, str], Score],
+    published: dict[str, float],
 ) -> list[str]:
     """The table, with the mean over the images that all methods restored."""
-    published = {image: psnr for (s, image), psnr in what.published.items() if s == of_set}
     header = ["image", *columns, *(["published†"] if published else [])]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     complete = [i for i in images if all((i, c) in scores for c in columns)]
@@ -288,18 +290,19 @@ def markdown(
     lines += ["", f"Steps: {'; '.join(told)}."]
     if BEST in columns:
         lines += ["", "\\* At its best step, known by the true image alone: an oracle."]
-    if published:
-        lines += [
-            "",
-            "† DeepRED in the paper, at second hand, on whole images with the full network: a soft "
-            "target.",
-        ]
     return lines
 
 
-def remarks(what: Table, rows: Sequence[dict[str, str]], quick: bool) -> list[str]:
+def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: bool) -> list[str]:
     """What is to be known beside a table."""
+    published = [f"{image} {psnr}" for image, psnr in of_paper(what, of_set).items()]
     lines = []
+    if published:
+        lines += [
+            "",
+            "† DeepRED in the paper, at second hand, on whole images with the full network, a soft "
+            f"target: {', '.join(published)} dB.",
+        ]
     for metric in sorted({row["metric_on"] for row in rows}):
         of_metric = dict.fromkeys(row["image"] for row in rows if row["metric_on"] == metric)
         lines += ["", f"PSNR on {metric}: {', '.join(of_metric)}."]
@@ -309,8 +312,8 @@ def remarks(what: Table, rows: Sequence[dict[str, str]], quick: bool) -> list[st
         reduced = [what.methods[method] for method in REDUCED if method in what.methods]
         lines += [
             "",
-            f"Fewer steps and channels than published have {', '.join(reduced)}; the other methods "
-            "are as in the whole table, on smaller images.",
+            f"Fewer channels and steps than published have {', '.join(reduced)}; the other methods "
+            "have the smaller images alone. Not to be compared with published figures.",
         ]
     back = [
         f"{row['image']}, {what.methods[row['method']]}" for row in rows if int(row["rollbacks"])
@@ -339,39 +342,50 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
     """Objective, gap and PSNR of `head` of Set5 against the steps, denoised and enlarged."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained")
     form = "_quick" if given.quick else ""
+    figure.suptitle("head of Set5" + (f", reduced by {QUICK}" if given.quick else ""))
     for row, task in zip(axes, ("denoising", "sr4"), strict=True):
         out = given.runs / f"figure3_{task}{form}"
         methods = [f"paper/{TABLES[task].folder}/dip", "deepred"]
         run(task, "set:set5/head", methods, out, given.quick, options)
-        deepred, dip = (out / "head" / name for name in ("deepred", "dip"))
-        title = TABLES[task].title
-        draw(row[0], f"{title}: objective", {"DeepRED": curve(deepred, "objective")}, log=True)
-        gap = {"DeepRED": curve(deepred, "gap")}
-        draw(row[1], f"{title}: gap ‖x − T_θ(z)‖", gap, log=True)
-        average = {m: curve(d, "psnr_average") for m, d in (("DeepRED", deepred), ("DIP", dip))}
+        directories = {"DeepRED": out / "head" / "deepred", "DIP": out / "head" / "dip"}
+        average = {name: curve(path, "psnr_average") for name, path in directories.items()}
         on = "luminance" if task == "sr4" else "RGB"
-        draw(row[2], f"{title}: PSNR of the average on {on}, dB", average, log=False)
+        for axis, title, curves in zip(
+            row,
+            ("objective", "gap ‖x − T_θ(z)‖", f"PSNR of the average on {on}, dB"),
+            (
+                {"DeepRED": curve(directories["DeepRED"], "objective")},
+                {"DeepRED": curve(directories["DeepRED"], "gap")},
+                average,
+            ),
+            strict=True,
+        ):
+            draw(axis, f"{TABLES[task].title}: {title}", curves, log=curves is not average)
         for name, points in average.items():
             best, at = max((psnr, step) for step, psnr in points)
-            end = points[-1][1]
-            print(f"{title}, {name}: best {best:.2f} dB at step {at}, at the end {end:.2f} dB")
+            end = f"at the end {points[-1][1]:.2f} dB"
+            print(f"{TABLES[task].title}, {name}: best {best:.2f} dB at step {at}, {end}")
     path = given.results / f"figure3{form}.png"
     figure.savefig(path, dpi=110)
     print(path)
 
 
-def draw(axis, title: str, curves: dict[str, Curve], log: bool) -> None:
+def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
     """Curves against the steps."""
-    colours = {"DeepRED": "tab:blue", "DIP": "tab:orange"}
+    styles = {"DeepRED": ("tab:blue", "-"), "DIP": ("tab:orange", "--")}
     for name, points in curves.items():
-        axis.plot(*zip(*points, strict=True), label=name, color=colours[name])
+        if not points:
+            raise ValueError(
+                f"expected a curve of {name}, got none: the fit failed, or is shorter than "
+                "--trainer.log_every_n_steps (20); see run.log in its directory"
+            )
+        colour, line = styles[name]
+        axis.plot(*zip(*points, strict=True), label=name, color=colour, linestyle=line)
     if log:
         axis.set_yscale("log")
     else:
-        top = max(value for points in curves.values() for _, value in points)
-        axis.set_ylim(top - 8, top + 0.5)
         axis.legend()
     axis.set_xlabel("θ-steps")
     axis.set_title(title, fontsize=9)

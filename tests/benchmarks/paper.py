@@ -300,7 +300,7 @@ def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: boo
     if published:
         lines += [
             "",
-            "† DeepRED in the paper, at second hand, on whole images with the full network, a soft "
+            f"{'' if quick else '† '}DeepRED in the paper, at second hand, on whole images with the full network, a soft "
             f"target: {', '.join(published)} dB.",
         ]
     for metric in sorted({row["metric_on"] for row in rows}):

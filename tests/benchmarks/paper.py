@@ -300,8 +300,8 @@ def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: boo
     if published:
         lines += [
             "",
-            f"{'' if quick else '† '}DeepRED in the paper, at second hand, on whole images with the full network, a soft "
-            f"target: {', '.join(published)} dB.",
+            f"{'' if quick else '† '}DeepRED in the paper, at second hand, on whole images with the "
+            f"full network, a soft target: {', '.join(published)} dB.",
         ]
     for metric in sorted({row["metric_on"] for row in rows}):
         of_metric = dict.fromkeys(row["image"] for row in rows if row["metric_on"] == metric)
@@ -354,7 +354,7 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
         on = "luminance" if task == "sr4" else "RGB"
         for axis, title, curves in zip(
             row,
-            ("objective", "gap ‖x − T_θ(z)‖", f"PSNR of the average on {on}, dB"),
+            ("objective", "gap ‖x − T_θ(z)‖", f"average, PSNR on {on}, dB"),
             (
                 {"DeepRED": curve(directories["DeepRED"], "objective")},
                 {"DeepRED": curve(directories["DeepRED"], "gap")},

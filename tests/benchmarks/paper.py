@@ -300,8 +300,8 @@ def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: boo
     if published:
         lines += [
             "",
-            f"{'' if quick else '† '}DeepRED in the paper, at second hand, on whole images with the "
-            f"full network, a soft target: {', '.join(published)} dB.",
+            f"{'' if quick else '† '}DeepRED in the paper, at second hand, on whole images with "
+            f"the full network, a soft target: {', '.join(published)} dB.",
         ]
     for metric in sorted({row["metric_on"] for row in rows}):
         of_metric = dict.fromkeys(row["image"] for row in rows if row["metric_on"] == metric)

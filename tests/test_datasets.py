@@ -50,7 +50,7 @@ def server(tmp_path, monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}/{{repository}}/{{commit}}/{{path}}"
     monkeypatch.setattr(datasets, "ADDRESS", address)

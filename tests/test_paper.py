@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
@@ -78,6 +79,18 @@ OVERLAYS = [
 OVERLAYS += [("sr8", "paper/super_resolution/dip8"), ("deblur_gaussian", "paper/deblurring/ours")]
 
 
+def flat(settings, prefix=""):
+    """Nested settings under dotted names, classes by their short ones."""
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            short = value.rpartition(".")[2] if name == "class_path" else value
+            found[prefix + name] = short
+    return found
+
+
 @pytest.mark.parametrize(("task", "method"), OVERLAYS)
 def test_every_method_of_a_table_runs_behind_its_task(tmp_path, tiny, task, method):
     image = tmp_path / "image.png"
@@ -90,8 +103,12 @@ def test_every_method_of_a_table_runs_behind_its_task(tmp_path, tiny, task, meth
             "--trainer.max_steps=4",  # of methods that have steps of their own, too
         ]
     )
-    [run] = tmp_path.glob("lightning_logs/version_0")
+    run = tmp_path / "lightning_logs" / "version_0"
     assert json.loads((run / "result.json").read_text())["psnr"]["restored"] > 0
+    said = flat(yaml.safe_load((ROOT.parent / f"{method}.yaml").read_text()))
+    said.pop("trainer.max_steps", None)
+    settings = flat(yaml.safe_load((run / "config.yaml").read_text()))
+    assert {name: settings[name] for name in said} == said  # none is lost between the others
 
 
 @pytest.mark.parametrize("name", ["denoising", "sr4", "sr8", "deblur_uniform", "deblur_gaussian"])
@@ -121,7 +138,6 @@ def test_a_denoiser_alone_is_the_denoised_measurement(tmp_path, method, denoiser
     image = tmp_path / "image.png"
     write_image(image, picture(3, 40, 45))
     options = ["--data.as_floats=true", "--trainer.enable_progress_bar=false"]
-    options += ["--red.denoiser.threads=1"] if method == "bm3d" else []
     deepred(
         [
             *("fit", "--config", "paper/denoising", "--config", f"paper/denoising/{method}"),
@@ -209,9 +225,7 @@ def test_published_figures_are_in_a_column_of_their_own():
 
 
 def test_figure_3_is_drawn(tmp_path, sets, fitted, tiny):
-    pytest.importorskip("matplotlib").use("agg")
-    from matplotlib import pyplot as plt
-
+    plt.switch_backend("agg")
     options = ["--config", str(tiny), "--data.crop=36", "--threads=1"]
     paper.main(["figure3", f"--results={tmp_path}", f"--runs={tmp_path}/runs", *options])
     assert Image.open(tmp_path / "figure3.png").height > 500

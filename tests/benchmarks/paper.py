@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("lightning_logs") / "paper"
-QUICK = "paper/quick"  # and behind it what the folder of the methods has by that name
+QUICK = "paper/quick"
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 DENOISERS = ("bm3d", "scikit-image")  # packages
 OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
@@ -155,12 +155,10 @@ def run(
     task: str, truth: str, methods: Sequence[str], out: Path, quick: bool, options: Sequence[str]
 ) -> list[dict[str, str]]:
     """`deepred-batch`, and the rows of its `results.csv`; images that fail have no figures."""
-    configs = ["--config", f"paper/{task}", *(["--config", QUICK] if quick else [])]
-    own = f"paper/{TABLES[task].folder}/quick"
-    if quick and (CONFIGS / f"{own}.yaml").exists():
-        configs += ["--config", own]
-    named = [word for method in methods for word in ("--method", method)]
-    command = [*configs, "--ground_truth", truth, "--out", str(out), *named, *options]
+    configs = [f"paper/{task}", *(reductions(task) if quick else [])]
+    named = [word for config in configs for word in ("--config", config)]
+    named += [word for method in methods for word in ("--method", method)]
+    command = [*named, "--ground_truth", truth, "--out", str(out), *options]
     print("deepred-batch", *command, file=sys.stderr)
     try:
         deepred_batch(command)
@@ -169,6 +167,12 @@ def run(
             raise
     with (out / "results.csv").open(newline="") as rows:
         return list(csv.DictReader(rows))
+
+
+def reductions(task: str) -> list[str]:
+    """The configurations of a task's reduced form: `QUICK`, and one of its methods' folder."""
+    own = f"paper/{TABLES[task].folder}/quick"
+    return [QUICK, *([own] if (CONFIGS / f"{own}.yaml").exists() else [])]
 
 
 def curve(directory: Path, name: str) -> Curve:
@@ -188,6 +192,8 @@ def table(what: Table, given: argparse.Namespace, options: Sequence[str], comman
     out = given.runs / name
     rows = run(given.what, f"set:{of_set}", methods, out, given.quick, options)
     done = [row for row in rows if row["psnr_restored"]]
+    if not done:
+        sys.exit(f"expected restored images, got none; {out / 'summary.md'} says why")
     columns, scores = columns_of(what, done, out)
     images = list(dict.fromkeys(row["image"] for row in rows))
     minutes = sum(float(row["seconds"]) for row in done) / 60
@@ -199,8 +205,9 @@ def table(what: Table, given: argparse.Namespace, options: Sequence[str], comman
         **{package: version(package) for package in DENOISERS},
     }
     versions = ", ".join(f"{package} {about[package]}" for package in (*PACKAGES, *DENOISERS))
+    form = f", reduced by {' and '.join(reductions(given.what))}" if given.quick else ""
     lines = [
-        f"# {what.title}, {of_set}" + (f", reduced by `{QUICK}`" if given.quick else ""),
+        f"# {what.title}, {of_set}{form}",
         "",
         f"PSNR in dB, {about['date']}, {about['machine']}, threads of a fit: {about['threads']}; "
         f"{versions}; {minutes:.0f} minutes, summed over the fits.",

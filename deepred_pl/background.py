@@ -27,10 +27,11 @@ class Background:
 
     Attributes:
         wait_seconds: Total time `result` has waited, in seconds.
+        busy_seconds: Total time the jobs that ended have taken, in seconds.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.wait_seconds = 0.0
+        self.wait_seconds = self.busy_seconds = 0.0
         on_gpu = torch.device(device).type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None]
@@ -61,11 +62,11 @@ class Background:
             raise RuntimeError(f"{self._pending[1]} has not been collected by result() yet")
         future: Future = Future()
         self._pending = (future, label)
-        job = partial(function, *args)
+        job: Callable[[], Any] = partial(function, *args)
         if self._stream is not None:
             caller = torch.cuda.current_stream(self._stream.device)
             job = partial(_on_stream, self._stream, caller, caller.record_event(), job)
-        self._jobs.put((future, job))
+        self._jobs.put((future, partial(self._timed, job)))
 
     def result(self) -> Any:
         """Wait for the job and return what it returned.
@@ -82,6 +83,13 @@ class Background:
         if error is not None:
             raise RuntimeError(f"{label} failed: {type(error).__name__}: {error}") from error
         return future.result()
+
+    def _timed(self, job: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return job()
+        finally:
+            self.busy_seconds += time.perf_counter() - start
 
     def close(self, timeout: float | None = None) -> None:
         """End the thread; a job still running after `timeout` seconds is abandoned.

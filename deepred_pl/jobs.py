@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from deepred_pl.callbacks.progress import ProgressFile, progress_file
-from deepred_pl.callbacks.writer import compare, score, write_uncertainty
+from deepred_pl.callbacks.writer import Writer, compare, score, write_uncertainty
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import last_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
-from deepred_pl.model import DeepRED
 from deepred_pl.moments import RunningMoments
 from deepred_pl.run import RestorationCLI, reason
 from deepred_pl.tiles import Tiling, blend
 
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 ON_ANY_MACHINE = ("--trainer.accelerator=cpu", "--trainer.precision=32")  # where none is fitted
+LABELS = ("image", "method")  # for TensorBoard's HParams page
 SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the fits of an image
 
 
@@ -128,38 +127,16 @@ def _fit(job: Job) -> None:
     try:
         cli = RestorationCLI(list(job.options), run=False)
         cli.trainer.callbacks.append(ProgressFile())
+        for writer in cli.trainer.callbacks:
+            if isinstance(writer, Writer):
+                writer.labels = {name: job.about[name] for name in LABELS if job.about[name]}
         cli.before_fit()
         path = str(checkpoint) if checkpoint.is_file() else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
         cli.after_fit()
-        _log_hyperparameters(cli, job)
     except Exception:
         logging.getLogger("pytorch_lightning").exception("the fit failed")
         raise
-
-
-def _log_hyperparameters(cli: RestorationCLI, job: Job) -> None:
-    """For TensorBoard's HParams page: settings beside the final numbers."""
-    logger, result = cli.trainer.logger, job.result
-    if not isinstance(logger, TensorBoardLogger) or result is None:
-        return
-    model, group = cli.model, cli.trainer.optimizers[0].param_groups[0]
-    settings = {
-        "image": job.about["image"],
-        "method": job.about["method"] or type(model).__name__,
-        "network": type(model.network).__name__,
-        "lr": group.get("initial_lr", group["lr"]),
-        "input_noise_std": model.input_noise_std,
-        "seed": model.seed,
-    }
-    if isinstance(model, DeepRED):
-        settings |= {"lam": model.initial_lam, "mu": model.initial_mu}
-        settings["denoiser"] = cli.config["red"]["denoiser"]["class_path"].rsplit(".", 1)[-1]
-    final = {"psnr": result["psnr"]["restored"], "ssim": result["ssim"]["restored"]}
-    final |= {"steps": result["steps"], "seconds": result["seconds"]}
-    known = {f"final/{name}": float(v) for name, v in final.items() if v is not None}
-    logger.log_hyperparams(settings, known)
-    logger.finalize("success")
 
 
 def finish(job: Job) -> None:

@@ -34,6 +34,7 @@ from deepred_pl.callbacks import (
     Langevin,
     LastCheckpoint,
     Monitor,
+    Panels,
     Preflight,
     REDUpdate,
     RestorationBar,
@@ -119,9 +120,10 @@ class RestorationCLI(LightningCLI):
         return {name: inherited[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the sections `guard`, `red` and `checkpoint`."""
+        """Add the sections `guard`, `red`, `panels` and `checkpoint`."""
         parser.add_lightning_class_args(CollapseGuard, "guard")
         parser.add_lightning_class_args(REDUpdate, "red")
+        parser.add_lightning_class_args(Panels, "panels")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.set_defaults({"red.denoiser": {"class_path": "deepred_pl.denoisers.NonLocalMeans"}})
 

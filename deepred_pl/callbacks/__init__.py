@@ -5,6 +5,7 @@ from deepred_pl.callbacks.guard import CollapseGuard
 from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.memory import KeepMemory
 from deepred_pl.callbacks.monitor import Monitor, RestorationBar
+from deepred_pl.callbacks.panels import Panels
 from deepred_pl.callbacks.preflight import Preflight
 from deepred_pl.callbacks.red import REDUpdate
 from deepred_pl.callbacks.stopping import AutoStop
@@ -17,6 +18,7 @@ __all__ = [
     "Langevin",
     "LastCheckpoint",
     "Monitor",
+    "Panels",
     "Preflight",
     "REDUpdate",
     "RestorationBar",

@@ -11,28 +11,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from deepred_pl import admm
-from deepred_pl.callbacks.red import staleness, wait_seconds
+from deepred_pl.callbacks.panels import writers
+from deepred_pl.callbacks.red import denoiser_seconds, staleness
 from deepred_pl.metrics import psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED, find_restoration
+
+GREY_LEVELS = 255  # in the unit of the images
 
 
 class Monitor(Callback):
     """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
 
     Every `trainer.log_every_n_steps` θ-steps, in the group "curves":
-        objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, on an x and its f(x);
-                            Plug-and-Play has v in place of x, and minimises no objective
-        data_term           D(A T_θ(z), y)
+        objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, on an x and its f(x),
+                            in squared grey levels of an 8-bit image, where small values are not
+                            all 0.0001; Plug-and-Play has v in place of x, and minimises none
+        data_term           D(A T_θ(z), y), in squared grey levels: σ² where all but the noise
+                            is explained
         gap                 ‖x − T_θ(z)‖₂
         psnr_…              PSNR of out, average and x in dB, where the ground truth is known
         residual_to_sigma   the residual's root mean square over what the noise makes of it,
                             where the noise is known: at 1 the network explains all but the
                             noise, below it the noise
         lam, mu             λ and μ
-        denoiser_wait       seconds waited for the denoiser so far
+        denoiser_wait_seconds, denoiser_busy_seconds
+                            how long the fit has waited for the denoiser, and that has worked
         staleness           θ-steps since the x of the latest f(x), where the fit does not wait
-    A `DeepImagePrior` has data_term, psnr_… and residual_to_sigma. `test` logs PSNR and SSIM of
-    the restored image.
+    A `DeepImagePrior` has data_term, psnr_… and residual_to_sigma. TensorBoard's page "Custom
+    scalars" has the figure's three curves in one place. `test` logs PSNR and SSIM of the restored
+    image.
 
     Args:
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
@@ -42,16 +49,29 @@ class Monitor(Callback):
     def __init__(self, submodule: str = "") -> None:
         self.submodule = submodule
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        monitors = [c for c in trainer.callbacks if isinstance(c, Monitor)]
+        if self is monitors[0] and not trainer.fast_dev_run:  # an event file has one layout
+            layout: dict[str, Any] = {}
+            for monitor in monitors:
+                problem = find_restoration(pl_module, monitor.submodule).problem
+                known = problem is not None and problem.ground_truth is not None
+                layout |= figure3(monitor._group, with_psnr=known)
+            for writer in writers(trainer):
+                writer.add_custom_scalars(layout)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if logs_now(trainer):
             model = find_restoration(pl_module, self.submodule)
             curves = measure(model)
             if isinstance(model, DeepRED):
-                curves["denoiser_wait"] = torch.tensor(wait_seconds(trainer, self.submodule))
+                wait, busy = denoiser_seconds(trainer, self.submodule)
+                curves["denoiser_wait_seconds"] = torch.tensor(wait)
+                curves["denoiser_busy_seconds"] = torch.tensor(busy)
                 age = staleness(trainer, model, self.submodule)
                 if age is not None:
                     curves["staleness"] = torch.tensor(float(age))
-            self._log(pl_module, curves, group=self.submodule or "curves")
+            self._log(pl_module, curves, group=self._group)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         model = find_restoration(pl_module, self.submodule)
@@ -65,6 +85,10 @@ class Monitor(Callback):
         scores = {"psnr": psnr(restored, truth, on), "ssim": ssim(restored, truth, on)}
         self._log(pl_module, scores, group=self.submodule)
 
+    @property
+    def _group(self) -> str:
+        return self.submodule or "curves"
+
     def _log(self, pl_module: LightningModule, values: dict[str, Tensor], group: str) -> None:
         named = {f"{group}/{name}".lstrip("/"): value for name, value in values.items()}
         pl_module.log_dict(named, batch_size=1)
@@ -76,10 +100,10 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     problem = model.problem
     assert problem is not None
     data_term = problem.data_term(model.out)
-    curves = {"data_term": data_term}
+    curves = {"data_term": data_term * GREY_LEVELS**2}
     images = {"out": model.out, "average": model.average}
     if isinstance(model, DeepRED):
-        curves["objective"] = data_term + model.lam * model.prior
+        curves["objective"] = (data_term + model.lam * model.prior) * GREY_LEVELS**2
         curves["gap"] = admm.gap(model.out, model.x)
         curves["lam"], curves["mu"] = model.lam, model.mu
         images["x"] = model.x
@@ -90,6 +114,22 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     if expected is not None:
         curves["residual_to_sigma"] = (problem.residual(model.out) / expected).sqrt()
     return curves
+
+
+def figure3(group: str = "curves", with_psnr: bool = True) -> dict[str, dict[str, list]]:
+    """The paper's Figure 3 as a layout of TensorBoard's custom scalars: title → chart → tags.
+
+    It is the same for all methods, as TensorBoard shows every chart that differs in any run.
+    """
+    charts = {
+        "objective (Eq. 4), data term": ["objective", "data_term"],
+        "gap ‖x − T_θ(z)‖": ["gap"],
+    }
+    if with_psnr:
+        charts["PSNR in dB"] = ["psnr_out", "psnr_average", "psnr_x"]
+    title = "Figure 3" if group == "curves" else f"Figure 3: {group}"
+    named = {name: [f"{group}/{tag}" for tag in tags] for name, tags in charts.items()}
+    return {title: {name: ["Multiline", tags] for name, tags in named.items()}}
 
 
 def logs_now(trainer: Trainer) -> bool:

@@ -57,6 +57,7 @@ class REDUpdate(Callback):
 
     Attributes:
         wait_seconds: Seconds the fit has waited for the denoiser.
+        busy_seconds: Seconds the denoiser has worked.
         denoised_step: The step whose x (with "pnp" v) the latest f(x) was made of.
 
     Raises:
@@ -111,12 +112,17 @@ class REDUpdate(Callback):
         self._model: DeepRED | None = None
         self._background: Background | None = None
         self._rounds = 0  # rounds made
-        self._waited_before = 0.0  # by the parts of this fit that ended
+        self._waited_before = self._busy_before = 0.0  # in the parts of this fit that ended
 
     @property
     def wait_seconds(self) -> float:
         running = 0.0 if self._background is None else self._background.wait_seconds
         return self._waited_before + running
+
+    @property
+    def busy_seconds(self) -> float:
+        running = 0.0 if self._background is None else self._background.busy_seconds
+        return self._busy_before + running
 
     # Lightning's hooks
 
@@ -127,6 +133,7 @@ class REDUpdate(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "wait_seconds": self.wait_seconds,
+            "busy_seconds": self.busy_seconds,
             "denoised_step": self.denoised_step,
             "submitted_step": self._submitted_step,
             "overdue": self._overdue,
@@ -134,12 +141,14 @@ class REDUpdate(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._waited_before = state_dict["wait_seconds"]
+        self._busy_before = state_dict.get("busy_seconds", 0.0)
         self.denoised_step = state_dict["denoised_step"]
         self._submitted_step = state_dict["submitted_step"]
         self._overdue = state_dict["overdue"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._waited_before, self.denoised_step = 0.0, 0
+        self._waited_before = self._busy_before = 0.0
+        self.denoised_step = 0
         self._submitted_step, self._overdue = None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -276,6 +285,7 @@ class REDUpdate(Callback):
         if self._background is not None:
             self._background.close(timeout)
             self._waited_before += self._background.wait_seconds
+            self._busy_before += self._background.busy_seconds
             self._background = None
         if self._model is not None:
             self._model.driven = False
@@ -290,10 +300,12 @@ def staleness(trainer: Trainer, model: DeepRED, submodule: str = "") -> int | No
     return None
 
 
-def wait_seconds(trainer: Trainer, submodule: str | None = None) -> float:
-    """Seconds the trainer's fit has waited for denoisers; for one submodule's, or for all."""
+def denoiser_seconds(trainer: Trainer, submodule: str | None = None) -> tuple[float, float]:
+    """Seconds the trainer's fit has waited for denoisers, and that they have worked; for one
+    submodule's, or for all."""
     updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate)]
-    return sum(c.wait_seconds for c in updates if submodule in (None, c.submodule))
+    updates = [c for c in updates if submodule in (None, c.submodule)]
+    return sum(c.wait_seconds for c in updates), sum(c.busy_seconds for c in updates)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import io
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl.callbacks.guard import rollbacks
+from deepred_pl.callbacks.hparams import log_hyperparameters
 from deepred_pl.callbacks.langevin import Langevin
-from deepred_pl.callbacks.red import wait_seconds
+from deepred_pl.callbacks.red import denoiser_seconds
 from deepred_pl.callbacks.stopping import AutoStop
 from deepred_pl.directory import check_writable, run_directory, write_json
 from deepred_pl.images import ImageFormat, write_bytes, write_image
@@ -36,13 +38,18 @@ class Writer(Callback):
     `result.json`; with `Langevin` also the samples' standard deviation, `uncertainty.npy`,
     (H, W, C) on the [0, 1] scale, and `uncertainty.png`, its mean over the channels, white at the
     largest. `predict` writes the first alone. That the directory can be written is found out
-    before the fit.
+    before the fit. A TensorBoard logger gets an entry of the page "HParams": the settings that
+    tell methods apart, and what they came to.
+
+    Args:
+        labels: Names for that page, as {"image": "house"}.
 
     Raises:
         OSError: The run directory cannot be written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, labels: Mapping[str, str] | None = None) -> None:
+        self.labels = dict(labels or {})
         self._seconds_before = 0.0
         self._start = math.nan
 
@@ -72,6 +79,7 @@ class Writer(Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, Langevin) and callback.std is not None:
                 write_uncertainty(directory, callback.std)
+        log_hyperparameters(pl_module, trainer, result, self.labels)
         write_json(directory / "result.json", result)  # last: where it is, the run is complete
         scores = [result["psnr"][name] for name in ("measurement", "restored")]
         gain = "" if None in scores else " (PSNR {:.2f} -> {:.2f} dB)".format(*scores)
@@ -103,7 +111,7 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         **score(model.problem, model.restored, out=model.out, average=model.average, x=x),
         "steps": model.step,
         "seconds": round(seconds, 3),
-        "denoiser_wait_seconds": round(wait_seconds(trainer), 3),
+        "denoiser_wait_seconds": round(denoiser_seconds(trainer)[0], 3),
         "rollbacks": rollbacks(trainer),
         "stop_reason": _stop_reason(trainer),
         "seed": model.seed,

@@ -361,7 +361,7 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
         on = "luminance" if task == "sr4" else "RGB"
         for axis, title, curves in zip(
             row,
-            ("objective", "gap ‖x − T_θ(z)‖", f"average, PSNR on {on}, dB"),
+            ("objective, squared grey levels", "gap ‖x − T_θ(z)‖", f"average, PSNR on {on}, dB"),
             (
                 {"DeepRED": curve(directories["DeepRED"], "objective")},
                 {"DeepRED": curve(directories["DeepRED"], "gap")},

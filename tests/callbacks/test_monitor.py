@@ -1,9 +1,13 @@
 import csv
+import time
 
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning import LightningModule
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Monitor, RestorationBar
@@ -33,10 +37,10 @@ def test_the_curves_are_those_of_the_paper(make_trainer, channels):
     # Round 3 collected f(x) of the x that round 2 left, which is still there after step 5.
     matched, f_x = before.x.double().numpy(), after.f_x.double().numpy()
     np.testing.assert_allclose(f_x, smooth(before.x).double().numpy(), atol=1e-6)
-    assert curves["objective"] == pytest.approx(
+    assert curves["objective"] / 255**2 == pytest.approx(
         data_term + 0.5 * (matched * (matched - f_x)).mean(), rel=1e-4
     )
-    assert curves["data_term"] == pytest.approx(data_term, rel=1e-4)
+    assert curves["data_term"] / 255**2 == pytest.approx(data_term, rel=1e-4)
     assert curves["gap"] == pytest.approx(np.sqrt(((x - out) ** 2).sum()), rel=1e-4)
     for name, image in {"out": out, "average": average, "x": x}.items():
         psnr = -10 * np.log10(((image - truth) ** 2).mean())
@@ -64,8 +68,82 @@ def test_curves_are_logged_every_n_steps_through_the_logger(make_trainer, tmp_pa
     with open(f"{logger.log_dir}/metrics.csv") as file:
         logged = list(csv.DictReader(file))
     assert [row["step"] for row in logged] == ["2", "5"]  # Lightning counts steps from 0
-    assert {"curves/objective", "curves/psnr_average", "curves/denoiser_wait"} <= set(logged[0])
+    assert {"curves/objective", "curves/psnr_average", "curves/denoiser_wait_seconds"} <= set(
+        logged[0]
+    )
     assert "curves/psnr_average" in trainer.callback_metrics  # for callbacks that monitor a metric
+
+
+def layout_of(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(content)
+    return {
+        (category.title, chart.title): list(chart.multiline.tag)
+        for category in layout.category
+        for chart in category.chart
+    }, set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("kind", [DeepRED, DeepImagePrior])
+def test_tensorboard_has_the_papers_figure(make_trainer, tmp_path, kind):
+    logger = TensorBoardLogger(tmp_path)
+    fitted(make_trainer, noisy_problem(), kind, logger=logger, log_every_n_steps=2)
+    layout, logged = layout_of(logger.log_dir)
+    assert [title for title, _ in layout] == ["Figure 3"] * 3
+    shown = {tag for tags in layout.values() for tag in tags}
+    assert shown >= {"curves/data_term", "curves/psnr_out", "curves/psnr_average"}
+    if kind is DeepRED:
+        assert shown <= logged
+
+
+def test_a_figure_without_a_true_image_has_no_psnr_and_each_child_has_one(make_trainer, tmp_path):
+    class Two(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.a = DeepRED(network=TinyNet, problem=noisy_problem())
+            self.b = DeepImagePrior(network=TinyNet, problem=InverseProblem(picture(1, 9, 9)))
+            self.configure_optimizers = lambda: torch.optim.Adam(self.parameters())
+            self.train_dataloader = self.a.train_dataloader
+
+        def training_step(self, batch, batch_idx):
+            return self.a.training_step() + self.b.training_step()
+
+    logger = TensorBoardLogger(tmp_path)
+    callbacks = [REDUpdate(smooth, submodule="a"), Monitor("a"), Monitor("b")]
+    make_trainer(max_steps=2, callbacks=callbacks, logger=logger, log_every_n_steps=1).fit(Two())
+    layout, logged = layout_of(logger.log_dir)
+    assert [title for title, _ in layout] == ["Figure 3: a"] * 3 + ["Figure 3: b"] * 2
+    assert {"a/gap", "b/data_term"} <= logged
+
+
+def test_the_denoisers_work_and_the_wait_for_it_are_logged_and_survive(make_trainer, tmp_path):
+    def slow(x):
+        time.sleep(0.05)
+        return smooth(x)
+
+    def fit(model, steps, **resume):
+        update = REDUpdate(slow, every_n_steps=2)
+        trainer = make_trainer(
+            max_steps=steps,
+            callbacks=[update, Monitor()],
+            logger=CSVLogger(tmp_path),
+            log_every_n_steps=2,
+        )
+        trainer.fit(model, **resume)
+        return trainer, update, {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+    def made():
+        return DeepRED(network=TinyNet, problem=noisy_problem())
+
+    trainer, update, logged = fit(made(), 4)
+    assert 0.05 < logged["curves/denoiser_busy_seconds"] <= update.busy_seconds
+    assert update.busy_seconds >= 0.1  # two rounds
+    assert 0 < logged["curves/denoiser_wait_seconds"] <= logged["curves/denoiser_busy_seconds"]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    before = update.busy_seconds
+    _, update, _ = fit(made(), 8, ckpt_path=tmp_path / "last.ckpt")
+    assert update.busy_seconds >= before + 0.1
 
 
 def test_a_child_is_logged_under_its_name(make_trainer, tmp_path):

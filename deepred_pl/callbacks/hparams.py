@@ -1,0 +1,80 @@
+"""An entry of TensorBoard's HParams page."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from deepred_pl.callbacks.langevin import Langevin
+from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.data import DEFAULT_SAMPLE, RestorationDataModule
+from deepred_pl.model import DeepImagePrior, DeepRED
+
+
+def log_hyperparameters(
+    model: DeepImagePrior, trainer: Trainer, result: Mapping[str, Any], labels: Mapping[str, str]
+) -> None:
+    """Log what tells methods apart beside what they came to, to every TensorBoard logger.
+
+    Args:
+        model: The fitted module.
+        trainer: Its trainer.
+        result: The contents of `result.json`.
+        labels: Further columns, or other values of these.
+    """
+    final = {name: result[name]["restored"] for name in ("psnr", "ssim")}
+    final |= {name: result[name] for name in ("residual_to_sigma", "steps", "seconds")}
+    known = {f"final/{name}": float(v) for name, v in final.items() if v is not None}
+    columns = {**describe(model, trainer), **labels}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(columns, known, trainer.global_step)
+
+
+def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
+    """The settings that tell methods and problems apart, by short names, as plain values.
+
+    Every fit has all of them, as TensorBoard shows those alone that its first run has; where one
+    means nothing it is "none" or 0. It shows the first few by the alphabet: numbers come behind.
+    """
+    problem, network = model.problem, model.network
+    assert problem is not None and network is not None
+    method = ["DeepRED" if isinstance(model, DeepRED) else "DIP"]
+    method += [] if model.regularizer is None else [_name(model.regularizer)]
+    method += [_name(c) for c in trainer.callbacks if isinstance(c, Langevin)]
+    updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate) and not c.submodule]
+    update = updates[0] if updates and isinstance(model, DeepRED) else None
+    group = trainer.optimizers[0].param_groups[0]
+    return {
+        "denoiser": "none" if update is None else _name(update.denoiser),
+        "image": _image(trainer.datamodule),
+        "method": " + ".join(method),
+        "network": _name(network),
+        "noise": "none" if problem.noise is None else _name(problem.noise),
+        "operator": _name(problem.operator),
+        "set/denoiser_sigma": float(getattr(update and update.denoiser, "sigma", None) or 0),
+        "set/input_noise_std": model.input_noise_std,
+        "set/k": 0 if update is None else update.every_n_steps * update.rounds_per_denoising,
+        "set/lam": model.initial_lam if isinstance(model, DeepRED) else 0,
+        "set/lr": group.get("initial_lr", group["lr"]),
+        "set/mu": model.initial_mu if isinstance(model, DeepRED) else 0,
+        "set/seed": model.seed,
+        "weighting": model.weighting if isinstance(model, DeepRED) else "none",
+        "x_update": "none" if update is None else update.x_update,
+    }
+
+
+def _image(datamodule: object) -> str:
+    if not isinstance(datamodule, RestorationDataModule):
+        return "unnamed"
+    source = datamodule.ground_truth or datamodule.measurement
+    if source is None:
+        return DEFAULT_SAMPLE
+    return Path(source).stem if isinstance(source, str | os.PathLike) else "unnamed"
+
+
+def _name(part: object) -> str:
+    return getattr(part, "__name__", type(part).__name__)

@@ -1,0 +1,54 @@
+import pytest
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
+from deepred_pl.callbacks import Writer
+from deepred_pl.denoisers import TotalVariation
+from deepred_pl.losses import TotalVariationPenalty
+from tests.conftest import TinyNet, noisy_problem, smooth
+
+
+def entry(folder):
+    """What TensorBoard's HParams page reads: the settings, and the final numbers."""
+    events = EventAccumulator(str(folder)).Reload()
+    metadata = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
+    settings = {
+        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
+    }
+    finals = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
+    return settings, {tag.removeprefix("final/"): events.Scalars(tag)[-1].value for tag in finals}
+
+
+def fit(make_trainer, folder, model, *callbacks, labels=None):
+    logger = TensorBoardLogger(folder, default_hp_metric=False)
+    make_trainer(max_steps=3, callbacks=[*callbacks, Writer(labels)], logger=logger).fit(model)
+    return entry(logger.log_dir)
+
+
+def test_methods_can_be_told_apart_and_have_the_same_columns(make_trainer, tmp_path):
+    update = REDUpdate(TotalVariation(0.1), every_n_steps=3, rounds_per_denoising=2)
+    red = DeepRED(network=TinyNet, problem=noisy_problem(height=12, width=13), lam=0.25, seed=3)
+    settings, final = fit(make_trainer, tmp_path, red, update, labels={"image": "house"})
+    assert settings["method"] == "DeepRED" and settings["denoiser"] == "TotalVariation"
+    assert (settings["set/lam"], settings["set/k"], settings["set/seed"]) == (0.25, 6, 3)
+    assert settings["image"] == "house" and settings["noise"] == "GaussianNoise"
+    assert set(final) == {"psnr", "ssim", "residual_to_sigma", "steps", "seconds"}
+    truth = red.problem.ground_truth
+    psnr = -10 * (red.restored - truth).square().mean().log10()
+    assert final["psnr"] == pytest.approx(float(psnr), abs=1e-3) and final["steps"] == 3
+    dip = DeepImagePrior(
+        TinyNet, problem=noisy_problem(), regularizer=TotalVariationPenalty(weight=0.1)
+    )
+    others, _ = fit(make_trainer, tmp_path, dip, REDUpdate(smooth))
+    assert set(others) == set(settings)
+    assert others["method"] == "DIP + TotalVariationPenalty" and others["denoiser"] == "none"
+
+
+def test_without_a_true_image_what_is_known_is_kept(make_trainer, tmp_path):
+    problem = noisy_problem()
+    problem.ground_truth = None
+    _, final = fit(make_trainer, tmp_path, DeepImagePrior(TinyNet, problem=problem))
+    assert set(final) == {"residual_to_sigma", "steps", "seconds"}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer, callbacks
 from pytorch_lightning.callbacks import Timer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,9 @@ from deepred_pl.problem import InverseProblem
 
 # The released rise starts at 20 dB; its noise of σ = 25 has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
+
+# Lightning's callbacks that average weights, of which older versions have one.
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 CHANGEABLE = ("result", "init_from", "compile")  # settings that a fit which goes on may change
 
@@ -193,6 +196,7 @@ class DeepImagePrior(LightningModule):
             return
         if self.trainer.training:
             self.chosen = None  # of an earlier fit; a checkpoint's comes back with it
+            check_trainer(self, self.trainer)
         timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)
         if self.trainer.training and self.trainer.max_steps == -1 and not timed:
             raise ValueError(
@@ -507,6 +511,47 @@ class WarmupCosine(LambdaLR):
             return 0.5 * (1 + math.cos(math.pi * done))
 
         super().__init__(optimizer, factor)
+
+
+def check_trainer(model: DeepImagePrior, trainer: Trainer) -> None:
+    """Refuse what Lightning offers and the fit of one image cannot have; called before it.
+
+    Raises:
+        ValueError: Several devices, accumulated gradients, or a compiled module.
+    """
+    devices = trainer.num_devices * trainer.num_nodes
+    if devices > 1:
+        raise ValueError(
+            f"one image does not shard: expected one device, got {devices}; give devices=1 "
+            "(--trainer.devices 1), and many images to deepred-batch"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "a θ-step is one pass over the one image: expected accumulate_grad_batches=1, got "
+            f"{trainer.accumulate_grad_batches}; average_decay smooths over steps"
+        )
+    if model._compiler_ctx is not None:  # Lightning's mark
+        raise ValueError(
+            f"expected a {type(model).__name__} that is not compiled, got torch.compile's, which "
+            "starts anew at every step's number; compile=True compiles the network alone"
+        )
+    check_averaging(trainer)
+
+
+def check_averaging(trainer: Trainer) -> None:
+    """Refuse callbacks that average a module's weights.
+
+    Raises:
+        ValueError: There is one.
+    """
+    kinds = [getattr(callbacks, name, ()) for name in AVERAGING]
+    for callback in trainer.callbacks:
+        if isinstance(callback, tuple(kinds)):
+            raise ValueError(
+                f"{type(callback).__name__} would average x, u and the images with the weights, "
+                "and the network is not run with these: leave it out, for `average` is the "
+                "exponential average of the outputs (average_decay)"
+            )
 
 
 def find_restoration(module: LightningModule, submodule: str = "") -> DeepImagePrior:

@@ -43,7 +43,7 @@ from deepred_pl.callbacks import (
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.images import to_array
-from deepred_pl.model import DeepImagePrior
+from deepred_pl.model import DeepImagePrior, check_trainer
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 from deepred_pl.tiles import Region, Tiling, blend, cut
@@ -174,6 +174,7 @@ class RestorationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find bad input before anything is written."""
+        check_trainer(self.model, self.trainer)  # before other devices' processes start
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.problem)
         for callback in self.trainer.callbacks:

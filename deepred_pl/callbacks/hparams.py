@@ -43,7 +43,7 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
     problem, network = model.problem, model.network
     assert problem is not None and network is not None
     method = ["DeepRED" if isinstance(model, DeepRED) else "DIP"]
-    method += [] if model.regularizer is None else [_name(model.regularizer)]
+    method += [] if model.regularizer is None else [_name(model.regularizer).removesuffix("Penalty")]
     method += [_name(c) for c in trainer.callbacks if isinstance(c, Langevin)]
     updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate) and not c.submodule]
     update = updates[0] if updates and isinstance(model, DeepRED) else None
@@ -70,10 +70,11 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
 def _image(datamodule: object) -> str:
     if not isinstance(datamodule, RestorationDataModule):
         return "unnamed"
-    source = datamodule.ground_truth or datamodule.measurement
-    if source is None:
-        return DEFAULT_SAMPLE
-    return Path(source).stem if isinstance(source, str | os.PathLike) else "unnamed"
+    named = datamodule.ground_truth, datamodule.measurement
+    source = next((s for s in named if s is not None), DEFAULT_SAMPLE)
+    if not isinstance(source, str | os.PathLike):
+        return "unnamed"
+    return Path(str(source).rpartition(":")[-1]).stem
 
 
 def _name(part: object) -> str:

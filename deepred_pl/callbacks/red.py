@@ -12,7 +12,7 @@ from torch import Tensor
 from deepred_pl import admm
 from deepred_pl.background import Background
 from deepred_pl.denoisers import Denoiser
-from deepred_pl.model import DeepImagePrior, DeepRED, find_restoration
+from deepred_pl.model import DeepImagePrior, DeepRED, check_averaging, find_restoration
 
 
 class REDUpdate(Callback):
@@ -192,6 +192,7 @@ class REDUpdate(Callback):
         """
         if not isinstance(model, DeepRED):
             return
+        check_averaging(trainer)
         if self.x_update == "mixed" and trainer.max_steps < 1:
             raise ValueError(
                 "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="

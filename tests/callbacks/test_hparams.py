@@ -44,7 +44,7 @@ def test_methods_can_be_told_apart_and_have_the_same_columns(make_trainer, tmp_p
     )
     others, _ = fit(make_trainer, tmp_path, dip, REDUpdate(smooth))
     assert set(others) == set(settings)
-    assert others["method"] == "DIP + TotalVariationPenalty" and others["denoiser"] == "none"
+    assert others["method"] == "DIP + TotalVariation" and others["denoiser"] == "none"
 
 
 def test_without_a_true_image_what_is_known_is_kept(make_trainer, tmp_path):

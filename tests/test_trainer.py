@@ -1,0 +1,305 @@
+"""What Lightning's Trainer offers: it works with one image, or is refused with the reason."""
+
+import copy
+import csv
+import itertools
+import pickle
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
+from deepred_pl.callbacks import LastCheckpoint, Monitor, Writer
+from deepred_pl.model import WarmupCosine
+from tests.conftest import TinyNet, noisy_problem, smooth
+
+EMA = getattr(callbacks, "EMAWeightAveraging", None)  # new in Lightning 2.6
+
+
+def made(kind=DeepRED, **settings):
+    return kind(**{"network": TinyNet, "problem": noisy_problem(), **settings})
+
+
+def update(**settings):
+    return REDUpdate(smooth, every_n_steps=2, **settings)
+
+
+def fit(make_trainer, model, *others, steps=6, **settings):
+    trainer = make_trainer(max_steps=steps, callbacks=[update(), *others], **settings)
+    trainer.fit(model)
+    return trainer
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Works
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_precisions_round_the_network_and_nothing_else(make_trainer, precision):
+    model, exact = made(), made()
+    fit(make_trainer, exact)
+    fit(make_trainer, model, precision=precision)
+    assert all(b.dtype == torch.float32 for b in model.buffers())
+    assert model.restored.isfinite().all()
+    assert torch.equal(model.out, exact.out) == (precision == "32-true")
+    assert (model.out - exact.out).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped(make_trainer, algorithm):
+    norms = []
+
+    class Norm(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):  # before the clipping
+            norms.append(max(p.grad.abs().max() for p in module.parameters()))
+
+    model, clipped = made(), made()
+    fit(make_trainer, model, Norm())
+    assert max(norms) > 1e-4
+    fit(
+        make_trainer,
+        clipped,
+        gradient_clip_val=1e-5,
+        gradient_clip_algorithm=algorithm,
+    )
+    assert clipped.step == 6 and not torch.equal(clipped.out, model.out)
+    largest = max(p.grad.abs().max() for p in clipped.parameters())
+    assert largest <= 1e-5 * (1 + 1e-6)
+
+
+def test_deterministic_gives_the_same_fit(make_trainer):
+    model, strict = made(), made()
+    fit(make_trainer, model)
+    try:
+        fit(make_trainer, strict, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(state(model), state(strict))
+
+
+def test_a_fast_dev_run_makes_a_step_and_leaves_nothing(make_trainer, tmp_path):
+    model = made()
+    others = [Monitor(), Writer(), LastCheckpoint(1)]
+    fit(
+        make_trainer,
+        model,
+        *others,
+        steps=-1,
+        fast_dev_run=True,
+        enable_checkpointing=True,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    assert model.step == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [{"overfit_batches": 1}, {"limit_train_batches": 2}])
+def test_short_epochs_make_the_same_fit(make_trainer, limit):
+    """There is one image: an epoch's length is nothing but bookkeeping."""
+    model, limited = made(), made()
+    fit(make_trainer, model)
+    fit(make_trainer, limited, **limit)
+    assert limited.step == 6
+    assert_same(state(model), state(limited))
+
+
+def test_epochs_may_end_the_fit(make_trainer):
+    model = made()
+    fit(make_trainer, model, steps=-1, limit_train_batches=4, max_epochs=2, max_time="00:01:00:00")
+    assert model.step == 8
+
+
+def test_the_learning_rate_can_be_watched(make_trainer, tmp_path):
+    def schedule(optimizer):
+        return WarmupCosine(optimizer, total_steps=6, warmup_steps=2)
+
+    logger = CSVLogger(tmp_path)
+    watch = callbacks.LearningRateMonitor(logging_interval="step")
+    model = made(lr_scheduler=schedule)
+    fit(make_trainer, model, watch, logger=logger, log_every_n_steps=1)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rates = [float(row["lr-Adam"]) for row in csv.DictReader(file) if row["lr-Adam"]]
+    assert rates[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
+
+
+def test_two_loggers_share_the_curves_and_the_first_has_the_files(make_trainer, tmp_path):
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    model = made()
+    fit(make_trainer, model, Monitor(), Writer(), logger=loggers, log_every_n_steps=2)
+    with open(f"{loggers[0].log_dir}/metrics.csv") as file:
+        gaps = [float(row["curves/gap"]) for row in csv.DictReader(file) if row["curves/gap"]]
+    events = EventAccumulator(loggers[1].log_dir).Reload()
+    assert gaps == pytest.approx([event.value for event in events.Scalars("curves/gap")], rel=1e-5)
+    assert len(gaps) == 3
+    files = {path.name for path in (tmp_path / "csv").rglob("*") if path.is_file()}
+    assert {"metrics.csv", "restored.png", "result.json"} <= files
+
+
+def test_a_metric_stops_the_fit(make_trainer):
+    stopping = callbacks.EarlyStopping(
+        "curves/gap", patience=1, mode="max", check_on_train_epoch_end=True
+    )
+    model = made()
+    fit(
+        make_trainer,
+        model,
+        Monitor(),
+        stopping,
+        steps=40,
+        limit_train_batches=2,
+        log_every_n_steps=2,
+    )
+    assert 4 <= model.step < 40
+
+
+def test_lightnings_own_checkpoints_serve(make_trainer, tmp_path):
+    whole, model, resumed = made(), made(), made()
+    fit(make_trainer, whole, steps=9)
+    saving = callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(make_trainer, model, saving, steps=6, enable_checkpointing=True)
+    make_trainer(max_steps=9, callbacks=[update()]).fit(resumed, ckpt_path=tmp_path / "step=5.ckpt")
+    assert_same(state(whole), state(resumed))
+    alone = DeepRED.load_from_checkpoint(tmp_path / "step=5.ckpt", network=TinyNet)
+    assert alone.step == 5 and alone.restored.shape == (1, 3, 9, 11)
+
+
+def test_copies_and_pickles_of_a_fitted_module_go_on_alike(make_trainer):
+    model = made()
+    fit(make_trainer, model, steps=4)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in [model, *copies]:
+        fit(make_trainer, twin, steps=3)
+    for twin in copies:
+        assert twin.step == 7
+        assert_same(state(model), state(twin))
+
+
+# Refused
+
+
+def refused(make_trainer, model, *others, **settings):
+    with pytest.raises(ValueError) as error:
+        fit(make_trainer, model, *others, **settings)
+    assert model.step == 0
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
+def test_accumulated_gradients_are_refused(make_trainer, kind):
+    said = refused(make_trainer, made(kind), accumulate_grad_batches=4)
+    assert "expected accumulate_grad_batches=1, got 4; average_decay smooths" in said
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+@pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
+def test_averaged_weights_are_refused(make_trainer, kind, name):
+    if not hasattr(callbacks, name):
+        pytest.skip("an older Lightning")
+    settings = {"swa_lrs": 0.01, "swa_epoch_start": 1} if name.startswith("Sto") else {}
+    said = refused(make_trainer, made(kind), getattr(callbacks, name)(**settings))
+    assert f"{name} would average x, u and the images" in said and "leave it out" in said
+
+
+def test_several_devices_are_refused_before_their_processes_start():
+    model = made()
+    trainer = Trainer(accelerator="cpu", devices=2, max_steps=1, logger=False)
+    model.trainer = trainer
+    trainer.training = True
+    with pytest.raises(ValueError, match=r"one image does not shard: .* got 2; give devices=1"):
+        model.configure_model()
+
+
+def test_a_compiled_module_is_refused_and_the_way_is_named(make_trainer):
+    model = made()
+    trainer = make_trainer(max_steps=2, callbacks=[update()])
+    with pytest.raises(ValueError, match="compile=True compiles the network alone"):
+        trainer.fit(torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
+def test_true_precisions_are_refused(make_trainer, precision):
+    assert "use precision='bf16-mixed'" in refused(make_trainer, made(), precision=precision)
+
+
+def test_a_share_of_an_endless_epoch_is_refused(make_trainer):
+    with pytest.raises(MisconfigurationException, match=r"must be `1.0` or an int"):
+        fit(make_trainer, made(), overfit_batches=0.5)
+
+
+# Inside another module
+
+
+class Outer(LightningModule):
+    """Restores an image, and learns its mean beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.restoration = made()
+        self.mean = nn.Parameter(torch.tensor(0.0))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.restoration.training_step(batch, batch_idx)
+        return loss + (self.mean - self.restoration.out.mean()) ** 2
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return itertools.repeat(0)
+
+
+def inner():
+    return REDUpdate(smooth, every_n_steps=2, submodule="restoration")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 0.1},
+        {"accumulate_grad_batches": 2},
+        {"limit_train_batches": 3},
+    ],
+)
+def test_a_parent_has_them_too_and_its_checkpoint_is_loaded_alone(make_trainer, tmp_path, settings):
+    parent = Outer()
+    trainer = make_trainer(max_steps=6, callbacks=[inner()], **settings)
+    trainer.fit(parent)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    passes = 6 * settings.get("accumulate_grad_batches", 1)
+    assert parent.restoration.step == passes  # a child counts its passes
+    assert not torch.equal(parent.restoration.x, parent.restoration.problem.y)
+    loaded = Outer.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert_same(state(parent), state(loaded))
+    assert torch.equal(parent.restoration.restored, loaded.restoration.restored)
+
+
+def test_where_a_parent_accumulates_a_round_is_of_its_childs_passes(make_trainer):
+    parent, changed = Outer(), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *batch):
+            changed.append(module.restoration.x.clone())
+
+    make_trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[inner(), Watch()]).fit(parent)
+    rounds = [not torch.equal(a, b) for a, b in itertools.pairwise(changed)]
+    assert rounds == [True, False, True, False, True]  # at passes 2, 4 and 6
+
+
+@pytest.mark.skipif(EMA is None, reason="an older Lightning")
+def test_a_parents_averaged_weights_are_refused_where_they_would_average_x(make_trainer):
+    trainer = make_trainer(max_steps=2, callbacks=[EMA(), inner()])
+    with pytest.raises(ValueError, match="EMAWeightAveraging would average x, u"):
+        trainer.fit(Outer())

@@ -45,7 +45,8 @@ class RestorationDataModule(LightningDataModule):
         ground_truth: Image file (PNG, JPEG, TIFF, NPY); "sample:NAME" for a 128×128 crop of an
             image inside scikit-image: astronaut, camera, chelsea, coffee or rocket; or
             "set:SET/IMAGE" for one of the literature (`deepred_pl.datasets`).
-        measurement: Image file of what was observed.
+        measurement: Image file of what was observed; as an attribute, before `setup`, also an array
+            (H, W) or (H, W, C).
         operator: The forward operator A; None is the identity.
         noise: The noise model; None means the mean squared residual as data term.
         degrade: What simulates A: the "operator", or "antialiased_resize", Pillow's Lanczos-3
@@ -65,7 +66,6 @@ class RestorationDataModule(LightningDataModule):
         seed: Seed of the simulated degradation.
 
     Attributes:
-        measurement: May also be set to an array (H, W) or (H, W, C) before `setup`.
         problem: The `InverseProblem`, after `setup`.
         image_format: How the input was stored, after `setup`.
 

@@ -42,6 +42,7 @@ from deepred_pl.callbacks import (
 )
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
+from deepred_pl.help import ReadableParser
 from deepred_pl.images import to_array
 from deepred_pl.model import DeepImagePrior, check_trainer
 from deepred_pl.noise import NoiseModel
@@ -51,6 +52,12 @@ from deepred_pl.tiles import Region, Tiling, blend, cut
 Image = TypeVar("Image", np.ndarray, Tensor)
 
 ABOUT = "Restore one degraded image without training data, by DeepRED or Deep Image Prior."
+USAGE = "deepred {} --config NAME [--config NAME ...] [--SECTION.SETTING VALUE ...]"
+MORE = (
+    "Sections: data is the image, model what is fitted to it, red the denoiser and the updates of "
+    "x and u, trainer Lightning's own. Every sigma is in grey levels of an 8-bit image. More of a "
+    "part: --model.help DeepRED, --data.operator.help Blur, --red.denoiser.help BM3D."
+)
 SUBCOMMANDS = {
     "fit": "Fit a network to one image, and write what it restores into the run directory.",
     "test": "Score the restored image of a checkpoint (--ckpt_path) against its ground truth.",
@@ -99,7 +106,10 @@ class RestorationCLI(LightningCLI):
         rank_zero_log.addFilter(_is_no_advertisement)
         # Errors are the caller's to tell, and a name cut short is one.
         raising = {"exit_on_error": False, "allow_abbrev": False}
-        commands = {name: {"description": text, **raising} for name, text in SUBCOMMANDS.items()}
+        commands = {
+            name: {"description": text, "usage": USAGE.format(name), "epilog": MORE, **raising}
+            for name, text in SUBCOMMANDS.items()
+        }
         super().__init__(
             model_class=DeepImagePrior,
             datamodule_class=RestorationDataModule,
@@ -107,11 +117,29 @@ class RestorationCLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=False,  # model.seed and data.seed own all randomness
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "deepred", "description": ABOUT, **raising, **commands},
+            parser_kwargs={
+                "prog": "deepred",
+                "description": ABOUT,
+                "epilog": "deepred fit --config quickstart is a first fit, in half a minute.",
+                **raising,
+                **commands,
+            },
             load_from_checkpoint_support=False,  # plain hparams: load with your own `network`
             args=args,
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose help can be read."""
+        self.parser_class = ReadableParser
+        return super().init_parser(**kwargs)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Tell what they are in words of ours; Lightning's are of its Trainer, and cut short."""
+        super()._add_subcommands(parser, **kwargs)
+        for action in parser._actions:
+            for choice in getattr(action, "_choices_actions", []):
+                choice.help = SUBCOMMANDS[choice.dest]
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -125,6 +153,8 @@ class RestorationCLI(LightningCLI):
         parser.add_lightning_class_args(REDUpdate, "red")
         parser.add_lightning_class_args(Panels, "panels")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        # Help in the order of the groups: what is this package's goes before Lightning's Trainer.
+        parser._action_groups.sort(key=lambda group: group is parser.groups["trainer"])
         parser.set_defaults({"red.denoiser": {"class_path": "deepred_pl.denoisers.NonLocalMeans"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

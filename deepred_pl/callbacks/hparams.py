@@ -43,7 +43,9 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
     problem, network = model.problem, model.network
     assert problem is not None and network is not None
     method = ["DeepRED" if isinstance(model, DeepRED) else "DIP"]
-    method += [] if model.regularizer is None else [_name(model.regularizer).removesuffix("Penalty")]
+    method += (
+        [] if model.regularizer is None else [_name(model.regularizer).removesuffix("Penalty")]
+    )
     method += [_name(c) for c in trainer.callbacks if isinstance(c, Langevin)]
     updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate) and not c.submodule]
     update = updates[0] if updates and isinstance(model, DeepRED) else None

@@ -68,7 +68,7 @@ class REDUpdate(Callback):
 
     def __init__(
         self,
-        denoiser: Denoiser | Callable[[Tensor], Tensor],
+        denoiser: Denoiser | Callable[[Tensor], Any],  # a Tensor: help would list all kinds of one
         every_n_steps: int = 10,
         rounds_per_denoising: int = 1,
         x_update: Literal["fixed_point", "gradient", "mixed", "pnp"] = "fixed_point",

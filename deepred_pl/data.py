@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -115,6 +116,15 @@ class RestorationDataModule(LightningDataModule):
         self.seed = seed
         self.problem: InverseProblem | None = None
         self.image_format = ImageFormat()
+
+    @property
+    def name(self) -> str:
+        """The image's name: that of its file without folder and suffix; "unnamed" for an array."""
+        named = self.ground_truth, self.measurement
+        source = next((s for s in named if s is not None), DEFAULT_SAMPLE)
+        if not isinstance(source, str | os.PathLike):
+            return "unnamed"
+        return Path(str(source).rpartition(":")[-1]).stem
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, or simulate; once."""

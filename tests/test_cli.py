@@ -450,6 +450,35 @@ def test_the_processes_random_numbers_are_left_alone(deepred, photo):
     assert (str(np.random.get_state()), random.getstate()) == before[1:]
 
 
+# Help
+
+
+def helped(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        main([*args])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_begins_with_what_is_this_packages(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = helped(capsys, "fit", "--help")
+    assert said.startswith("usage: deepred fit --config NAME")
+    sections = [said.index(f"  --{name} ") for name in ("model", "data", "red", "trainer")]
+    assert sections == sorted(sections)
+    assert "known subclasses: torch" not in said and "torch.nn.Parameter" not in said
+    assert "every_n_steps" in said and "grey levels of an 8-bit image" in said
+    assert "Write the restored image of a checkpoint" in helped(capsys, "--help")
+
+
+def test_help_names_the_networks_there_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = helped(capsys, "fit", "--model.help", "DeepRED")
+    assert "λ > 0, weight of the RED prior" in said and "deepred_pl.networks.SkipNet" in said
+    assert "torch.nn.Linear" not in said and "GaussianNoise" not in said
+    assert "torch.optim.Adam" in said  # where there is none of ours, all there are
+
+
 # A user's mistakes
 
 
@@ -470,6 +499,9 @@ def test_the_processes_random_numbers_are_left_alone(deepred, photo):
         ({"checkpoint__every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"trainer__precision": "bf16-true"}, "bf16-mixed"),
         ({"trainer__max_steps": -1}, "max_steps"),
+        ({"trainer__devices": 2}, "expected one device, got 2; give devices=1"),
+        ({"trainer__accumulate_grad_batches": 2}, "expected accumulate_grad_batches=1, got 2"),
+        ({"panels__every_n_steps": -1}, "every_n_steps must be at least 0"),
         ({"model__lamda": 1}, "Option 'lamda' is not accepted"),
         ({"data__intensity_range": "[5, 1]"}, "two finite numbers"),
         ({"data__operator": "Mask"}, "which pixels are known"),

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import skimage.data
@@ -249,3 +251,18 @@ def test_an_unknown_sample_is_refused():
 def test_a_negative_seed_is_refused():
     with pytest.raises(ValueError, match="seed"):
         RestorationDataModule(seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "astronaut"),
+        ({"ground_truth": "sample:camera"}, "camera"),
+        ({"ground_truth": "set:set5/head"}, "head"),
+        ({"measurement": "photos/my house.v2.png"}, "my house.v2"),
+        ({"measurement": "a.png", "ground_truth": Path("clean/b.tif")}, "b"),
+        ({"measurement": np.zeros((9, 9))}, "unnamed"),
+    ],
+)
+def test_an_image_has_its_files_name(settings, name):
+    assert RestorationDataModule(**settings).name == name

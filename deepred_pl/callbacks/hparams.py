@@ -1,8 +1,6 @@
 """An entry of TensorBoard's HParams page."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
@@ -10,7 +8,6 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.red import REDUpdate
-from deepred_pl.data import DEFAULT_SAMPLE, RestorationDataModule
 from deepred_pl.model import DeepImagePrior, DeepRED
 
 
@@ -52,7 +49,7 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
     group = trainer.optimizers[0].param_groups[0]
     return {
         "denoiser": "none" if update is None else _name(update.denoiser),
-        "image": _image(trainer.datamodule),
+        "image": getattr(trainer.datamodule, "name", "unnamed"),
         "method": " + ".join(method),
         "network": _name(network),
         "noise": "none" if problem.noise is None else _name(problem.noise),
@@ -67,16 +64,6 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
         "weighting": model.weighting if isinstance(model, DeepRED) else "none",
         "x_update": "none" if update is None else update.x_update,
     }
-
-
-def _image(datamodule: object) -> str:
-    if not isinstance(datamodule, RestorationDataModule):
-        return "unnamed"
-    named = datamodule.ground_truth, datamodule.measurement
-    source = next((s for s in named if s is not None), DEFAULT_SAMPLE)
-    if not isinstance(source, str | os.PathLike):
-        return "unnamed"
-    return Path(str(source).rpartition(":")[-1]).stem
 
 
 def _name(part: object) -> str:

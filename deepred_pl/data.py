@@ -124,7 +124,7 @@ class RestorationDataModule(LightningDataModule):
         source = next((s for s in named if s is not None), DEFAULT_SAMPLE)
         if not isinstance(source, str | os.PathLike):
             return "unnamed"
-        return Path(str(source).rpartition(":")[-1]).stem
+        return Path(str(source).removeprefix("sample:").removeprefix("set:")).stem
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, or simulate; once."""

@@ -214,6 +214,14 @@ class DeepImagePrior(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over the network's parameters, its scheduler stepped per θ-step."""
         optimizer = self.make_optimizer(self._checked().parameters())
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        trainer = self._trainer
+        if fused and trainer and trainer.gradient_clip_val and "mixed" in str(trainer.precision):
+            raise ValueError(
+                f"gradients in {trainer.precision} precision cannot be clipped before a fused "
+                "optimizer's step; give an optimizer with fused=False "
+                "(--model.optimizer.fused false), or leave gradient_clip_val out"
+            )
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
@@ -517,7 +525,8 @@ def check_trainer(model: DeepImagePrior, trainer: Trainer) -> None:
     """Refuse what Lightning offers and the fit of one image cannot have; called before it.
 
     Raises:
-        ValueError: Several devices, accumulated gradients, or a compiled module.
+        ValueError: Several devices, accumulated gradients, a compiled module, or callbacks that
+            average weights.
     """
     devices = trainer.num_devices * trainer.num_nodes
     if devices > 1:
@@ -525,10 +534,13 @@ def check_trainer(model: DeepImagePrior, trainer: Trainer) -> None:
             f"one image does not shard: expected one device, got {devices}; give devices=1 "
             "(--trainer.devices 1), and many images to deepred-batch"
         )
-    if trainer.accumulate_grad_batches != 1:
+    schedules = (callbacks.GradientAccumulationScheduler,)
+    scheduled = [c.scheduling for c in trainer.callbacks if isinstance(c, schedules)]
+    accumulated = scheduled[0] if scheduled else trainer.accumulate_grad_batches
+    if accumulated != 1:
         raise ValueError(
             "a θ-step is one pass over the one image: expected accumulate_grad_batches=1, got "
-            f"{trainer.accumulate_grad_batches}; average_decay smooths over steps"
+            f"{accumulated}; average_decay smooths over steps"
         )
     if model._compiler_ctx is not None:  # Lightning's mark
         raise ValueError(
@@ -548,9 +560,9 @@ def check_averaging(trainer: Trainer) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, tuple(kinds)):
             raise ValueError(
-                f"{type(callback).__name__} would average x, u and the images with the weights, "
-                "and the network is not run with these: leave it out, for `average` is the "
-                "exponential average of the outputs (average_decay)"
+                f"{type(callback).__name__} averages weights, and the result is made of images "
+                "that the network gave on the way: leave it out, for `average` is the exponential "
+                "average of those (average_decay)"
             )
 
 

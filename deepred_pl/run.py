@@ -87,8 +87,8 @@ class RestorationCLI(LightningCLI):
     """Parses settings and builds trainer, module and data; with `run`, runs a subcommand.
 
     Beside Lightning's sections `trainer`, `model` and `data` there are `guard` (`CollapseGuard`),
-    `red` (`REDUpdate`) and `checkpoint` (`LastCheckpoint`): sections, because an overlay that sets
-    `trainer.callbacks` would replace callbacks listed there.
+    `red` (`REDUpdate`), `panels` (`Panels`) and `checkpoint` (`LastCheckpoint`): sections, because
+    an overlay that sets `trainer.callbacks` would replace callbacks listed there.
 
     It lives here and not with the command line, for everything that runs a fit uses this parser.
 
@@ -114,7 +114,7 @@ class RestorationCLI(LightningCLI):
             model_class=DeepImagePrior,
             datamodule_class=RestorationDataModule,
             subclass_mode_model=True,
-            trainer_defaults={"enable_model_summary": False},
+            trainer_defaults={"enable_model_summary": False, "devices": 1},
             seed_everything_default=False,  # model.seed and data.seed own all randomness
             auto_configure_optimizers=False,
             parser_kwargs={

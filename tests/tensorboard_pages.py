@@ -72,7 +72,7 @@ def main(logs: str, folder: str) -> None:
             )
             lacking = {}
             for name, texts in PAGES.items():
-                page = chromium.new_page(viewport={"width": 1300, "height": 860})
+                page = chromium.new_page(viewport={"width": 1600, "height": 900})
                 lacking[name] = look(page, address, name, texts, Path(folder))
                 page.close()
             chromium.close()

@@ -260,6 +260,7 @@ def test_a_negative_seed_is_refused():
         ({"ground_truth": "sample:camera"}, "camera"),
         ({"ground_truth": "set:set5/head"}, "head"),
         ({"measurement": "photos/my house.v2.png"}, "my house.v2"),
+        ({"measurement": "scan 12:30:05.png"}, "scan 12:30:05"),
         ({"measurement": "a.png", "ground_truth": Path("clean/b.tif")}, "b"),
         ({"measurement": np.zeros((9, 9))}, "unnamed"),
     ],

@@ -8,6 +8,7 @@ import torch
 from deepred_pl import InverseProblem, restore
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
+from deepred_pl.run import settings_of
 from tests.conftest import picture
 
 TINY = {
@@ -166,3 +167,7 @@ def test_tiles_are_as_good_as_the_whole_and_leave_no_seam():
 
     assert psnr(tiled) > psnr(whole) - 0.2 > psnr(y) + 3
     assert abs(across_cuts(tiled) / across_cuts(whole) - 1) < 0.05
+
+
+def test_one_device_is_the_default():
+    assert settings_of(["--config=denoising"])["trainer"]["devices"] == 1

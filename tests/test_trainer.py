@@ -4,6 +4,8 @@ import copy
 import csv
 import itertools
 import pickle
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
-from deepred_pl.callbacks import LastCheckpoint, Monitor, Writer
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate, admm
+from deepred_pl.callbacks import LastCheckpoint, Monitor, Panels, Writer
 from deepred_pl.model import WarmupCosine
 from tests.conftest import TinyNet, noisy_problem, smooth
 
@@ -202,6 +204,25 @@ def test_accumulated_gradients_are_refused(make_trainer, kind):
     assert "expected accumulate_grad_batches=1, got 4; average_decay smooths" in said
 
 
+def test_a_schedule_of_accumulation_is_refused(make_trainer):
+    schedule = callbacks.GradientAccumulationScheduler({0: 4})
+    said = refused(make_trainer, made(), schedule)
+    assert "expected accumulate_grad_batches=1, got {0: 4}" in said
+
+
+def test_clipping_before_a_fused_step_in_mixed_precision_is_refused(make_trainer):
+    settings = {"gradient_clip_val": 1.0, "precision": "bf16-mixed"}
+    assert "--model.optimizer.fused false" in refused(make_trainer, made(), **settings)
+    model = made(optimizer=partial(torch.optim.Adam, lr=0.01))
+    fit(make_trainer, model, **settings)
+    assert model.step == 6
+
+
+def test_epochs_alone_are_no_end(make_trainer):
+    said = refused(make_trainer, made(), steps=-1, max_epochs=2, limit_train_batches=3)
+    assert "expected max_steps (or max_time)" in said
+
+
 @pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
 @pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
 def test_averaged_weights_are_refused(make_trainer, kind, name):
@@ -209,10 +230,10 @@ def test_averaged_weights_are_refused(make_trainer, kind, name):
         pytest.skip("an older Lightning")
     settings = {"swa_lrs": 0.01, "swa_epoch_start": 1} if name.startswith("Sto") else {}
     said = refused(make_trainer, made(kind), getattr(callbacks, name)(**settings))
-    assert f"{name} would average x, u and the images" in said and "leave it out" in said
+    assert f"{name} averages weights" in said and "leave it out" in said
 
 
-def test_several_devices_are_refused_before_their_processes_start():
+def test_several_devices_are_refused():  # test_cli: before their processes start
     model = made()
     trainer = Trainer(accelerator="cpu", devices=2, max_steps=1, logger=False)
     model.trainer = trainer
@@ -268,6 +289,7 @@ def inner():
     "settings",
     [
         {"precision": "bf16-mixed"},
+        {"precision": "16-mixed"},
         {"gradient_clip_val": 0.1},
         {"accumulate_grad_batches": 2},
         {"limit_train_batches": 3},
@@ -286,6 +308,60 @@ def test_a_parent_has_them_too_and_its_checkpoint_is_loaded_alone(make_trainer, 
     assert torch.equal(parent.restoration.restored, loaded.restoration.restored)
 
 
+def test_a_parents_true_precision_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="use precision='bf16-mixed'"):
+        make_trainer(max_steps=2, callbacks=[inner()], precision="bf16-true").fit(Outer())
+
+
+def test_a_parents_fast_dev_run_makes_a_step_and_leaves_nothing(make_trainer, tmp_path):
+    parent, watch = Outer(), [Monitor("restoration"), Panels(1, submodule="restoration")]
+    logger = TensorBoardLogger(tmp_path)
+    make_trainer(callbacks=[inner(), *watch], fast_dev_run=True, logger=logger).fit(parent)
+    assert parent.restoration.step == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_parent_and_its_copies_go_on_alike(make_trainer):
+    parent = Outer()
+    make_trainer(max_steps=3, callbacks=[inner()]).fit(parent)
+    copies = [copy.deepcopy(parent), pickle.loads(pickle.dumps(parent))]
+    for twin in [parent, *copies]:
+        make_trainer(max_steps=3, callbacks=[inner()]).fit(twin)
+    for twin in copies:
+        assert twin.restoration.step == 6
+        assert_same(state(parent), state(twin))
+
+
+def test_where_a_parent_accumulates_the_denoiser_works_beside_every_round(make_trainer):
+    """A job is handed over at the end of each round, not begun where it is wanted."""
+    started, turn = [], threading.Event()
+
+    def note(x):
+        started.append(parent.restoration.step)
+        turn.set()
+        return smooth(x)
+
+    parent = Outer()
+    update = REDUpdate(note, every_n_steps=4, submodule="restoration")
+
+    class Wait(Callback):
+        def on_train_batch_end(self, trainer, module, *batch):
+            if module.restoration.step < 12:  # the last round hands over nothing
+                assert turn.wait(10)  # it was handed over, and began
+            if module.restoration.step % 4 == 3:
+                turn.clear()
+
+    make_trainer(max_steps=3, accumulate_grad_batches=4, callbacks=[update, Wait()]).fit(parent)
+    assert [step // 4 for step in started] == [0, 1, 2]
+    assert all(step % 4 <= 1 for step in started)
+
+
+def test_where_a_parent_accumulates_mixed_changes_at_half_of_its_passes(make_trainer):
+    update = REDUpdate(smooth, every_n_steps=2, x_update="mixed", submodule="restoration")
+    trainer = make_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[update])
+    kinds = [getattr(update._update_at(step, trainer), "func", None) for step in (2, 4, 6, 8)]
+    assert kinds == [None, None, admm.gradient_step, admm.gradient_step]
+
+
 def test_where_a_parent_accumulates_a_round_is_of_its_childs_passes(make_trainer):
     parent, changed = Outer(), []
 
@@ -301,5 +377,5 @@ def test_where_a_parent_accumulates_a_round_is_of_its_childs_passes(make_trainer
 @pytest.mark.skipif(EMA is None, reason="an older Lightning")
 def test_a_parents_averaged_weights_are_refused_where_they_would_average_x(make_trainer):
     trainer = make_trainer(max_steps=2, callbacks=[EMA(), inner()])
-    with pytest.raises(ValueError, match="EMAWeightAveraging would average x, u"):
+    with pytest.raises(ValueError, match="EMAWeightAveraging averages weights"):
         trainer.fit(Outer())

@@ -7,8 +7,9 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from deepred_pl.callbacks.langevin import Langevin
-from deepred_pl.callbacks.red import REDUpdate
+from deepred_pl.callbacks.red import REDUpdate, name_of
 from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.networks import ImageParameter
 
 
 def log_hyperparameters(
@@ -39,22 +40,27 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
     """
     problem, network = model.problem, model.network
     assert problem is not None and network is not None
-    method = ["DeepRED" if isinstance(model, DeepRED) else "DIP"]
-    method += (
-        [] if model.regularizer is None else [_name(model.regularizer).removesuffix("Penalty")]
-    )
-    method += [_name(c) for c in trainer.callbacks if isinstance(c, Langevin)]
     updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate) and not c.submodule]
     update = updates[0] if updates and isinstance(model, DeepRED) else None
+    method = ["DeepRED" if isinstance(model, DeepRED) else "DIP"]
+    if update is not None and update.x_update == "pnp":
+        method = ["Plug-and-Play"]
+    elif update is not None and isinstance(network, ImageParameter):
+        method = ["RED"]
+    method += (
+        [] if model.regularizer is None else [name_of(model.regularizer).removesuffix("Penalty")]
+    )
+    method += [name_of(c) for c in trainer.callbacks if isinstance(c, Langevin)]
+    sigma = getattr(update and update.denoiser, "sigma", None)
     group = trainer.optimizers[0].param_groups[0]
     return {
-        "denoiser": "none" if update is None else _name(update.denoiser),
-        "image": getattr(trainer.datamodule, "name", "unnamed"),
+        "denoiser": "none" if update is None else name_of(update.denoiser),
+        "image": getattr(trainer.datamodule, "name", None) or "unnamed",
         "method": " + ".join(method),
-        "network": _name(network),
-        "noise": "none" if problem.noise is None else _name(problem.noise),
-        "operator": _name(problem.operator),
-        "set/denoiser_sigma": float(getattr(update and update.denoiser, "sigma", None) or 0),
+        "network": name_of(network),
+        "noise": "none" if problem.noise is None else name_of(problem.noise),
+        "operator": name_of(problem.operator),
+        "set/denoiser_sigma": float(sigma) if isinstance(sigma, int | float) else 0,
         "set/input_noise_std": model.input_noise_std,
         "set/k": 0 if update is None else update.every_n_steps * update.rounds_per_denoising,
         "set/lam": model.initial_lam if isinstance(model, DeepRED) else 0,
@@ -64,7 +70,3 @@ def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
         "weighting": model.weighting if isinstance(model, DeepRED) else "none",
         "x_update": "none" if update is None else update.x_update,
     }
-
-
-def _name(part: object) -> str:
-    return getattr(part, "__name__", type(part).__name__)

@@ -13,7 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 from deepred_pl.model import DeepImagePrior, DeepRED, find_restoration
 
 LOOKS = 10  # TensorBoard shows 10 pictures of a panel, evenly chosen, unless it is told otherwise
-MOST_BYTES = 15_000_000  # of pictures in a run's log
+MOST_LOOKS = 100  # in a run; more would make the pictures too small
+MOST_BYTES = 15_000_000  # of a run's pictures, before compression
+PICTURES = 5  # of a look
 TIMED = 6000  # θ-steps expected of a fit that a time limit ends
 ERROR_GAIN = 5  # an error of a fifth is white
 
@@ -29,8 +31,8 @@ class Panels(Callback):
     nothing.
 
     Args:
-        every_n_steps: θ-steps between two looks; None is a tenth of the trainer's max_steps,
-            0 is none at all.
+        every_n_steps: θ-steps between two looks, at least a hundredth of the trainer's max_steps;
+            None is a tenth, 0 is none at all. A fit without max_steps counts as one of 6000.
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
             Otherwise it begins the panels' names.
 
@@ -43,26 +45,28 @@ class Panels(Callback):
             raise ValueError(f"panels' every_n_steps must be at least 0, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.submodule = submodule
-        self._every = 0
-        self._most = 0  # values of a picture
-        self._bytes = 0  # of the run's pictures so far, before compression
+        self._every = 0  # 0: there is nothing to do
+        self._largest = 0  # picture, in values
+        self._left = 0  # looks
         self._shown = 0  # step of the latest look
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._every = 0
+        if self.every_n_steps == 0 or trainer.fast_dev_run or not writers(trainer):
+            return
         steps = trainer.max_steps if trainer.max_steps > 0 else TIMED
-        every = self.every_n_steps
-        self._every = math.ceil(steps / LOOKS) if every is None else every
-        if trainer.fast_dev_run or not writers(trainer):
-            self._every = 0
-        if self._every:
-            looks = max(LOOKS, steps // self._every + 1)
-            self._most, self._bytes, self._shown = MOST_BYTES // (5 * looks), 0, 0
-            problem = find_restoration(pl_module, self.submodule).problem
-            assert problem is not None
-            self._show(trainer, {"measurement": problem.as_image()})
+        wanted = math.ceil(steps / LOOKS) if self.every_n_steps is None else self.every_n_steps
+        self._every = max(wanted, math.ceil(steps / MOST_LOOKS))
+        self._left, self._shown = max(LOOKS, steps // self._every), 0
+        sharing = sum(isinstance(callback, Panels) for callback in trainer.callbacks)
+        self._largest = MOST_BYTES // (sharing * PICTURES * (self._left + 1))  # one for the end
+        problem = find_restoration(pl_module, self.submodule).problem
+        assert problem is not None
+        self._show(trainer, {"measurement": problem.as_image()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if self._every and trainer.global_step % self._every == 0:
+        due = self._every and trainer.global_step and trainer.global_step % self._every == 0
+        if due and self._left:  # a fit without max_steps may be longer than expected
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,17 +76,16 @@ class Panels(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._shown:
             self._shown = trainer.global_step
+            self._left -= 1
             self._show(trainer, panels(find_restoration(pl_module, self.submodule)))
 
     def _show(self, trainer: Trainer, images: dict[str, Tensor]) -> None:
         for name, image in images.items():
-            image = _within(image, self._most)
-            self._bytes += image.numel()
-            if self._bytes <= MOST_BYTES:  # a fit without max_steps may be longer than expected
-                pixels = image[0].mul(255).round().to(torch.uint8).cpu()  # (1 or 3, H, W)
-                for writer in writers(trainer):
-                    tag = f"{self.submodule or 'panels'}/{name}"
-                    writer.add_image(tag, pixels, trainer.global_step)
+            small = _within(image, self._largest)
+            pixels = small[0].mul(255).round().to(torch.uint8).cpu()  # (1 or 3, H, W)
+            for writer in writers(trainer):
+                tag = f"{self.submodule or 'panels'}/{name}"
+                writer.add_image(tag, pixels, trainer.global_step)
 
 
 @torch.no_grad()

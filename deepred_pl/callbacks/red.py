@@ -68,7 +68,7 @@ class REDUpdate(Callback):
 
     def __init__(
         self,
-        denoiser: Denoiser | Callable[[Tensor], Any],  # a Tensor: help would list all kinds of one
+        denoiser: Denoiser | Callable[[Tensor], Tensor],
         every_n_steps: int = 10,
         rounds_per_denoising: int = 1,
         x_update: Literal["fixed_point", "gradient", "mixed", "pnp"] = "fixed_point",
@@ -247,7 +247,7 @@ class REDUpdate(Callback):
             self._submit(model, trainer)
 
     def _update_at(self, step: int, trainer: Trainer) -> admm.XUpdate:
-        second_half = 2 * step > trainer.max_steps
+        second_half = 2 * step > _last_step(trainer)
         if self.x_update == "pnp":
             return admm.plug_and_play
         if self.x_update == "gradient" or (self.x_update == "mixed" and second_half):
@@ -263,7 +263,7 @@ class REDUpdate(Callback):
         self._submitted_step = model.step
         period = self.every_n_steps * self.rounds_per_denoising
         collected_at = (model.step // period + 1) * period
-        if trainer.max_steps < 1 or collected_at <= trainer.max_steps:
+        if trainer.max_steps < 1 or collected_at <= _last_step(trainer):
             self._start_job(model, trainer)  # else a resumed fit starts it
 
     def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
@@ -271,7 +271,7 @@ class REDUpdate(Callback):
         pnp, step = self.x_update == "pnp", self._submitted_step
         assert self._background is not None and step is not None
         self._background.submit(
-            f"denoiser {_name(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
+            f"denoiser {name_of(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
             partial(_denoise, self.denoiser),
             self._update_at(step, trainer),
@@ -291,6 +291,11 @@ class REDUpdate(Callback):
         if self._model is not None:
             self._model.driven = False
             self._model = None
+
+
+def _last_step(trainer: Trainer) -> int:
+    """The model's last step; of a parent's accumulated steps several make one of Lightning's."""
+    return trainer.max_steps * trainer.accumulate_grad_batches
 
 
 def staleness(trainer: Trainer, model: DeepRED, submodule: str = "") -> int | None:
@@ -321,5 +326,6 @@ def _denoise(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(f_x)
 
 
-def _name(denoiser: Callable[[Tensor], Tensor]) -> str:
-    return getattr(denoiser, "__name__", type(denoiser).__name__)
+def name_of(part: object) -> str:
+    """What a part is called: a function by its name, an object by its class."""
+    return getattr(part, "__name__", type(part).__name__)

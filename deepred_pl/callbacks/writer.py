@@ -3,7 +3,6 @@
 import io
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,18 @@ class Writer(Callback):
     `result.json`; with `Langevin` also the samples' standard deviation, `uncertainty.npy`,
     (H, W, C) on the [0, 1] scale, and `uncertainty.png`, its mean over the channels, white at the
     largest. `predict` writes the first alone. That the directory can be written is found out
-    before the fit. A TensorBoard logger gets an entry of the page "HParams": the settings that
-    tell methods apart, and what they came to.
+    before the fit. A TensorBoard logger made with default_hp_metric=False gets an entry of the page
+    "HParams": the settings that tell methods apart, and what they came to.
 
-    Args:
-        labels: Names for that page, as {"image": "house"}.
+    Attributes:
+        labels: Names for that page in place of its own, as {"image": "house"}.
 
     Raises:
         OSError: The run directory cannot be written.
     """
 
-    def __init__(self, labels: Mapping[str, str] | None = None) -> None:
-        self.labels = dict(labels or {})
+    def __init__(self) -> None:
+        self.labels: dict[str, str] = {}
         self._seconds_before = 0.0
         self._start = math.nan
 

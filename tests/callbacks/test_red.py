@@ -594,5 +594,5 @@ def test_a_denoiser_is_checked_with_images_where_the_fit_will_have_them():
     seen = []
     model = DeepRED(network=TinyNet, problem=noisy_problem())
     strategy = types.SimpleNamespace(root_device=torch.device("meta"))
-    REDUpdate(Looks()).check(model, types.SimpleNamespace(strategy=strategy))
+    REDUpdate(Looks()).check(model, types.SimpleNamespace(strategy=strategy, callbacks=[]))
     assert seen == ["meta"]

@@ -43,7 +43,8 @@ class RestorationDataModule(LightningDataModule):
     embedded sample "sample:astronaut" is the ground truth.
 
     Args:
-        ground_truth: Image file (PNG, JPEG, TIFF, NPY); "sample:NAME" for a 128×128 crop of an
+        ground_truth: Image file (PNG, JPEG, TIFF, NPY); without one and a measurement,
+            "sample:astronaut" is restored. "sample:NAME" for a 128×128 crop of an
             image inside scikit-image: astronaut, camera, chelsea, coffee or rocket; or
             "set:SET/IMAGE" for one of the literature (`deepred_pl.datasets`).
         measurement: Image file of what was observed; as an attribute, before `setup`, also an array
@@ -148,6 +149,7 @@ class RestorationDataModule(LightningDataModule):
                 truth_range = (self.image_format.low, self.image_format.high)
         elif truth_from is None:
             truth_from = DEFAULT_SAMPLE
+            rank_zero_info(f"no image was named; this restores {DEFAULT_SAMPLE}")
         if truth_from is not None:
             original, truth_format = _read(truth_from, truth_range, truth_page)
             if self.crop is not None:

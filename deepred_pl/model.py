@@ -475,6 +475,7 @@ class DeepRED(DeepImagePrior):
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
         """The loss of one θ-step, 0-dim, for a fit that a `REDUpdate` drives."""
+        self._checked()
         if not self.driven:
             raise RuntimeError(
                 "DeepRED is trained without its x- and u-updates; add REDUpdate(denoiser) to the "

@@ -13,10 +13,12 @@ import sys
 import time
 from pathlib import Path
 from shutil import which
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from playwright.sync_api import Page, sync_playwright
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 SETTLED = 3000  # ms that a page's charts take to be drawn
 
@@ -34,7 +36,7 @@ PAGES = {
 }
 
 
-def look(page: Page, address: str, name: str, texts: list[str], folder: Path) -> list[str]:
+def look(page: "Page", address: str, name: str, texts: list[str], folder: Path) -> list[str]:
     """Save a page's picture; return the texts that it lacks."""
     page.goto(f"{address}/#{name}")
     missing = []
@@ -50,6 +52,8 @@ def look(page: Page, address: str, name: str, texts: list[str], folder: Path) ->
 
 def main(logs: str, folder: str) -> None:
     """Look at all pages of `PAGES` of the runs under `logs`."""
+    from playwright.sync_api import sync_playwright  # of the extra dev; pytest imports this file
+
     browser = which("chromium") or sys.exit("expected the program chromium, found none")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -475,8 +475,8 @@ class DeepRED(DeepImagePrior):
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
         """The loss of one θ-step, 0-dim, for a fit that a `REDUpdate` drives."""
-        self._checked()
         if not self.driven:
+            self._checked()  # without a problem, that is what to say
             raise RuntimeError(
                 "DeepRED is trained without its x- and u-updates; add REDUpdate(denoiser) to the "
                 "trainer's callbacks, with submodule='name' if it is a child of another module"
@@ -535,9 +535,10 @@ def check_trainer(model: DeepImagePrior, trainer: Trainer) -> None:
             f"one image does not shard: expected one device, got {devices}; give devices=1 "
             "(--trainer.devices 1), and many images to deepred-batch"
         )
-    schedules = (callbacks.GradientAccumulationScheduler,)
-    scheduled = [c.scheduling for c in trainer.callbacks if isinstance(c, schedules)]
-    accumulated = scheduled[0] if scheduled else trainer.accumulate_grad_batches
+    accumulated: Any = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:
+        if isinstance(callback, callbacks.GradientAccumulationScheduler):
+            accumulated = callback.scheduling
     if accumulated != 1:
         raise ValueError(
             "a θ-step is one pass over the one image: expected accumulate_grad_batches=1, got "

@@ -1,5 +1,5 @@
 """`python -m deepred_pl` is `deepred`."""
 
-from deepred_pl.cli import main
+from deepred_pl.cli import command
 
-main()
+command()

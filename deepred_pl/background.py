@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotDone  # TimeoutError itself from Python 3.11
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 THREAD_NAME = "deepred-denoiser"
+LOOK = 1.0  # seconds between two looks at whether a thread that is waited for still lives
 
 
 class Background:
@@ -37,6 +39,8 @@ class Background:
         self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._pending: tuple[Future, str] | None = None
+        self._submitted_at = 0.0
+        self._hung = False  # a job was given up
         ready = threading.Event()
         self._thread = threading.Thread(
             target=_work, args=(self._jobs, ready), name=THREAD_NAME, daemon=True
@@ -56,12 +60,19 @@ class Background:
         """Whether `result` would return at once."""
         return self._pending is not None and self._pending[0].done()
 
+    def overdue(self, timeout: float | None) -> bool:
+        """Whether a job is still running `timeout` seconds after it was submitted."""
+        if self._pending is None or self.done or timeout is None:
+            return False
+        return time.perf_counter() - self._submitted_at >= timeout
+
     def submit(self, label: str, function: Callable[..., Any], *args: Any) -> None:
         """Start `function(*args)`; `label` names it should it fail. One job at a time."""
         if self._pending is not None:
             raise RuntimeError(f"{self._pending[1]} has not been collected by result() yet")
         future: Future = Future()
         self._pending = (future, label)
+        self._submitted_at = time.perf_counter()
         job: Callable[[], Any] = partial(function, *args)
         ready = None
         if self._stream is not None:
@@ -70,21 +81,49 @@ class Background:
             job = partial(_on_stream, self._stream, caller, job)
         self._jobs.put((future, partial(self._timed, job, ready)))
 
-    def result(self) -> Any:
+    def result(self, timeout: float | None = None) -> Any:
         """Wait for the job and return what it returned.
 
+        Args:
+            timeout: Seconds after `submit` at which a job that still runs is given up; None waits
+                however long it takes.
+
         Raises:
-            RuntimeError: The job raised; the message begins with its label.
+            RuntimeError: The job raised, or ended its thread; the message begins with its label.
+            TimeoutError: The job was given up. Nothing can be submitted any more.
         """
         if self._pending is None:
             raise RuntimeError("no job was submitted")
         (future, label), self._pending = self._pending, None
         start = time.perf_counter()
-        error = future.exception()
-        self.wait_seconds += time.perf_counter() - start
+        try:
+            error = self._outcome(future, label, timeout)
+        finally:
+            self.wait_seconds += time.perf_counter() - start
         if error is not None:
             raise RuntimeError(f"{label} failed: {type(error).__name__}: {error}") from error
         return future.result()
+
+    def _outcome(self, future: Future, label: str, timeout: float | None) -> BaseException | None:
+        """What the job raised, if it did."""
+        while True:
+            left = LOOK
+            if timeout is not None:
+                left = min(LOOK, max(0.0, self._submitted_at + timeout - time.perf_counter()))
+            try:
+                return future.exception(left)
+            except NotDone:
+                # Where another thread holds the interpreter, this one wakes late: look once more.
+                if future.done():
+                    continue
+            if not self._thread.is_alive():
+                raise RuntimeError(f"{label} failed: it ended its thread")
+            if timeout is not None and time.perf_counter() >= self._submitted_at + timeout:
+                self._hung = True
+                raise TimeoutError(
+                    f"{label} gave no answer in {timeout:g} s and was given up; where it is only "
+                    "slow, allow it a longer timeout"
+                )
 
     def _timed(self, job: Callable[[], Any], ready: torch.cuda.Event | None) -> Any:
         if ready is not None:
@@ -98,11 +137,16 @@ class Background:
     def close(self, timeout: float | None = None) -> None:
         """End the thread; a job still running after `timeout` seconds is abandoned.
 
-        None waits for the job, however long it takes.
+        None waits for the job, however long it takes. One that was given up is not waited for.
         """
         self._pending = None
         self._jobs.put(None)
-        self._thread.join(timeout)
+        self._thread.join(0 if self._hung else timeout)
+
+
+def is_left_behind() -> bool:
+    """Whether an abandoned job is still running somewhere in this process."""
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 def _work(jobs: queue.SimpleQueue, ready: threading.Event) -> None:

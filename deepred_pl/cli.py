@@ -2,9 +2,11 @@
 
 import os
 import sys
+from typing import NoReturn
 
 from pytorch_lightning.cli import ArgsType
 
+from deepred_pl.background import is_left_behind
 from deepred_pl.run import EXPECTED, RestorationCLI, reason
 
 
@@ -22,3 +24,24 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         sys.exit(f"deepred: error: {reason(error)}")
+
+
+def command() -> NoReturn:
+    """The command's own process: `main`, and an end that no denoiser left behind holds up.
+
+    Python ends a thread that computes in foreign code by aborting the process, with a status of its
+    own; where one is left, the process ends without asking it.
+    """
+    try:
+        main()
+        status: int | str | None = 0
+    except SystemExit as error:
+        status = error.code
+    if not is_left_behind():
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)

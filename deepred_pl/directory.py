@@ -32,9 +32,14 @@ def check_writable(directory: Path, option: str = "--trainer.default_root_dir") 
             pass
     except OSError as error:
         raise OSError(
-            f"expected to write the run directory {directory}: {error.strerror or error}; "
+            f"expected to write the run directory {directory}: {why(error)}; "
             f"choose another by {option}"
         ) from error
+
+
+def why(error: OSError) -> str:
+    """What went wrong, without number and path."""
+    return error.strerror or str(error)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

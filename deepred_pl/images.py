@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -214,10 +215,24 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
         temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that lies there
+            file.write(data)
+        replace_by(path, temporary)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def replace_by(path: Path, complete: Path) -> None:
+    """Give a complete file its name, when its contents are on the disk.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with complete.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(complete, path)
 
 
 def _stored_range(

@@ -22,7 +22,6 @@ from pytorch_lightning.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -44,6 +43,7 @@ from deepred_pl.data import RestorationDataModule
 from deepred_pl.directory import check_writable, run_directory
 from deepred_pl.help import ReadableParser
 from deepred_pl.images import to_array
+from deepred_pl.log import SteadyLogger
 from deepred_pl.model import DeepImagePrior, check_trainer
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
@@ -197,7 +197,7 @@ class RestorationCLI(LightningCLI):
             callbacks.insert(3, RestorationBar())
         self.trainer_defaults["callbacks"] = callbacks
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
-            kwargs["logger"] = TensorBoardLogger(
+            kwargs["logger"] = SteadyLogger(
                 settings.get("default_root_dir") or ".", default_hp_metric=False
             )
         return super().instantiate_trainer(**kwargs)

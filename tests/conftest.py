@@ -41,6 +41,22 @@ def smooth(x: Tensor) -> Tensor:
     return 0.9 * (0.5 * x + 0.25 * x.roll(1, -1) + 0.25 * x.roll(-1, -1))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    faults = parser.getgroup("faults", "the fault suite, tests/faults")
+    faults.addoption("--long", action="store_true", help="its long form: more of each fault")
+    faults.addoption("--seed", type=int, default=0, help="of its random faults")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the fault suite tried and what survived, as its tests recorded it."""
+    reports = [r for group in terminalreporter.stats.values() for r in group]
+    figures = {f for r in reports for f in getattr(r, "user_properties", ()) if f[0] == "figures"}
+    if figures:
+        terminalreporter.section("faults")
+        for _, text in sorted(figures):
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """A quiet CPU trainer in a temporary folder."""

@@ -1,45 +1,127 @@
-"""The checkpoint a fit goes on from."""
+"""The checkpoint a fit goes on from, and the end of a fit that is told to stop."""
 
 import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from deepred_pl.directory import last_checkpoint, run_directory
+from deepred_pl.callbacks.red import a_round_failed, waits_for_denoiser
+from deepred_pl.directory import last_checkpoint, run_directory, why
+from deepred_pl.images import replace_by
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
+SIGNALLED = 128  # a shell's exit status of a process that a signal ended, less the signal's number
+STOPPING = b"stopping after this step; Ctrl-C again stops at once\n"
+
+
+class Stopped(SystemExit):
+    """A fit was told to stop, and did so between two θ-steps; `code` is the exit status."""
 
 
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run directory: every n θ-steps and at the end.
 
     There is one image and no better or worse epoch, so one file is enough. It is replaced only
-    by a complete one. The one of the last step comes after the results: a fit that is stopped
-    while it writes them still has a step to make.
+    by a complete one; where it cannot be written, the fit goes on, and says so. The one of the last
+    step comes after the results: a fit that is stopped while it writes them still has a step to
+    make.
+
+    Ctrl-C and SIGTERM end a fit of the main thread behind the step that is under way, with a
+    checkpoint and the exit status that shells give, 130 and 143; a second Ctrl-C does so at
+    once. So does a denoiser that fails, with its own error. How to go on is told then.
 
     Args:
         every_n_steps: θ-steps between two saves, at least 1.
 
     Raises:
         ValueError: every_n_steps below 1.
+        Stopped: By a signal.
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
+        self._handlers: dict[int, Callable | int | None] = {}  # those before ours
+        self._signal: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
+            if waits_for_denoiser(trainer):
+                self._signal = number
+                raise Stopped(SIGNALLED + number)  # the round keeps it until we have saved
+            if number == signal.SIGINT:
+                if self._signal is not None:
+                    raise KeyboardInterrupt
+                with suppress(OSError, ValueError):  # a handler must not use buffers
+                    os.write(sys.stderr.fileno(), STOPPING)
+            self._signal = number
+
+        self._signal = None
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in a batch's processes
+                    self._handlers[number] = signal.signal(number, handle)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != trainer.max_steps:  # that is on_train_end's
+        if step == trainer.max_steps:  # that is on_train_end's
+            return
+        ends = self._signal is not None or a_round_failed(trainer)
+        if step % self.every_n_steps == 0 or ends:
             self._save(trainer)
+        if self._signal is not None:
+            raise Stopped(SIGNALLED + self._signal)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        path = last_checkpoint(run_directory(trainer))
+        if trainer.training and path.is_file():
+            rank_zero_info(f"to go on: {_how_to_go_on(path)}")
+        self._leave_signals_alone()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave_signals_alone()
+
+    def _leave_signals_alone(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:
-            path = last_checkpoint(run_directory(trainer))
-            # Lightning's own temporary file may lie on another device, where moving is copying.
-            new = path.with_name(".last.ckpt.new")
+        if trainer.fast_dev_run:
+            return
+        path = last_checkpoint(run_directory(trainer))
+        # Lightning's own temporary file may lie on another device, where moving is copying.
+        new = path.with_name(".last.ckpt.new")
+        try:
             trainer.save_checkpoint(new, weights_only=False)
-            os.replace(new, path)
+            replace_by(path, new)
+        except OSError as error:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            left = "the one before stays" if path.is_file() else "there is none yet"
+            rank_zero_warn(
+                f"step {trainer.global_step}: no checkpoint {path} ({why(error)}); {left}"
+            )
+
+
+def _how_to_go_on(checkpoint: Path) -> str:
+    """The command, where the command line made the run."""
+    settings = checkpoint.parents[1] / "config.yaml"
+    if not settings.is_file():
+        return f"trainer.fit(model, ckpt_path={str(checkpoint)!r})"
+    return shlex.join(["deepred", "fit", "--config", str(settings), "--ckpt_path", str(checkpoint)])

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class ProgressFile(Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        progress_file(run_directory(trainer)).unlink(missing_ok=True)
+        with suppress(OSError):
+            progress_file(run_directory(trainer)).unlink(missing_ok=True)
 
     def _write(self, trainer: Trainer) -> None:
         psnr = float(trainer.callback_metrics.get("curves/psnr_average", math.nan))
@@ -40,7 +42,8 @@ class ProgressFile(Callback):
             "max_steps": trainer.max_steps,
             "psnr": psnr if math.isfinite(psnr) else None,
         }
-        write_json(progress_file(run_directory(trainer)), report)
+        with suppress(OSError):  # nobody can watch then, and the fit goes on
+            write_json(progress_file(run_directory(trainer)), report)
         self._written = time.monotonic()
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl import admm
@@ -37,6 +38,10 @@ class REDUpdate(Callback):
     round; J = 1 is the same rule, not another. With `rounds_per_denoising` > 1 x has moved on
     meanwhile: the inner x serves f(x) alone, and the update goes out from the current x.
 
+    A fit that ends because its denoiser failed does so between two θ-steps, after the other
+    callbacks have had their turn; a checkpoint that they save then goes on with the round that
+    is due.
+
     On a plain `DeepImagePrior` the callback does nothing.
 
     Args:
@@ -53,17 +58,26 @@ class REDUpdate(Callback):
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
         wait_for_denoiser: Wait at a round's end until the denoiser is ready, for reproducible
             results; or go on with the last denoised image.
+        timeout: Seconds that the denoising of a round may take, > 0. One that takes longer is
+            found where the fit waits for it, or at the next round, and ends the fit; None waits
+            however long it takes.
+        retries: How often a denoiser that raised, or returned NaN or another shape, is asked once
+            more for the same image, at least 0.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
 
     Attributes:
         wait_seconds: Seconds the fit has waited for the denoiser.
         busy_seconds: Seconds the denoiser has worked.
         denoised_step: The step whose x (with "pnp" v) the latest f(x) was made of.
+        waiting: Whether a round waits for the denoiser at this moment, and has changed nothing yet.
+        failed: Whether the fit is about to end, for the denoiser failed.
 
     Raises:
         ValueError: An argument out of range, or no DeepRED where `submodule` says.
-        RuntimeError: The denoiser raised, or returned NaN or another shape; the message names it
-            and the step.
+        RuntimeError: The denoiser raised, or returned NaN or another shape, at the last of its
+            retries too; the message names it and the step.
+        TimeoutError: The denoiser took longer than `timeout`. The thread is abandoned, for none can
+            be ended from outside; `deepred` ends with it.
     """
 
     def __init__(
@@ -75,6 +89,8 @@ class REDUpdate(Callback):
         step_size: float = 0.5,
         inner_iterations: int = 1,
         wait_for_denoiser: bool = True,
+        timeout: float | None = 3600.0,
+        retries: int = 1,
         submodule: str = "",
     ) -> None:
         counts = {
@@ -85,6 +101,10 @@ class REDUpdate(Callback):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, got {retries}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be > 0 seconds, got {timeout}; null sets none")
         if not 0 < step_size < 2:
             raise ValueError(f"step_size must be in (0, 2), got {step_size}; beyond it diverges")
         if x_update not in ("fixed_point", "gradient", "mixed", "pnp"):
@@ -105,13 +125,18 @@ class REDUpdate(Callback):
         self.step_size = step_size
         self.inner_iterations = inner_iterations
         self.wait_for_denoiser = wait_for_denoiser
+        self.timeout = timeout
+        self.retries = retries
         self.submodule = submodule
         self.denoised_step = 0
+        self.waiting = False
         self._submitted_step: int | None = None  # not known yet
         self._overdue = False  # a round went on without its denoiser
         self._model: DeepRED | None = None
         self._background: Background | None = None
         self._rounds = 0  # rounds made
+        self._round_failed = False  # in the part of this fit that ended
+        self._failure: BaseException | None = None  # of this round, raised before the next step
         self._waited_before = self._busy_before = 0.0  # in the parts of this fit that ended
 
     @property
@@ -123,6 +148,10 @@ class REDUpdate(Callback):
     def busy_seconds(self) -> float:
         running = 0.0 if self._background is None else self._background.busy_seconds
         return self._busy_before + running
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
 
     # Lightning's hooks
 
@@ -137,6 +166,7 @@ class REDUpdate(Callback):
             "denoised_step": self.denoised_step,
             "submitted_step": self._submitted_step,
             "overdue": self._overdue,
+            "round_failed": self._failure is not None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,11 +175,13 @@ class REDUpdate(Callback):
         self.denoised_step = state_dict["denoised_step"]
         self._submitted_step = state_dict["submitted_step"]
         self._overdue = state_dict["overdue"]
+        self._round_failed = state_dict.get("round_failed", False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._waited_before = self._busy_before = 0.0
         self.denoised_step = 0
         self._submitted_step, self._overdue = None, False
+        self._round_failed, self._failure = False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = find_restoration(pl_module, self.submodule)
@@ -168,13 +200,31 @@ class REDUpdate(Callback):
                 self._submitted_step = self._model.step - self._model.step % period
                 self.denoised_step = self._submitted_step  # f(x) is that of an earlier fit
             self._start_job(self._model, trainer)
+            if self._round_failed:
+                self._rounds -= 1
+                self._round(self._model, trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *batch: Any
+    ) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if self._model is not None and self._model.step // self.every_n_steps > self._rounds:
-            self._round(self._model, trainer)
+            try:
+                self._round(self._model, trainer)
+            except BaseException as error:
+                if self._model.step // self.every_n_steps == self._rounds:
+                    raise
+                self._failure = error  # nothing has changed; other callbacks have their turn first
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close(timeout=None)  # torch aborts a process that ends in the middle of its work
+        self._close(timeout=self.timeout)  # torch aborts a process that ends while it computes
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -210,13 +260,13 @@ class REDUpdate(Callback):
         """
         if self._background is not None and self._background.busy:
             with suppress(RuntimeError):  # nobody wants its result, or its error
-                self._background.result()
+                self._background.result(self.timeout)
         self._overdue = False
 
     @torch.no_grad()
     def _round(self, model: DeepRED, trainer: Trainer) -> None:
-        before, self._rounds = self._rounds, model.step // self.every_n_steps
-        denoised = self._rounds // self.rounds_per_denoising > before // self.rounds_per_denoising
+        rounds = model.step // self.every_n_steps
+        denoised = rounds // self.rounds_per_denoising > self._rounds // self.rounds_per_denoising
         reusing = self.rounds_per_denoising > 1
         x = model.x
         assert self._background is not None
@@ -225,12 +275,18 @@ class REDUpdate(Callback):
         moved_on = reusing or self._overdue  # x, since it was handed over
         if not self.wait_for_denoiser:
             due = denoised or self._overdue
-            denoised = due and self._background.done
+            ready = self._background.done or self._background.overdue(self.timeout)
+            denoised = due and ready
             self._overdue = due and not denoised
             if self.x_update == "pnp" and not denoised:
+                self._rounds = rounds
                 return  # x and u come from one v, and that of f(x) is past
         if denoised:
-            denoised_x, model.f_x = self._background.result()
+            self.waiting = True
+            try:
+                denoised_x, model.f_x = self._background.result(self.timeout)
+            finally:
+                self.waiting = False
             self._overdue = False
             self.denoised_step = self._submitted_step or 0
             model.prior = admm.red_prior(denoised_x, model.f_x)
@@ -238,6 +294,7 @@ class REDUpdate(Callback):
                 x = denoised_x  # the same x, or with J > 1 the last inner iterate
             if reusing:
                 self._submit(model, trainer)
+        self._rounds = rounds  # from here on nothing fails
         # Plug-and-Play takes the v that was denoised, for x and u must come from one v.
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
         model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)
@@ -273,7 +330,7 @@ class REDUpdate(Callback):
         self._background.submit(
             f"denoiser {name_of(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
-            partial(_denoise, self.denoiser),
+            partial(_denoise, self.denoiser, self.retries),
             self._update_at(step, trainer),
             model.v_pending if pnp else model.x_pending,
             model.v_pending,
@@ -314,8 +371,30 @@ def denoiser_seconds(trainer: Trainer, submodule: str | None = None) -> tuple[fl
     return sum(c.wait_seconds for c in updates), sum(c.busy_seconds for c in updates)
 
 
+def waits_for_denoiser(trainer: Trainer) -> bool:
+    """Whether the trainer's fit is at a round's end, and waits there."""
+    return any(c.waiting for c in trainer.callbacks if isinstance(c, REDUpdate))
+
+
+def a_round_failed(trainer: Trainer) -> bool:
+    """Whether the trainer's fit is about to end, for a denoiser failed."""
+    return any(c.failed for c in trainer.callbacks if isinstance(c, REDUpdate))
+
+
+def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, x: Tensor) -> Tensor:
+    for _ in range(retries):
+        try:
+            return _denoise_once(denoiser, x)
+        except Exception as error:
+            rank_zero_info(
+                f"denoiser {name_of(denoiser)} failed, and is asked once more: "
+                f"{type(error).__name__}: {error}"
+            )
+    return _denoise_once(denoiser, x)
+
+
 @torch.no_grad()
-def _denoise(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _denoise_once(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     f_x = denoiser(x.clone())  # it may write into its input
     if not isinstance(f_x, Tensor) or f_x.shape != x.shape:
         got = tuple(f_x.shape) if hasattr(f_x, "shape") else type(f_x).__name__

@@ -2,7 +2,9 @@
 
 import io
 import math
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from deepred_pl.callbacks.hparams import log_hyperparameters
 from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.red import denoiser_seconds
 from deepred_pl.callbacks.stopping import AutoStop
-from deepred_pl.directory import check_writable, run_directory, write_json
+from deepred_pl.directory import check_writable, run_directory, why, write_json
 from deepred_pl.images import ImageFormat, write_bytes, write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
@@ -50,7 +52,7 @@ class Writer(Callback):
     def __init__(self) -> None:
         self.labels: dict[str, str] = {}
         self._seconds_before = 0.0
-        self._start = math.nan
+        self._start = math.nan  # while nothing is fitted
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}
@@ -70,16 +72,23 @@ class Writer(Callback):
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         directory = run_directory(trainer)
-        result = summarise(pl_module, trainer, self._seconds())
+        self._seconds_before, self._start = self._seconds(), math.nan
+        result = summarise(pl_module, trainer, self._seconds_before)
         path = self._write_restored(pl_module, trainer)
-        assert pl_module.problem is not None
-        picture = compare(pl_module.problem, pl_module.restored)
-        write_image(directory / "comparison.png", picture)
-        for callback in trainer.callbacks:
-            if isinstance(callback, Langevin) and callback.std is not None:
-                write_uncertainty(directory, callback.std)
-        log_hyperparameters(pl_module, trainer, result, self.labels)
-        write_json(directory / "result.json", result)  # last: where it is, the run is complete
+        try:
+            assert pl_module.problem is not None
+            picture = compare(pl_module.problem, pl_module.restored)
+            write_image(directory / "comparison.png", picture)
+            for callback in trainer.callbacks:
+                if isinstance(callback, Langevin) and callback.std is not None:
+                    write_uncertainty(directory, callback.std)
+            log_hyperparameters(pl_module, trainer, result, self.labels)
+            write_json(directory / "result.json", result)  # last: where it is, the run is complete
+        except OSError as error:
+            raise OSError(
+                f"expected to write the run directory {directory}: {why(error)}; the restored "
+                f"image is complete: {path}"
+            ) from error
         scores = [result["psnr"][name] for name in ("measurement", "restored")]
         gain = "" if None in scores else " (PSNR {:.2f} -> {:.2f} dB)".format(*scores)
         rank_zero_info(f"restored image{gain}: {path}")
@@ -90,12 +99,30 @@ class Writer(Callback):
         if isinstance(pl_module, DeepImagePrior):
             rank_zero_info(f"restored image: {self._write_restored(pl_module, trainer)}")
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        begun = trainer.training and not math.isnan(self._start) and not trainer.fast_dev_run
+        if not begun or not isinstance(pl_module, DeepImagePrior):
+            return
+        with suppress(Exception):  # what ended the fit is what is to be told
+            if pl_module.restored.isfinite().all():
+                path = self._write_restored(pl_module, trainer)
+                rank_zero_info(f"stopped at step {pl_module.step}; the image as it is then: {path}")
+
     def _write_restored(self, model: DeepImagePrior, trainer: Trainer) -> Path:
         image_format = getattr(trainer.datamodule, "image_format", ImageFormat())
         restored = model.restored
-        name = "restored" + image_format.suffix(restored.shape[1])
-        write_image(run_directory(trainer) / name, restored, image_format)
-        return run_directory(trainer) / name
+        path = run_directory(trainer) / f"restored{image_format.suffix(restored.shape[1])}"
+        try:
+            write_image(path, restored, image_format)
+        except OSError as error:  # after hours, perhaps: anywhere is better than nowhere
+            elsewhere = Path(tempfile.mkdtemp(prefix="deepred_")) / path.name
+            write_image(elsewhere, restored, image_format)
+            raise OSError(
+                f"expected to write {path}: {why(error)}; the restored image is at {elsewhere}"
+            ) from error
+        return path
 
     def _seconds(self) -> float:
         running = 0.0 if math.isnan(self._start) else time.perf_counter() - self._start

@@ -20,11 +20,15 @@ from PIL.PngImagePlugin import PngInfo, putchunk
 from torch import Tensor
 
 from deepred_pl.datasets import PREFIX, find_image
+from deepred_pl.memory import as_text, free_memory
 
 IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float]
 
 WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value of 1 under "dtype"
 PERCENTILES = {"minmax": (0, 100), "percentile": (0.1, 99.9)}  # the stored values of 0 and 1
+# What Pillow may take a file for; among what else it knows is PostScript, which is a program.
+FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
+NPY_START = b"\x93NUMPY"
 PLAIN_TIFF = (1, 2, 6)  # photometric interpretations: black is zero, RGB, YCbCr
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_UNITS = {1: "none", 2: "inch", 3: "centimeter"}
@@ -148,17 +152,26 @@ def to_tensor(
     if array.dtype.kind not in "iuf":
         raise ValueError(f"expected integers or floats, got {array.dtype} in {name}; convert it")
     dtype = "float32" if array.dtype.kind == "f" else array.dtype.name
-    values = array.astype(np.float64)
-    finite = np.isfinite(values)
-    if not finite.all():
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64, copy=False)
+        finite = np.isfinite(array)
+        if not finite.all():
+            raise ValueError(
+                f"expected finite values, but {(~finite).sum()} of {array.size} in {name} are NaN "
+                "or infinite; replace them first"
+            )
+    low, high = _stored_range(array, dtype, intensity_range, name)
+    height, width, channels = array.shape
+    image = np.empty((1, channels, height, width), np.float32)
+    for i in range(channels):  # one at a time: float64 takes the most memory
+        with np.errstate(over="ignore"):
+            image[0, i] = (array[..., i].astype(np.float64) - low) / (high - low)
+    if not np.isfinite(image).all():
         raise ValueError(
-            f"expected finite values, but {(~finite).sum()} of {values.size} in {name} are NaN or "
-            "infinite; replace them first"
+            f"expected values near the range [{low:g}, {high:g}], got [{array.min():g}, "
+            f"{array.max():g}] in {name}; set --data.intensity_range to [lo, hi] of what is meant"
         )
-    low, high = _stored_range(values, dtype, intensity_range, name)
-    image = ((values - low) / (high - low)).astype(np.float32)
-    tensor = torch.from_numpy(image).movedim(-1, 0)[None]  # (H, W, C) -> (1, C, H, W)
-    return tensor.contiguous(), ImageFormat(dtype, None, low, high)
+    return torch.from_numpy(image), ImageFormat(dtype, None, low, high)
 
 
 def to_array(image: Tensor, image_format: ImageFormat) -> np.ndarray:
@@ -238,7 +251,7 @@ def replace_by(path: Path, complete: Path) -> None:
 def _stored_range(
     values: np.ndarray, dtype: str, intensity_range: IntensityRange, name: str
 ) -> tuple[float, float]:
-    """The stored values that become 0 and 1."""
+    """The stored values that become 0 and 1, of values (H, W, C)."""
     word = intensity_range if isinstance(intensity_range, str) else ""
     if word in PERCENTILES:
         low, high = (float(v) for v in np.percentile(values, PERCENTILES[word]))
@@ -276,6 +289,7 @@ def _stored_range(
 
 def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
     """The stored values, (H, W) or (H, W, C), whether alpha comes last, and the metadata."""
+    _refuse_what_is_too_large(bytes_needed=path.stat().st_size)
     data = path.read_bytes()
     if not data:
         raise ValueError("the file is empty")
@@ -283,16 +297,18 @@ def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat
         return _decode_tiff(data, page)
     if page:
         raise ValueError(f"it has no page {page}, only TIFF files have; leave --data.page out")
-    if path.suffix.lower() == ".npy":
-        return np.load(io.BytesIO(data), allow_pickle=False), False, ImageFormat()
+    if data.startswith(NPY_START):
+        # A header that says more than there is costs nothing: numpy reads before it fills.
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False), False, ImageFormat()
     try:
-        opened = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError("its contents are none of these") from None
     with opened as picture:
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format != "MPO":  # a camera's MPO begins with the photo
             raise ValueError(f"it has {frames} frames; save one of them")
+        _refuse_bombs(picture.height, picture.width, len(picture.getbands()))
         if picture.format == "PNG" and data[PNG_DEPTH_AT] == 16:
             array = imagecodecs.png_decode(data)  # Pillow would round 16-bit colour to 8 bits
             array = _upright(array, _orientation(picture))
@@ -317,6 +333,8 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
         if not 0 <= number < pages:
             raise ValueError(f"it has no page {number}; choose --data.page 0 to {pages - 1}")
         page = file.pages[number].aspage()
+        bands, bytes_each = page.samplesperpixel, np.dtype(page.dtype or np.uint8).itemsize
+        _refuse_bombs(page.imagelength, page.imagewidth, bands, bytes_each)
         orientation = page.tags.valueof(ORIENTATION_TAG, 1)
         if page.photometric in PLAIN_TIFF:
             array = page.asarray()
@@ -326,7 +344,7 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
             has_alpha = bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
             has_alpha = has_alpha and array.ndim == 3
         elif page.dtype == np.uint8:  # palettes, CMYK, inverted grey
-            with Image.open(io.BytesIO(data)) as picture:
+            with Image.open(io.BytesIO(data), formats=("TIFF",)) as picture:
                 picture.seek(number)
                 array, has_alpha = _pixels(picture)
         else:
@@ -341,6 +359,33 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
             texts={k: v.replace("\0", " ") for k, v in texts.items() if isinstance(v, str)},
         )
     return array, has_alpha, kept
+
+
+def _refuse_bombs(height: int, width: int, bands: int, bytes_each: int = 1) -> None:
+    """Refuse an image by what its header says of its size, before anything is made of it.
+
+    The limit is Pillow's own, which a program may set.
+
+    Raises:
+        ValueError: The image has too many pixels, or is too large for the free memory.
+    """
+    pixels, limit = height * width, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels * max(1, bands // 4) > 2 * limit:
+        raise ValueError(
+            f"it says that it has {height}×{width} pixels in {bands} channels, which may be a "
+            f"decompression bomb; more than {2 * limit} pixels are read only where a program sets "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    # As decoded, and as float32; of one channel two float64 arrays.
+    _refuse_what_is_too_large(pixels * (bands * (bytes_each + 4) + 16))
+
+
+def _refuse_what_is_too_large(bytes_needed: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if bytes_needed > free:
+        raise ValueError(
+            f"reading it takes {as_text(bytes_needed)} of memory, and {as_text(free)} are free"
+        )
 
 
 def _pixels(picture: Image.Image) -> tuple[np.ndarray, bool]:

@@ -29,7 +29,9 @@ PERCENTILES = {"minmax": (0, 100), "percentile": (0.1, 99.9)}  # the stored valu
 # What Pillow may take a file for; among what else it knows is PostScript, which is a program.
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
 NPY_START = b"\x93NUMPY"
-PLAIN_TIFF = (1, 2, 6)  # photometric interpretations: black is zero, RGB, YCbCr
+PLAIN_TIFF = (1, 2)  # photometric interpretations: black is zero, RGB
+TIFF_DEPTHS = (1, 8, 16, 32, 64)  # bits; others are unpacked, and not scaled
+YCBCR, JPEG = 6, (6, 7)  # another, which is decoded to RGB with these compressions alone
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_UNITS = {1: "none", 2: "inch", 3: "centimeter"}
 PER_METRE = {"inch": 1 / 0.0254, "centimeter": 100}
@@ -164,8 +166,11 @@ def to_tensor(
     height, width, channels = array.shape
     image = np.empty((1, channels, height, width), np.float32)
     for i in range(channels):  # one at a time: float64 takes the most memory
-        with np.errstate(over="ignore"):
-            image[0, i] = (array[..., i].astype(np.float64) - low) / (high - low)
+        values = array[..., i].astype(np.float64)
+        values -= low
+        values /= high - low
+        with np.errstate(over="ignore"):  # which is looked for below
+            image[0, i] = values
     if not np.isfinite(image).all():
         raise ValueError(
             f"expected values near the range [{low:g}, {high:g}], got [{array.min():g}, "
@@ -335,15 +340,20 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
         page = file.pages[number].aspage()
         bands, bytes_each = page.samplesperpixel, np.dtype(page.dtype or np.uint8).itemsize
         _refuse_bombs(page.imagelength, page.imagewidth, bands, bytes_each)
+        if page.bitspersample not in TIFF_DEPTHS:
+            raise ValueError(
+                f"its {page.bitspersample} bits a value are not supported; save it as 8 or 16 bits"
+            )
         orientation = page.tags.valueof(ORIENTATION_TAG, 1)
-        if page.photometric in PLAIN_TIFF:
+        decoded = page.photometric == YCBCR and page.compression in JPEG
+        if page.photometric in PLAIN_TIFF or decoded:
             array = page.asarray()
             if page.axes.startswith("S"):  # planes apart: (C, H, W) -> (H, W, C)
                 array = np.moveaxis(array, 0, -1)
             array = _upright(array, orientation)
             has_alpha = bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
             has_alpha = has_alpha and array.ndim == 3
-        elif page.dtype == np.uint8:  # palettes, CMYK, inverted grey
+        elif page.dtype in (np.uint8, np.bool_):  # palettes, CMYK, YCbCr, inverted grey
             with Image.open(io.BytesIO(data), formats=("TIFF",)) as picture:
                 picture.seek(number)
                 array, has_alpha = _pixels(picture)

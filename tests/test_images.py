@@ -1,9 +1,11 @@
 import io
+import resource
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 import torch
 from PIL import Image, ImageCms
@@ -150,6 +152,89 @@ def test_unusual_tiffs_look_as_other_programs_show_them(tmp_path):
     tifffile.imwrite(tmp_path / "white16.tif", array.astype(np.uint16), photometric="miniswhite")
     with pytest.raises(ValueError, match="save it as RGB"):
         read_image(tmp_path / "white16.tif")
+
+
+def test_fax_tiffs_and_ycbcr_tiffs_look_as_they_were_made(tmp_path):
+    photo = skimage.data.astronaut()[64:103, 160:207]
+    bits = Image.fromarray(photo[..., 0]).convert("1")
+    for photometric in (0, 1):  # white is zero, or black is
+        path = tmp_path / f"bits_{photometric}.tif"
+        bits.save(path, tiffinfo={262: photometric}, compression="group4")
+        read = read_image(path)[0][0, 0].numpy()
+        np.testing.assert_array_equal(read, np.asarray(bits))
+    Image.fromarray(photo).convert("YCbCr").save(tmp_path / "ycbcr.tif")
+    tifffile.imwrite(tmp_path / "jpeg.tif", photo, photometric="rgb", compression="jpeg")
+    for name, levels in (("ycbcr.tif", 3), ("jpeg.tif", 40)):
+        difference = read_image(tmp_path / name)[0][0].movedim(0, -1).numpy() * 255 - photo
+        assert abs(difference).max() <= levels
+        assert abs(difference).mean() < 2
+
+
+@pytest.mark.parametrize("bits", [4, 12])
+def test_depths_between_are_refused(tmp_path, bits):
+    tifffile.imwrite(tmp_path / "odd.tif", values(np.uint16, 8, 16))
+    with tifffile.TiffFile(tmp_path / "odd.tif", mode="r+b") as file:
+        file.pages[0].tags[258].overwrite(bits)
+    with pytest.raises(ValueError, match=f"{bits} bits a value are not supported"):
+        read_image(tmp_path / "odd.tif")
+
+
+def test_what_only_pillow_knows_is_not_opened(tmp_path):
+    Image.fromarray(values(np.uint8, 9, 7, 3)).save(tmp_path / "program.eps")  # PostScript
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
+    with pytest.raises(ValueError, match="none of these"):
+        read_image(tmp_path / "program.png")
+
+
+SIDE = 50_000  # pixels of a bomb
+
+
+def png_bomb(depth, colours):
+    """A PNG of SIDE × SIDE pixels, or as many of them as 300 MB of zeros come to."""
+
+    def chunk(name, data):
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
+
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, colours, 0, 0, 0)
+    rows = zlib.compress(bytes(SIDE * (SIDE // 8 + 1)))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def write_bomb(path):
+    """A file of less than 1 MB that becomes an image of gigabytes."""
+    if path.suffix == ".png":
+        path.write_bytes(png_bomb(1, 0) if path.stem == "bits" else png_bomb(16, 2))
+    elif path.suffix == ".tif":
+        tifffile.imwrite(path, values(np.uint8, 16, 16), compression="deflate")
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            file.pages[0].tags[256].overwrite(SIDE)
+            file.pages[0].tags[257].overwrite(SIDE)
+    else:
+        with path.open("wb") as file:
+            shape = {"descr": "<f8", "fortran_order": False, "shape": (SIDE, SIDE, 3)}
+            np.lib.format.write_array_header_1_0(file, shape)
+    assert path.stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("name", ["bits.png", "deep.png", "bytes.tif", "numbers.npy"])
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, name):
+    write_bomb(tmp_path / name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*(bomb|expected \d+|allocate)"):
+        read_image(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kB
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_what_the_memory_does_not_hold_is_refused(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"image{suffix}"
+    write_image(path, torch.rand(1, 3, 200, 300))
+    free = path.stat().st_size + 10_000  # enough to read the file alone
+    monkeypatch.setattr("deepred_pl.images.free_memory", lambda device: free)
+    with pytest.raises(ValueError, match=r"reading it takes \d MB of memory, and \d MB are free"):
+        read_image(path)
 
 
 def test_byte_order_does_not_matter(tmp_path):

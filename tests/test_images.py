@@ -167,7 +167,7 @@ def test_fax_tiffs_and_ycbcr_tiffs_look_as_they_were_made(tmp_path):
     for name, levels in (("ycbcr.tif", 3), ("jpeg.tif", 40)):
         difference = read_image(tmp_path / name)[0][0].movedim(0, -1).numpy() * 255 - photo
         assert abs(difference).max() <= levels
-        assert abs(difference).mean() < 2
+        assert abs(difference).mean() < 5
 
 
 @pytest.mark.parametrize("bits", [4, 12])

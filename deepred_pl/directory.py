@@ -9,6 +9,8 @@ from pytorch_lightning import Trainer
 
 from deepred_pl.images import write_bytes
 
+ROOM = 2**16  # bytes that a run takes at the least
+
 
 def run_directory(trainer: Trainer) -> Path:
     """Where the trainer's run is kept: its logger's directory, or its default root."""
@@ -28,8 +30,8 @@ def check_writable(directory: Path, option: str = "--trainer.default_root_dir") 
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(ROOM))  # a full disk makes empty files
     except OSError as error:
         raise OSError(
             f"expected to write the run directory {directory}: {why(error)}; "

@@ -72,6 +72,7 @@ SUBCOMMANDS = {
 # What a user's mistake raises.
 EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, ArgumentError)
 
+SECTIONS = ("trainer", "model", "data", "guard", "red", "panels", "checkpoint")
 PARTS = (nn.Module, Optimizer, LRScheduler)  # what a function in the settings may make
 
 # A file of settings has some hundred values, five deep.
@@ -185,6 +186,10 @@ class RestorationCLI(LightningCLI):
 
         Torch would advise to load that unsafely.
         """
+        for name in SECTIONS:  # the parser takes whatever stands there
+            section = self._get(self.config, name)
+            if not isinstance(section, Namespace):
+                raise ValueError(f"expected settings by their names in {name}, got {section!r}")
         path = self._get(self.config, "ckpt_path")
         settings = self._get(self.config, "model").init_args
         _check_factories(settings)
@@ -198,6 +203,15 @@ class RestorationCLI(LightningCLI):
             raise ValueError(
                 f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
                 "give another, or start without"
+            ) from error
+
+    def instantiate_classes(self) -> None:
+        """Build the parts; a value of a type that one cannot take is a mistake in the settings."""
+        try:
+            super().instantiate_classes()
+        except TypeError as error:
+            raise ValueError(
+                f"the settings do not fit the parts that they name: {error}"
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

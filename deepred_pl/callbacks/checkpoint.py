@@ -13,7 +13,7 @@ from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from deepred_pl.callbacks.red import a_round_failed, waits_for_denoiser
 from deepred_pl.directory import last_checkpoint, run_directory, why
@@ -114,7 +114,7 @@ class LastCheckpoint(Checkpoint):
             with suppress(OSError):
                 new.unlink(missing_ok=True)
             left = "the one before stays" if path.is_file() else "there is none yet"
-            rank_zero_warn(
+            rank_zero_info(
                 f"step {trainer.global_step}: no checkpoint {path} ({why(error)}); {left}"
             )
 

@@ -1,0 +1,139 @@
+"""A disk that fills up, or is taken away, costs what does not fit on it and not the fit."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from deepred_pl.denoisers import TotalVariation
+from deepred_pl.images import write_image
+from tests.conftest import picture
+from tests.faults import processes
+from tests.faults.test_killed import VERSION, pixels
+
+ROUND = 5  # θ-steps
+
+
+class Spoiling(TotalVariation):
+    """A denoiser that spoils the disk `directory` at one call, and mends it at another."""
+
+    def __init__(self, directory: str, how: str, at: int, until: int = 10**6):
+        super().__init__(0.02)
+        self.directory, self.how, self.at, self.until, self.calls = directory, how, at, until, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.at:
+            SPOIL[self.how](self.directory)
+        if self.calls == self.until:
+            MEND[self.how](self.directory)
+        return super().__call__(x)
+
+
+def fill(directory):
+    with suppress(OSError), open(Path(directory) / "filling", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+
+
+def empty(directory):
+    (Path(directory) / "filling").unlink()
+
+
+def remount(directory, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", str(directory)], check=True)
+
+
+SPOIL = {"full": fill, "read-only": lambda directory: remount(directory, "ro")}
+MEND = {"full": empty, "read-only": lambda directory: remount(directory, "rw")}
+REASON = {how: os.strerror(number) for how, number in
+          {"full": errno.ENOSPC, "read-only": errno.EROFS}.items()}  # fmt: skip
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 8 MB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+@pytest.fixture
+def fit(tmp_path, disk):
+    write_image(tmp_path / "truth.png", picture(3, 37, 45))
+
+    def run(how, at, until=10**6, steps=60):
+        """Exit status and output of a fit on the disk."""
+        settings = {"directory": str(disk), "how": how, "at": at, "until": until}
+        denoiser = {"class_path": f"{__name__}.Spoiling", "init_args": settings}
+        options = [
+            *("fit", "--config", "quickstart", "--trainer.max_steps", str(steps)),
+            *("--model.network.init_args.width", "4", "--model.network.init_args.scales", "3"),
+            *("--data.ground_truth", str(tmp_path / "truth.png"), "--trainer.accelerator", "cpu"),
+            *("--checkpoint.every_n_steps", "7", "--trainer.log_every_n_steps", "3"),
+            *("--red.denoiser", json.dumps(denoiser), "--red.every_n_steps", str(ROUND)),
+            *("--trainer.default_root_dir", str(disk)),
+        ]
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        status, _ = processes.run(options, log)
+        return status, log.read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_disk_that_is_spoiled_for_a_while_costs_the_log_alone(fit, disk, how):
+    status, output = fit(how, at=3, until=9)
+    assert status == 0, output
+    assert output.count("no log in") == 1
+    assert f"no checkpoint {disk / VERSION / 'checkpoints/last.ckpt'} ({REASON[how]})" in output
+    assert "the one before stays" in output
+    assert "Traceback" not in output, output
+    run = disk / VERSION
+    assert json.loads((run / "result.json").read_text())["steps"] == 60
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
+    assert not list(run.rglob(".*")), "temporary files stay"
+    spoiled = pixels(run)
+    shutil.rmtree(run)
+    assert fit(how, at=10**6)[0] == 0
+    assert pixels(run) == spoiled
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_fit_whose_disk_is_spoiled_at_its_end_leaves_its_picture_elsewhere(fit, disk, how):
+    status, output = fit(how, at=10)
+    assert status == 1, output
+    *_, last = output.strip().splitlines()
+    assert last.startswith(f"deepred: error: expected to write {disk / VERSION / 'restored.png'}")
+    assert REASON[how] in last
+    assert "Traceback" not in output, output
+    elsewhere = Path(re.search(r"the restored image is at (\S+)", last)[1])
+    assert Image.open(elsewhere).size == (45, 37)
+    shutil.rmtree(elsewhere.parent)
+    MEND[how](disk)
+    run = disk / VERSION
+    assert not (run / "result.json").exists()
+    last_saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert last_saved < 60  # so that it can go on, and write
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(fit, disk):
+    fill(disk)
+    status, output = fit("full", at=10**6)
+    assert status == 1
+    [line] = output.strip().splitlines()[2:]  # behind Lightning's two on the devices
+    assert line.startswith("deepred: error: expected to write the run directory"), output
+    assert "No space left on device; choose another by --trainer.default_root_dir" in line

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import Trainer
 
 from deepred_pl.images import write_bytes
@@ -20,6 +21,26 @@ def run_directory(trainer: Trainer) -> Path:
 def last_checkpoint(directory: Path) -> Path:
     """The checkpoint that a run leaves in its directory."""
     return directory / "checkpoints" / "last.ckpt"
+
+
+def check_checkpoint(path: Path) -> None:
+    """Find out whether a file is a run's checkpoint, and data alone.
+
+    Lightning would unpickle what comes from the network, and older ones any file; torch would
+    advise to.
+
+    Raises:
+        ValueError: It is none, or is damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"expected a run's checkpoints/last.ckpt, found no file {path}")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+    except Exception as error:  # unpicklers raise what they like
+        raise ValueError(
+            f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
+            "give another, or start without"
+        ) from error
 
 
 def check_writable(directory: Path, option: str = "--trainer.default_root_dir") -> None:

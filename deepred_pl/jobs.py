@@ -17,7 +17,7 @@ from torch import Tensor
 from deepred_pl.callbacks.progress import ProgressFile, progress_file
 from deepred_pl.callbacks.writer import Writer, compare, score, write_uncertainty
 from deepred_pl.data import RestorationDataModule
-from deepred_pl.directory import last_checkpoint, read_json, write_json
+from deepred_pl.directory import check_checkpoint, last_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
 from deepred_pl.moments import RunningMoments
 from deepred_pl.run import RestorationCLI, reason
@@ -131,7 +131,10 @@ def _fit(job: Job) -> None:
             if isinstance(writer, Writer):
                 writer.labels = {name: job.about[name] for name in LABELS if job.about[name]}
         cli.before_fit()
-        path = str(checkpoint) if checkpoint.is_file() else None
+        begun = checkpoint.is_file()
+        if begun:
+            check_checkpoint(checkpoint)
+        path = str(checkpoint) if begun else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
         cli.after_fit()
     except Exception:

@@ -25,7 +25,7 @@ WITHIN_A_BATCH = (
     "--trainer.plugins=pytorch_lightning.plugins.environments.LightningEnvironment",
 )
 AS_FLOATS = "--data.as_floats=true"  # for what is made of several images
-LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
+LOGGER = "deepred_pl.log.SteadyLogger"
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,9 @@ def plan(batch: Batch) -> list[Job]:
         ValueError: Settings that cannot be, or methods of one name.
     """
     labels = [Path(method).stem for method in batch.methods]
+    for name in [*labels, *(source.name for source in batch.sources)]:
+        if name in (".", "..") or Path(name).name != name:  # run directories stay inside --out
+            raise ValueError(f"expected names that a directory can have, got {name!r}; rename it")
     if len(set(labels)) < len(labels):
         raise ValueError(f"expected methods of different names, got {', '.join(labels)}")
     configs = [_config(name) for name in batch.configs]

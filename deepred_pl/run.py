@@ -45,7 +45,7 @@ from deepred_pl.callbacks import (
     Writer,
 )
 from deepred_pl.data import RestorationDataModule
-from deepred_pl.directory import check_writable, run_directory
+from deepred_pl.directory import check_checkpoint, check_writable, run_directory
 from deepred_pl.help import ReadableParser
 from deepred_pl.images import to_array
 from deepred_pl.log import SteadyLogger
@@ -182,10 +182,7 @@ class RestorationCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Go on from a checkpoint alone, and find one that is none.
-
-        Torch would advise to load that unsafely.
-        """
+        """Find what is no setting, and no checkpoint; go on from a checkpoint alone."""
         for name in SECTIONS:  # the parser takes whatever stands there
             section = self._get(self.config, name)
             if not isinstance(section, Namespace):
@@ -195,15 +192,8 @@ class RestorationCLI(LightningCLI):
         _check_factories(settings)
         if path is not None and "init_from" in settings:
             settings.init_from = None  # the checkpoint has the network; that run may be gone
-        if path is None or not Path(path).is_file():
-            return
-        try:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
-        except Exception as error:  # unpicklers raise what they like
-            raise ValueError(
-                f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
-                "give another, or start without"
-            ) from error
+        if path is not None:
+            check_checkpoint(Path(path))
 
     def instantiate_classes(self) -> None:
         """Build the parts; a value of a type that one cannot take is a mistake in the settings."""

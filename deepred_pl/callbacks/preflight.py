@@ -59,8 +59,7 @@ class Preflight(Callback):
 
     def _memory(self, model: DeepImagePrior, trainer: Trainer) -> tuple[int, int]:
         """Bytes that a θ-step takes and that are free."""
-        with trainer.precision_plugin.forward_context(), _forked(model.device):
-            needed, free = step_memory(model), free_memory(model.device)
+        needed, free = fit_memory(model, trainer), free_memory(model.device)
         if needed > free:
             height, width = model.average.shape[-2:]
             raise ValueError(
@@ -69,6 +68,12 @@ class Preflight(Callback):
                 "network (fewer channels: --model.network.init_args.width)"
             )
         return needed, free
+
+
+def fit_memory(model: DeepImagePrior, trainer: Trainer) -> int:
+    """Bytes that a θ-step takes at the trainer's precision."""
+    with trainer.precision_plugin.forward_context(), _forked(model.device):
+        return step_memory(model)
 
 
 def _forked(device: torch.device) -> AbstractContextManager:

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning import Trainer
 
 from deepred_pl import DeepImagePrior
-from deepred_pl.callbacks import KeepMemory
+from deepred_pl.callbacks import KeepMemory, memory
 from tests.conftest import TinyNet, noisy_problem
 
 def resident():
@@ -47,6 +47,8 @@ def fit(kind):
 print("kept", freed_block())
 fit(DeepImagePrior)
 fit(Fail)
+memory.free_memory = lambda device: 1
+fit(DeepImagePrior)
 """
 
 
@@ -62,7 +64,7 @@ def test_freed_memory_is_kept_during_a_fit_and_given_back_behind_it():
     lines = run.stdout.splitlines()
     kept = [float(line.split()[1]) for line in lines if line.startswith("kept ")]
     given = [float(line.split()[1]) for line in lines if line.startswith("given ")]
-    without, during, during_failure = kept
-    assert without < 5
+    without, during, during_failure, where_little_is_free = kept
+    assert max(without, where_little_is_free) < 5
     assert min(during, during_failure) > 40
-    assert len(given) == 2 and min(given) > 40
+    assert len(given) == 3 and min(given[:2]) > 40

@@ -85,6 +85,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+        self._leave_signals_alone()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -94,10 +95,9 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info(f"to go on: {_how_to_go_on(path)}")
         self._leave_signals_alone()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave_signals_alone()
-
     def _leave_signals_alone(self) -> None:
+        # Before Lightning does: what stood there before is its own handler, for its own has come
+        # in between. The other way round it would stay, and with it the trainer.
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 

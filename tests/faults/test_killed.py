@@ -208,6 +208,15 @@ def test_a_fit_that_waits_for_its_denoiser_stops_at_once(make_trainer, tmp_path,
     assert_same_checkpoint(*ends)
 
 
+def test_a_fit_leaves_the_signals_as_they_were(make_trainer, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for i in range(2):
+        update = REDUpdate(smooth, every_n_steps=4)
+        new_trainer(make_trainer, tmp_path / str(i), update).fit(new_model())
+        after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        assert after == before  # else Lightning's own stays, and keeps the trainer alive
+
+
 def test_the_settings_of_a_run_are_plain_data(options, tmp_path):
     assert processes.run(options("run", steps=7), tmp_path / "log")[0] == 0
     settings = (tmp_path / "run" / VERSION / "config.yaml").read_text()

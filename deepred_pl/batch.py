@@ -4,16 +4,20 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
 
 from deepred_pl.bar import Bar, label
+from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
 from deepred_pl.callbacks.progress import progress_file
 from deepred_pl.callbacks.writer import hint
 from deepred_pl.datasets import PREFIX
@@ -65,19 +69,32 @@ image's name without suffix, as in --data.operator.mask 'masks/{name}.png'.
 def main(args: Sequence[str] | None = None) -> None:
     """Run `deepred-batch`; status 1 when an image failed, or by a mistake, told in one line.
 
+    Ctrl-C and SIGTERM end it with status 130 and 143, once its fits have saved their checkpoints.
+
     Args:
         args: Command-line arguments; None takes sys.argv.
     """
+    handler = None
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGTERM, _stop)  # as a scheduler sends it
     try:
         failed = run(parse(sys.argv[1:] if args is None else args))
     except EXPECTED as error:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         sys.exit(f"deepred-batch: error: {reason(error)}")
-    except KeyboardInterrupt:
-        sys.exit("deepred-batch: stopped; the same command goes on from here")
+    except (KeyboardInterrupt, Stopped) as stop:
+        print("deepred-batch: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(stop.code if isinstance(stop, Stopped) else SIGNALLED + signal.SIGINT)
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
     if failed:
         sys.exit(1)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(SIGNALLED + number)
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:

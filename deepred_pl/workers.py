@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from deepred_pl.memory import free_memory, give_memory_back
 from deepred_pl.run import EXPECTED, RestorationCLI, reason
 
 RETRIES = 2  # of a fit whose process was killed; it goes on from its checkpoint
+GRACE = 10.0  # seconds that fits have to save their checkpoints when a batch is stopped
 TICK = 1.0  # seconds between two looks at what is going on
 PROCESS = 700 * 2**20  # bytes of a process with torch, beside its fit
 TRIED = 3  # images, to find out what memory a fit takes
@@ -127,6 +129,10 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Iterator
             yield None
     finally:
         for served in processes:
+            served.terminate()  # a fit saves its checkpoint behind the step that it is making
+        deadline = time.monotonic() + GRACE
+        for served in processes:
+            served.join(max(0.0, deadline - time.monotonic()))
             served.kill()
 
 

@@ -218,6 +218,37 @@ class Deadly(Denoiser):
         return 0.9 * x
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_batch_that_is_told_to_stop_saves_its_fits(tmp_path, number):
+    images = save_crops(tmp_path / "crops", 2)
+    call = [sys.executable, "-c", "from deepred_pl.batch import main; main()"]
+    settings = [*TINY, "--trainer.max_steps=100000", "--checkpoint.every_n_steps=50000"]
+    options = ["--images", str(images), "--workers", "2", "--threads", "1"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*call, *settings, *options, "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*/progress.json"))) < 2:  # both are fitted
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped; the same command goes on from here" in told
+    for i in range(2):
+        saved = torch.load(out / f"crop{i}/checkpoints/last.ckpt", weights_only=True)
+        assert 0 < saved["global_step"] < 50000  # none was due yet
+
+
+@pytest.mark.parametrize("name", ["sample:../../outside", "sample:.."])
+def test_names_stay_inside_the_output(tmp_path, name):
+    with pytest.raises(SystemExit, match="names that a directory can have"):
+        main([*TINY, "--ground_truth", name, "--out", str(tmp_path / "out" / "a" / "b")])
+    assert not (tmp_path / "out" / "outside").exists()
+
+
 def test_a_killed_worker_takes_nothing_with_it(tmp_path, capfd, monkeypatch):
     images = save_crops(tmp_path / "crops", 3)
     (images / "crop2.png").rename(images / "always.png")

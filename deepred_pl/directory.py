@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def last_checkpoint(directory: Path) -> Path:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Find out whether a file is a run's checkpoint, and data alone.
+    """Find out whether a file is a run's checkpoint, whole, and data alone.
 
     Lightning would unpickle what comes from the network, and older ones any file; torch would
     advise to.
@@ -35,12 +36,25 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"expected a run's checkpoints/last.ckpt, found no file {path}")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+        load_checkpoint(path)["loops"]
     except Exception as error:  # unpicklers raise what they like
         raise ValueError(
             f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
             "give another, or start without"
         ) from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint, on the CPU: plain data, whose checksums torch does not look at.
+
+    Raises:
+        Exception: Of any kind, where it is none, holds more than data, or is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in {path} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_writable(directory: Path, option: str = "--trainer.default_root_dir") -> None:

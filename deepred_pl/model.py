@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from deepred_pl import admm
-from deepred_pl.directory import last_checkpoint
+from deepred_pl.directory import last_checkpoint, load_checkpoint
 from deepred_pl.losses import Term
 from deepred_pl.memory import as_text, free_memory
 from deepred_pl.networks import INPUT_CHANNELS, SkipNet
@@ -609,7 +609,7 @@ def _load_into(network: nn.Module, run: str) -> dict[str, Any]:
     """Give the network another fit's θ; return the rest of that fit's state."""
     path = last_checkpoint(Path(run)) if Path(run).is_dir() else Path(run)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = load_checkpoint(path)["state_dict"]
     except Exception as error:  # unpicklers raise what they like
         raise ValueError(
             f"init_from: expected a run directory with checkpoints/last.ckpt, or a checkpoint, got "

@@ -1,4 +1,5 @@
 import io
+import os
 import resource
 import struct
 import zlib
@@ -381,6 +382,18 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
         write_bytes(path, "no bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    target, run = tmp_path / "target", tmp_path / "run"
+    run.mkdir()
+    target.write_text("of somebody else")
+    for name in ("restored.png", f".restored.png.{os.getpid()}"):
+        (run / name).symlink_to(target)
+    write_image(run / "restored.png", torch.rand(1, 3, 9, 7))
+    assert target.read_text() == "of somebody else"
+    assert [path.name for path in run.iterdir()] == ["restored.png"]
+    assert not (run / "restored.png").is_symlink()
 
 
 def test_12_bits_in_16_are_read_in_their_range_and_written_back(tmp_path):

@@ -49,6 +49,28 @@ def kill_at(options, log, name, number, delay):
     return process.exitcode
 
 
+def told_by(target, *args, seconds):
+    """What `target(connection, *args)` sends from a process of its own, as pairs.
+
+    The last pair is ("ended", exit status), or ("hung", seconds) of one that sent nothing for so
+    long, and was killed.
+    """
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(theirs, *args))
+    process.start()
+    theirs.close()
+    try:
+        while ours.poll(seconds):
+            yield ours.recv()
+        yield "hung", seconds
+    except EOFError:
+        process.join()
+        yield "ended", process.exitcode
+    finally:
+        process.kill()
+        process.join()
+
+
 def _run(options, log, connection):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -124,7 +124,7 @@ def test_one_that_always_fails_is_asked_as_often_as_was_said(fit, caplog, retrie
 def test_a_hung_denoiser_does_not_hold_the_fit(fit):
     start = time.perf_counter()
     with pytest.raises(TimeoutError):
-        fit("hung", Failing(hangs, [2]), timeout=0.5)
+        fit("hung", Failing(hangs, [2]), timeout=0.5, retries=0)
     assert time.perf_counter() - start < 5  # and not the 30 s that it sleeps
 
 
@@ -134,7 +134,8 @@ def test_one_that_hangs_is_found_where_a_fit_does_not_wait(make_trainer):
             super().on_train_batch_start(*args)
             time.sleep(0.02)
 
-    update = Slow(Failing(hangs, [2]), every_n_steps=K, wait_for_denoiser=False, timeout=0.3)
+    settings = {"every_n_steps": K, "wait_for_denoiser": False, "timeout": 0.3, "retries": 0}
+    update = Slow(Failing(hangs, [2]), **settings)
     with pytest.raises(TimeoutError, match="gave no answer"):
         make_trainer(max_steps=500, callbacks=[update]).fit(new_model())
 

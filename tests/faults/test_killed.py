@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from deepred_pl import DeepRED, REDUpdate
@@ -215,9 +214,3 @@ def test_a_fit_leaves_the_signals_as_they_were(make_trainer, tmp_path):
         new_trainer(make_trainer, tmp_path / str(i), update).fit(new_model())
         after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         assert after == before  # else Lightning's own stays, and keeps the trainer alive
-
-
-def test_the_settings_of_a_run_are_plain_data(options, tmp_path):
-    assert processes.run(options("run", steps=7), tmp_path / "log")[0] == 0
-    settings = (tmp_path / "run" / VERSION / "config.yaml").read_text()
-    assert isinstance(yaml.safe_load(settings), dict)

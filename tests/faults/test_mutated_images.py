@@ -174,32 +174,17 @@ def peak():
 
 def test_every_damaged_file_is_read_or_refused(tmp_path, seed, long, record_property):
     tries, ends, memory, at = 10_000 if long else 600, {}, 0, 0
-    while at < tries:
-        ours, theirs = processes.context.Pipe(duplex=False)
-        process = processes.context.Process(
-            target=read_them, args=(theirs, tmp_path, seed, at, tries)
-        )
-        process.start()
-        theirs.close()
-        while True:
-            if not ours.poll(SECONDS):
-                ends[at] = f"took more than {SECONDS} s"
-                break
-            try:
-                what, value = ours.recv()
-            except EOFError:
-                process.join()
-                ends[at] = f"ended the process: {process.exitcode}"
-                break
-            if what == "memory":
-                memory = max(memory, value)
-                at = tries
-                break
-            at = value
-            if what != "reads":
-                ends[at] = what
-        process.kill()
-        process.join()
+    while at < tries:  # behind a file that ends the process, another goes on
+        for what, value in processes.told_by(read_them, tmp_path, seed, at, tries, seconds=SECONDS):
+            if what == "reads":
+                at = value
+            elif what == "memory":
+                memory, at = max(memory, value), tries
+            elif what in ("ended", "hung"):
+                if at < tries:
+                    ends[at] = f"{what}: {value}"
+            else:
+                ends[value] = what
         at += 1
     counts = {word: list(ends.values()).count(word) for word in ("picture", "refused")}
     bad = {

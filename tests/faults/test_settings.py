@@ -133,30 +133,18 @@ def try_them(connection, folder, seed, examples):
 
 def test_every_file_of_settings_is_taken_or_refused(tmp_path, seed, long, record_property):
     examples, ends, memory, text, slowest = 3000 if long else 80, [], 0, "", 0.0
-    ours, theirs = processes.context.Pipe(duplex=False)
-    process = processes.context.Process(target=try_them, args=(theirs, tmp_path, seed, examples))
-    process.start()
-    theirs.close()
-    while not memory:
-        began = time.perf_counter()
-        if not ours.poll(SECONDS):
-            ends.append((f"took more than {SECONDS} s", text))
-            break
-        slowest = max(slowest, time.perf_counter() - began)
-        try:
-            what, value = ours.recv()
-        except EOFError:
-            process.join()
-            ends.append((f"ended the process: {process.exitcode}", text))
-            break
+    began = time.perf_counter()
+    for what, value in processes.told_by(try_them, tmp_path, seed, examples, seconds=SECONDS):
+        slowest, began = max(slowest, time.perf_counter() - began), time.perf_counter()
         if what == "memory":
             memory = value * 1024
         elif what == "tries":
             text = value
+        elif what in ("ended", "hung"):
+            if len(ends) < examples:
+                ends.append((f"{what}: {value}", text))
         else:
             ends.append((what, text))
-    process.kill()
-    process.join()
     good = [what for what, _ in ends if what in ("taken", "refused")]
     record_property(
         "figures",

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from deepred_pl.datasets import PREFIX, find_image, find_set
 from deepred_pl.jobs import ON_ANY_MACHINE, Job, datamodule
 from deepred_pl.operators import as_operator
-from deepred_pl.run import EXPECTED, RestorationCLI, find_config, settings_of, tiling_of
+from deepred_pl.run import EXPECTED, RestorationCLI, settings_of, tiling_of
+from deepred_pl.settings import find_config
 from deepred_pl.tiles import Tiling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")

@@ -28,7 +28,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepred_pl.batch import main as deepred_batch
-from deepred_pl.run import CONFIGS
+from deepred_pl.settings import CONFIGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

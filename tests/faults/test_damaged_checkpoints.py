@@ -4,6 +4,7 @@ import random
 import warnings
 from collections import Counter
 
+import pytest
 import torch
 
 from deepred_pl.images import write_image
@@ -85,20 +86,12 @@ def test_a_checkpoint_with_more_than_data_is_refused(tmp_path, capfd):
     write_image(tmp_path / "truth.png", picture(3, 37, 45))
     torch.save({"loops": Harmful()}, tmp_path / "harmful.ckpt")
     for option in ("--ckpt_path", "--model.init_from"):
-        try:
+        with pytest.raises(ValueError, match=r"harmful\.ckpt"):
             fit(tmp_path, option, STEPS, option, str(tmp_path / "harmful.ckpt"))
-        except ValueError as error:
-            assert "harmful.ckpt" in str(error)
-        else:
-            raise AssertionError("it was loaded")
     assert "unpickled" not in capfd.readouterr().out
 
 
 def test_a_checkpoint_from_the_network_is_refused(tmp_path):
     write_image(tmp_path / "truth.png", picture(3, 37, 45))
-    try:
+    with pytest.raises(ValueError, match="found no file"):
         fit(tmp_path, "run", STEPS, "--ckpt_path", "http://localhost:9/last.ckpt")
-    except ValueError as error:
-        assert "found no file" in str(error)
-    else:
-        raise AssertionError("it was asked for")

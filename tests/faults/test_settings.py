@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
-from deepred_pl.run import CONFIGS, EXPECTED, LONGEST, RestorationCLI, reason
+from deepred_pl.run import EXPECTED, LONGEST, RestorationCLI, reason
+from deepred_pl.settings import CONFIGS
 from tests.faults import processes
 
 SECONDS = 30.0  # for one file; it takes a fraction

@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -27,7 +27,7 @@ from deepred_pl.jobs import Job, finish
 from deepred_pl.plan import Batch, Source, find_images, plan
 from deepred_pl.run import EXPECTED, reason
 from deepred_pl.tables import rows_of, summary, write_csv
-from deepred_pl.workers import Where, start
+from deepred_pl.workers import Outcome, Where, start
 
 HINTS = 5  # at most, on images whose fit was too short
 UNSEEN = "its result is not in DIR; on a cluster --out must be on storage that all nodes share"
@@ -69,7 +69,8 @@ image's name without suffix, as in --data.operator.mask 'masks/{name}.png'.
 def main(args: Sequence[str] | None = None) -> None:
     """Run `deepred-batch`; status 1 when an image failed, or by a mistake, told in one line.
 
-    Ctrl-C and SIGTERM end it with status 130 and 143, once its fits have saved their checkpoints.
+    Ctrl-C and SIGTERM end it with status 130 and 143; its fits have ten seconds to save their
+    checkpoints.
 
     Args:
         args: Command-line arguments; None takes sys.argv.
@@ -404,8 +405,12 @@ def _follow(
 
     for job in jobs:
         finish_complete(job)
-    with Bar(len(fits), left, console) as bar:
-        for outcome in start(left, where, len(job_of), console.print) if left else ():
+    with Bar(len(fits), left, console) as bar, ExitStack() as stack:
+        outcomes: Iterable[Outcome | None] = ()
+        if left:  # closed whatever comes, which ends the processes
+            running = start(left, where, len(job_of), console.print)
+            outcomes = stack.enter_context(closing(running))
+        for outcome in outcomes:
             if outcome is not None:
                 fit, error = outcome
                 if error is None and fit.result is None:

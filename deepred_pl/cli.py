@@ -1,12 +1,14 @@
 """The `deepred` command."""
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
 from pytorch_lightning.cli import ArgsType
 
 from deepred_pl.background import is_left_behind
+from deepred_pl.callbacks.checkpoint import SIGNALLED
 from deepred_pl.run import EXPECTED, RestorationCLI, reason
 
 
@@ -24,6 +26,9 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         sys.exit(f"deepred: error: {reason(error)}")
+    except KeyboardInterrupt:  # before the fit, which has its own way to stop
+        print("deepred: stopped before a step was made", file=sys.stderr)
+        sys.exit(SIGNALLED + signal.SIGINT)
 
 
 def command() -> NoReturn:

@@ -40,7 +40,7 @@ def check_checkpoint(path: Path) -> None:
     except Exception as error:  # unpicklers raise what they like
         raise ValueError(
             f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or none; "
-            "give another, or start without"
+            "give another, or remove it to begin anew"
         ) from error
 
 

@@ -155,7 +155,6 @@ def to_tensor(
         raise ValueError(f"expected integers or floats, got {array.dtype} in {name}; convert it")
     dtype = "float32" if array.dtype.kind == "f" else array.dtype.name
     if array.dtype.kind == "f":
-        array = array.astype(np.float64, copy=False)
         finite = np.isfinite(array)
         if not finite.all():
             raise ValueError(
@@ -248,7 +247,7 @@ def replace_by(path: Path, complete: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    with complete.open("rb") as file:
+    with complete.open("r+b") as file:  # Windows syncs what can be written
         os.fsync(file.fileno())
     os.replace(complete, path)
 
@@ -303,8 +302,7 @@ def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat
     if page:
         raise ValueError(f"it has no page {page}, only TIFF files have; leave --data.page out")
     if data.startswith(NPY_START):
-        # A header that says more than there is costs nothing: numpy reads before it fills.
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False), False, ImageFormat()
+        return _decode_npy(data), False, ImageFormat()
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -329,6 +327,24 @@ def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat
     return array, has_alpha, kept
 
 
+def _decode_npy(data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version > (2, 0):
+        raise ValueError("its values have names; save an array of numbers")
+    header = np.lib.format.read_array_header_1_0
+    if version == (2, 0):
+        header = np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not loaded; save an array of numbers")
+    if math.prod(shape) * dtype.itemsize > len(data):
+        raise ValueError(f"it says that it is {shape}, and has not as many values")
+    if len(shape) > 1:
+        _refuse_bombs(shape[0], shape[1], math.prod(shape[2:]), dtype.itemsize)
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
 def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         pages = len(file.pages)
@@ -338,6 +354,8 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
         if not 0 <= number < pages:
             raise ValueError(f"it has no page {number}; choose --data.page 0 to {pages - 1}")
         page = file.pages[number].aspage()
+        if page.imagedepth != 1:
+            raise ValueError(f"it is a volume, {page.imagedepth} deep; save one image of it")
         bands, bytes_each = page.samplesperpixel, np.dtype(page.dtype or np.uint8).itemsize
         _refuse_bombs(page.imagelength, page.imagewidth, bands, bytes_each)
         if page.bitspersample not in TIFF_DEPTHS:

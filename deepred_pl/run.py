@@ -22,6 +22,7 @@ from pytorch_lightning.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -47,7 +48,7 @@ from deepred_pl.log import SteadyLogger
 from deepred_pl.model import DeepImagePrior, check_trainer
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
-from deepred_pl.settings import check_factories, find_configs
+from deepred_pl.settings import bound_values, check_factories, find_configs
 from deepred_pl.tiles import Region, Tiling, blend, cut
 
 Image = TypeVar("Image", np.ndarray, Tensor)
@@ -66,7 +67,10 @@ SUBCOMMANDS = {
 }
 
 # What a user's mistake raises.
-EXPECTED = (ValueError, RuntimeError, OSError, MisconfigurationException, ArgumentError)
+EXPECTED = (
+    *(ValueError, RuntimeError, OSError, MemoryError),
+    *(MisconfigurationException, ArgumentError),
+)
 
 SECTIONS = ("trainer", "model", "data", "guard", "red", "panels", "checkpoint")
 
@@ -96,6 +100,7 @@ class RestorationCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        bound_values()
         # Lightning calls what torch and jsonargparse have deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
@@ -176,10 +181,12 @@ class RestorationCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         settings = self._get(self.config, "model").init_args
         check_factories(settings)
+        check_factories(self._get(self.config, "red"))
         if path is not None and "init_from" in settings:
             settings.init_from = None  # the checkpoint has the network; that run may be gone
         if path is not None:
             check_checkpoint(Path(path))
+            self.save_config_kwargs = {"overwrite": True}  # without a logger it is there already
 
     def instantiate_classes(self) -> None:
         """Build the parts; a value of a type that one cannot take is a mistake in the settings."""
@@ -201,6 +208,10 @@ class RestorationCLI(LightningCLI):
             kwargs["logger"] = SteadyLogger(
                 settings.get("default_root_dir") or ".", default_hp_metric=False
             )
+        if settings.get("plugins") is None:
+            # A scheduler's environment would have Lightning save in the middle of a step, and go on
+            # from whatever checkpoint lies in the directory.
+            kwargs["plugins"] = LightningEnvironment()
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -211,6 +222,12 @@ class RestorationCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, REDUpdate | AutoStop | Langevin | Preflight):
                 callback.check(self.model, self.trainer)
+        root = self.trainer.default_root_dir
+        if SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt")):
+            raise ValueError(
+                f"expected no hpc_ckpt_….ckpt in {root}, got one, from which Lightning would go on "
+                "under SLURM; move it away, or choose another --trainer.default_root_dir"
+            )
         if not self.trainer.fast_dev_run:
             check_writable(run_directory(self.trainer))
 

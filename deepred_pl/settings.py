@@ -4,14 +4,15 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, get_loader, set_loader
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+CALLABLES = ("network", "optimizer", "lr_scheduler", "regularizer", "denoiser")
 PARTS = (nn.Module, Optimizer, LRScheduler)  # what a function in the settings may make
 
 # A file of settings has some hundred values, five deep.
@@ -63,20 +64,29 @@ def check_factories(settings: Namespace) -> None:
     Where a setting is a callable, the parser takes any function for a class, and building it calls
     it: os.system, for one.
 
+    Args:
+        settings: A section's, as `model.init_args` or `red`.
+
     Raises:
         ValueError: There is one whose annotation does not say that it makes such a part.
     """
-    for name in ("network", "optimizer", "lr_scheduler", "regularizer"):
-        path = getattr(settings.get(name), "class_path", None)
-        made = None if path is None else resolve_name(path)
-        if made is None or inspect.isclass(made):
-            continue
-        returned = get_type_hints(made).get("return") if inspect.isroutine(made) else None
-        if not (inspect.isclass(returned) and issubclass(returned, PARTS)):
+    for name, part in settings.items(branches=True):
+        path = getattr(part, "class_path", None)
+        if name in CALLABLES and path is not None and not _makes_a_part(resolve_name(path)):
             raise ValueError(
-                f"expected a class for model.{name}, or a function annotated to return a network, "
-                f"an optimizer or a schedule, got {path}"
+                f"expected a class for {name}, or a function annotated to return a network, an "
+                f"optimizer or a schedule, got {path}"
             )
+
+
+def _makes_a_part(made: Any) -> bool:
+    if inspect.isclass(made):
+        return True
+    try:
+        returned = get_type_hints(made).get("return")
+    except (TypeError, NameError):  # nothing that has annotations, or that can be resolved
+        return False
+    return inspect.isclass(returned) and issubclass(returned, PARTS)
 
 
 def _refuse_bombs(path: str) -> None:
@@ -85,25 +95,48 @@ def _refuse_bombs(path: str) -> None:
     Raises:
         ValueError: It is such a file, or no YAML at all.
     """
+    try:
+        if Path(path).stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
+        _check_size(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(
+            f"expected a YAML file of settings, cannot read {path}: {error}"
+        ) from error
+
+
+def _check_size(text: str) -> None:
+    """Refuse YAML that comes to more than settings can be.
+
+    Raises:
+        yaml.YAMLError: It does, or is no YAML.
+    """
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, depth: int = 0) -> int:
         """The nodes it comes to with its aliases written out."""
         if depth > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep, or within itself")
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep, or within itself")
         if id(node) not in sizes:
             children = node.value if isinstance(node, yaml.CollectionNode) else []
             pairs = [child if isinstance(child, tuple) else (child,) for child in children]
             sizes[id(node)] = 1 + sum(size(child, depth + 1) for pair in pairs for child in pair)
         return sizes[id(node)]
 
-    try:
-        if Path(path).stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} bytes")
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
-        if node is not None and size(node) > MOST_NODES:
-            raise ValueError(f"its aliases come to more than {MOST_NODES} values")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(
-            f"expected a YAML file of settings, cannot read {path}: {error}"
-        ) from error
+    node = yaml.compose(text, yaml.SafeLoader)
+    if node is not None and size(node) > MOST_NODES:
+        raise yaml.YAMLError(f"its aliases come to more than {MOST_NODES} values")
+
+
+_load = get_loader("yaml")
+
+
+def _load_within_bounds(text: str) -> Any:
+    if "&" in text and "*" in text:  # without aliases, a text is as large as what it comes to
+        _check_size(text)
+    return _load(text)
+
+
+def bound_values() -> None:
+    """From now on, the parser takes no value that aliases blow up, from whatever file or string."""
+    set_loader("yaml", _load_within_bounds, exceptions=(yaml.YAMLError,))

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -28,6 +28,7 @@ PROCESS = 700 * 2**20  # bytes of a process with torch, beside its fit
 TRIED = 3  # images, to find out what memory a fit takes
 
 Outcome = tuple[Job, str | None]  # a fit that ended, and why it failed if it did
+Outcomes = Generator[Outcome | None, None, None]  # None: nothing ended meanwhile
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Where:
 
 def start(
     fits: Sequence[Job], where: Where, batch_size: int, tell: Callable[[str], None]
-) -> Iterator[Outcome | None]:
+) -> Outcomes:
     """Run fits, and `tell` how many beside each other; yields those that ended, and None now and
     then.
 
@@ -78,7 +79,7 @@ def start(
     return on_ray(fits, Where("local", workers, threads, share), accelerator)
 
 
-def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Iterator[Outcome | None]:
+def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes:
     """Run fits in processes, so many beside each other with so many CPU threads each.
 
     A process serves one fit after another. One that is killed takes nothing with it: its fit goes
@@ -128,12 +129,15 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Iterator
                 yield job, error
             yield None
     finally:
-        for served in processes:
-            served.terminate()  # a fit saves its checkpoint behind the step that it is making
-        deadline = time.monotonic() + GRACE
-        for served in processes:
-            served.join(max(0.0, deadline - time.monotonic()))
-            served.kill()
+        try:
+            for served in processes:
+                served.terminate()  # a fit saves its checkpoint behind the step that it is making
+            deadline = time.monotonic() + GRACE
+            for served in processes:
+                served.join(max(0.0, deadline - time.monotonic()))
+        finally:  # where it is told to stop once more, too
+            for served in processes:
+                served.kill()
 
 
 def _serve(connection: Connection, gpu: str | None) -> None:
@@ -189,7 +193,7 @@ def _that_fit_into_memory(fits: Sequence[Job]) -> int:
     return len(fits)
 
 
-def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Iterator[Outcome | None]:
+def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
     """Run fits as Ray tasks, which Ray places, and starts again where their worker died.
 
     The run directories must be on storage that all nodes share. A cluster that is started here

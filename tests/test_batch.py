@@ -229,12 +229,15 @@ def test_a_batch_that_is_told_to_stop_saves_its_fits(tmp_path, number):
         [*call, *settings, *options, "--out", str(out)], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while len(list(out.glob("*/progress.json"))) < 2:  # both are fitted
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    try:
+        while len(list(out.glob("*/progress.json"))) < 2:  # both are fitted
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     assert "stopped; the same command goes on from here" in told
     for i in range(2):

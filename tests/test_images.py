@@ -223,7 +223,7 @@ def write_bomb(path):
 def test_bombs_are_refused_before_they_are_decoded(tmp_path, name):
     write_bomb(tmp_path / name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*(bomb|expected \d+|allocate)"):
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*(bomb|not as many values)"):
         read_image(tmp_path / name)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kB
 

@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from deepred_pl.callbacks.red import a_round_failed, waits_for_denoiser
 from deepred_pl.directory import last_checkpoint, run_directory, why
 from deepred_pl.images import replace_by
+from deepred_pl.model import DeepImagePrior
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 SIGNALLED = 128  # a shell's exit status of a process that a signal ended, less the signal's number
@@ -32,13 +33,14 @@ class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run directory: every n θ-steps and at the end.
 
     There is one image and no better or worse epoch, so one file is enough. It is replaced only
-    by a complete one; where it cannot be written, the fit goes on, and says so. The one of the last
-    step comes after the results: a fit that is stopped while it writes them still has a step to
-    make.
+    by a complete one of finite values; where it cannot be written, the fit goes on, and says so.
+    The one of the last step comes after the results: a fit that is stopped while it writes them,
+    or fails in its last round, still has a step to make.
 
     Ctrl-C and SIGTERM end a fit of the main thread behind the step that is under way, with a
-    checkpoint and the exit status that shells give, 130 and 143; a second Ctrl-C does so at
-    once. So does a denoiser that fails, with its own error. How to go on is told then.
+    checkpoint and the exit status that shells give, 130 and 143; a second Ctrl-C ends it at
+    once, with the checkpoint before. A denoiser that fails ends it behind its step, too. How to go
+    on is told then.
 
     Args:
         every_n_steps: θ-steps between two saves, at least 1.
@@ -62,12 +64,13 @@ class LastCheckpoint(Checkpoint):
                 raise Stopped(SIGNALLED + number)  # the round keeps it until we have saved
             if number == signal.SIGINT:
                 if self._signal is not None:
-                    raise KeyboardInterrupt
+                    raise Stopped(SIGNALLED + number)
                 with suppress(OSError, ValueError):  # a handler must not use buffers
                     os.write(sys.stderr.fileno(), STOPPING)
             self._signal = number
 
-        self._signal = None
+        # Lightning's own handler stood here since before the callbacks' turn.
+        self._signal = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as in a batch's processes
@@ -78,7 +81,8 @@ class LastCheckpoint(Checkpoint):
         if step == trainer.max_steps:  # that is on_train_end's
             return
         ends = self._signal is not None or a_round_failed(trainer)
-        if step % self.every_n_steps == 0 or ends:
+        # The one before the last: where the last round fails, that step alone is made again.
+        if step % self.every_n_steps == 0 or step == trainer.max_steps - 1 or ends:
             self._save(trainer)
         if self._signal is not None:
             raise Stopped(SIGNALLED + self._signal)
@@ -91,6 +95,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         path = last_checkpoint(run_directory(trainer))
+        if not path.is_file() and trainer.ckpt_path is not None:
+            path = Path(trainer.ckpt_path)  # nothing was saved since
         if trainer.training and path.is_file():
             rank_zero_info(f"to go on: {_how_to_go_on(path)}")
         self._leave_signals_alone()
@@ -105,6 +111,9 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:
             return
         path = last_checkpoint(run_directory(trainer))
+        if not _is_finite(trainer.lightning_module):
+            rank_zero_info(f"step {trainer.global_step}: no checkpoint, for the fit gives NaN")
+            return
         # Lightning's own temporary file may lie on another device, where moving is copying.
         new = path.with_name(".last.ckpt.new")
         try:
@@ -117,6 +126,13 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info(
                 f"step {trainer.global_step}: no checkpoint {path} ({why(error)}); {left}"
             )
+
+
+def _is_finite(module: LightningModule) -> bool:
+    """Whether a fit could go on from here; waits for the device."""
+    models = [m for m in module.modules() if isinstance(m, DeepImagePrior) and m.step > 0]
+    images = [image for model in models for image in (model.out, model.average)]
+    return all(bool(value.isfinite().all()) for value in [*module.parameters(), *images])
 
 
 def _how_to_go_on(checkpoint: Path) -> str:

@@ -137,10 +137,10 @@ class CollapseGuard(Callback):
 
     def _go_back(self, model: DeepImagePrior, trainer: Trainer, why: str) -> None:
         self.rollbacks += 1
+        assert self._good is not None
+        self._good.restore()  # first: what comes next may be interrupted
         for update in _of(REDUpdate, self.submodule, trainer):
             update.discard()
-        assert self._good is not None
-        self._good.restore()
         rank_zero_info(f"step {model.step}: the fit {why}; it goes on from its last good state")
 
 

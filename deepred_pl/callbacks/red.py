@@ -15,6 +15,8 @@ from deepred_pl.background import Background
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.model import DeepImagePrior, DeepRED, check_averaging, find_restoration
 
+LAST_JOB = 60.0  # seconds that a job of a fit that has ended may still take
+
 
 class REDUpdate(Callback):
     """Updates x, then u, every k θ-steps, while the denoiser works beside them.
@@ -69,7 +71,8 @@ class REDUpdate(Callback):
         wait_seconds: Seconds the fit has waited for the denoiser.
         busy_seconds: Seconds the denoiser has worked.
         denoised_step: The step whose x (with "pnp" v) the latest f(x) was made of.
-        waiting: Whether a round waits for the denoiser at this moment, and has changed nothing yet.
+        waiting: Whether the fit waits for the denoiser at this moment; a round has then changed
+            nothing yet.
         failed: Whether the fit is about to end, for the denoiser failed.
 
     Raises:
@@ -200,13 +203,14 @@ class REDUpdate(Callback):
                 self._submitted_step = self._model.step - self._model.step % period
                 self.denoised_step = self._submitted_step  # f(x) is that of an earlier fit
             self._start_job(self._model, trainer)
-            if self._round_failed:
-                self._rounds -= 1
-                self._round(self._model, trainer)
+            self._rounds -= self._round_failed
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any
     ) -> None:
+        if self._round_failed and self._model is not None:  # of the fit that goes on here
+            self._round_failed = False
+            self._round(self._model, trainer)
         if self._failure is not None:
             raise self._failure
 
@@ -223,16 +227,14 @@ class REDUpdate(Callback):
         if self._failure is not None:
             raise self._failure
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close(timeout=self.timeout)  # torch aborts a process that ends while it computes
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._close(timeout=5.0)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close(timeout=5.0)
+        # When the results are written. Torch aborts a process that ends while it computes.
+        self._close(timeout=LAST_JOB)
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
         """Refuse what cannot be fitted; called before the fit.
@@ -259,8 +261,10 @@ class REDUpdate(Callback):
         The next denoiser round makes one of the snapshot that the model then has.
         """
         if self._background is not None and self._background.busy:
+            self.waiting = True
             with suppress(RuntimeError):  # nobody wants its result, or its error
                 self._background.result(self.timeout)
+            self.waiting = False
         self._overdue = False
 
     @torch.no_grad()
@@ -287,6 +291,7 @@ class REDUpdate(Callback):
                 denoised_x, model.f_x = self._background.result(self.timeout)
             finally:
                 self.waiting = False
+            self._rounds = rounds
             self._overdue = False
             self.denoised_step = self._submitted_step or 0
             model.prior = admm.red_prior(denoised_x, model.f_x)
@@ -294,7 +299,7 @@ class REDUpdate(Callback):
                 x = denoised_x  # the same x, or with J > 1 the last inner iterate
             if reusing:
                 self._submit(model, trainer)
-        self._rounds = rounds  # from here on nothing fails
+        self._rounds = rounds
         # Plug-and-Play takes the v that was denoised, for x and u must come from one v.
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
         model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)

@@ -72,9 +72,9 @@ class Writer(Callback):
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         directory = run_directory(trainer)
+        path = self._write_restored(pl_module, trainer)  # first, for it is what counts
         self._seconds_before, self._start = self._seconds(), math.nan
         result = summarise(pl_module, trainer, self._seconds_before)
-        path = self._write_restored(pl_module, trainer)
         try:
             assert pl_module.problem is not None
             picture = compare(pl_module.problem, pl_module.restored)
@@ -106,9 +106,13 @@ class Writer(Callback):
         if not begun or not isinstance(pl_module, DeepImagePrior):
             return
         with suppress(Exception):  # what ended the fit is what is to be told
-            if pl_module.restored.isfinite().all():
-                path = self._write_restored(pl_module, trainer)
-                rank_zero_info(f"stopped at step {pl_module.step}; the image as it is then: {path}")
+            if not pl_module.restored.isfinite().all():
+                return
+            try:
+                where: object = self._write_restored(pl_module, trainer)
+            except OSError as error:
+                where = error
+            rank_zero_info(f"stopped at step {pl_module.step}; the image as it is then: {where}")
 
     def _write_restored(self, model: DeepImagePrior, trainer: Trainer) -> Path:
         image_format = getattr(trainer.datamodule, "image_format", ImageFormat())

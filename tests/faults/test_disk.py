@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -25,14 +26,19 @@ ROUND = 5  # θ-steps
 class Spoiling(TotalVariation):
     """A denoiser that spoils the disk `directory` at one call, and mends it at another."""
 
-    def __init__(self, directory: str, how: str, at: int, until: int = 10**6):
+    def __init__(
+        self, directory: str, how: str, at: int, until: int = 10**6, stopping: bool = False
+    ):
         super().__init__(0.02)
+        self.stopping = stopping
         self.directory, self.how, self.at, self.until, self.calls = directory, how, at, until, 0
 
     def __call__(self, x):
         self.calls += 1
         if self.calls == self.at:
             SPOIL[self.how](self.directory)
+            if self.stopping:
+                os.kill(os.getpid(), signal.SIGTERM)
         if self.calls == self.until:
             MEND[self.how](self.directory)
         return super().__call__(x)
@@ -74,9 +80,10 @@ def disk(tmp_path):
 def fit(tmp_path, disk):
     write_image(tmp_path / "truth.png", picture(3, 37, 45))
 
-    def run(how, at, until=10**6, steps=60):
+    def run(how, at, until=10**6, steps=60, stopping=False):
         """Exit status and output of a fit on the disk."""
         settings = {"directory": str(disk), "how": how, "at": at, "until": until}
+        settings["stopping"] = stopping
         denoiser = {"class_path": f"{__name__}.Spoiling", "init_args": settings}
         options = [
             *("fit", "--config", "quickstart", "--trainer.max_steps", str(steps)),
@@ -128,6 +135,14 @@ def test_a_fit_whose_disk_is_spoiled_at_its_end_leaves_its_picture_elsewhere(fit
     assert not (run / "result.json").exists()
     last_saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert last_saved < 60  # so that it can go on, and write
+
+
+def test_what_is_told_to_stop_on_a_full_disk_says_where_its_picture_is(fit, disk):
+    status, output = fit("full", at=3, stopping=True)
+    assert status == 128 + signal.SIGTERM, output
+    told = re.search(r"stopped at step \d+; the image as it is then: .* is at (\S+)", output)
+    assert Image.open(told[1]).size == (45, 37), output
+    shutil.rmtree(Path(told[1]).parent)
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(fit, disk):

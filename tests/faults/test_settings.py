@@ -185,11 +185,29 @@ def test_hostile_files_are_refused_before_they_are_parsed(tmp_path, text, told):
     assert isinstance(error.value, EXPECTED)
 
 
-@pytest.mark.parametrize("part", ["network", "optimizer", "lr_scheduler", "regularizer"])
+@pytest.mark.parametrize("how", ["file", "string"])
+def test_a_bomb_inside_of_settings_does_not_go_off(tmp_path, how):
+    (tmp_path / "bomb.yaml").write_text(ALIASES)
+    part = str(tmp_path / "bomb.yaml") if how == "file" else ALIASES
+    tree = {"model": {"class_path": "DeepRED"}, "red": {"denoiser": part}}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
+    start = time.perf_counter()
+    with pytest.raises(EXPECTED) as error:
+        RestorationCLI([f"--config={tmp_path / 'settings.yaml'}"], run=False)
+    assert len(str(error.value)) < 5000
+    assert time.perf_counter() - start < 20  # written out, its values fill the memory
+
+
+@pytest.mark.parametrize(
+    "part", ["network", "optimizer", "lr_scheduler", "regularizer", "denoiser"]
+)
 def test_a_function_is_not_called_in_the_place_of_a_class(tmp_path, monkeypatch, part):
     monkeypatch.chdir(tmp_path)
     spec = {"class_path": "os.system", "init_args": {"command": "touch made"}}
-    tree = {"model": {"class_path": "DeepRED", "init_args": {part: spec}}}
+    of_model = {part: spec} if part != "denoiser" else {}
+    tree = {"model": {"class_path": "DeepRED", "init_args": of_model}}
+    if part == "denoiser":
+        tree["red"] = {"denoiser": spec}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(EXPECTED, match=r"os\.system"):
         RestorationCLI(["--config", str(tmp_path / "settings.yaml")], run=False)

@@ -180,6 +180,13 @@ def test_depths_between_are_refused(tmp_path, bits):
         read_image(tmp_path / "odd.tif")
 
 
+def test_volumes_are_refused(tmp_path):
+    volume = values(np.uint8, 16, 16, 16)
+    tifffile.imwrite(tmp_path / "volume.tif", volume, volumetric=True, tile=(16, 16, 16))
+    with pytest.raises(ValueError, match="a volume, 16 deep"):
+        read_image(tmp_path / "volume.tif")
+
+
 def test_what_only_pillow_knows_is_not_opened(tmp_path):
     Image.fromarray(values(np.uint8, 9, 7, 3)).save(tmp_path / "program.eps")  # PostScript
     (tmp_path / "program.eps").rename(tmp_path / "program.png")

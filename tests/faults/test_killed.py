@@ -12,11 +12,15 @@ import time
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning import Callback
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import LastCheckpoint
 from deepred_pl.callbacks.checkpoint import Stopped
+from deepred_pl.cli import main
 from deepred_pl.images import write_image
+from deepred_pl.run import RestorationCLI
 from tests.conftest import TinyNet, noisy_problem, picture, smooth
 from tests.faults import processes
 from tests.faults.processes import CHECKPOINT, RESULTS, ROUND, STEP
@@ -219,3 +223,63 @@ def test_a_fit_leaves_the_signals_as_they_were(make_trainer, tmp_path):
         new_trainer(make_trainer, tmp_path / str(i), update).fit(new_model())
         after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         assert after == before  # else Lightning's own stays, and keeps the trainer alive
+
+
+def test_a_fit_that_gives_nan_keeps_the_checkpoint_before(make_trainer, tmp_path):
+    class Poison(Callback):
+        def on_train_batch_end(self, trainer, model, *batch):
+            if trainer.global_step == 5:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(float("nan"))
+
+    trainer = new_trainer(make_trainer, tmp_path, REDUpdate(smooth, every_n_steps=100))
+    trainer.callbacks[1:] = [Poison(), LastCheckpoint(every_n_steps=4)]
+    trainer.fit(new_model())
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+
+
+def test_a_signal_before_the_first_step_counts(make_trainer, tmp_path):
+    class Early(Callback):
+        def on_train_start(self, *args):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = new_trainer(make_trainer, tmp_path, REDUpdate(smooth, every_n_steps=4))
+    trainer.callbacks.insert(0, Early())
+    with pytest.raises(Stopped) as stop:
+        trainer.fit(new_model())
+    assert stop.value.code == 128 + signal.SIGTERM
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+
+
+def test_a_scheduler_does_not_bring_its_own_checkpoints(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "night")
+    cli = RestorationCLI(options("run", steps=2)[1:], run=False)
+    cli.before_fit()
+    assert cli.trainer._accelerator_connector.cluster_environment.__class__ is LightningEnvironment
+    (tmp_path / "run" / "hpc_ckpt_1.ckpt").touch()
+    with pytest.raises(ValueError, match="expected no hpc_ckpt"):
+        cli.before_fit()
+
+
+def test_ctrl_c_before_the_fit_has_its_status(monkeypatch, options, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepred_pl.data.RestorationDataModule.setup", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(options("run", steps=2))
+    assert stop.value.code == 128 + signal.SIGINT
+    assert "stopped before a step was made" in capsys.readouterr().err
+
+
+def test_a_run_without_a_logger_goes_on_in_its_own_directory(options, tmp_path):
+    settings = [*options("run", steps=9), "--trainer.logger", "false"]
+    assert processes.run(settings, tmp_path / "log")[0] == 0
+    run = tmp_path / "run"
+    again = ["fit", "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints/last.ckpt"]
+    longer = [*again, "--trainer.max_steps", "12"]
+    assert processes.run(longer, tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
+    assert json.loads((run / "result.json").read_text())["steps"] == 12

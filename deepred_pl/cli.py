@@ -26,8 +26,8 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         sys.exit(f"deepred: error: {reason(error)}")
-    except KeyboardInterrupt:  # before the fit, which has its own way to stop
-        print("deepred: stopped before a step was made", file=sys.stderr)
+    except KeyboardInterrupt:  # outside of the fit, which has its own way to stop
+        print("deepred: stopped", file=sys.stderr)
         sys.exit(SIGNALLED + signal.SIGINT)
 
 

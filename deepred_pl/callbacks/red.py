@@ -261,10 +261,8 @@ class REDUpdate(Callback):
         The next denoiser round makes one of the snapshot that the model then has.
         """
         if self._background is not None and self._background.busy:
-            self.waiting = True
             with suppress(RuntimeError):  # nobody wants its result, or its error
-                self._background.result(self.timeout)
-            self.waiting = False
+                self._collect()
         self._overdue = False
 
     @torch.no_grad()
@@ -286,11 +284,7 @@ class REDUpdate(Callback):
                 self._rounds = rounds
                 return  # x and u come from one v, and that of f(x) is past
         if denoised:
-            self.waiting = True
-            try:
-                denoised_x, model.f_x = self._background.result(self.timeout)
-            finally:
-                self.waiting = False
+            denoised_x, model.f_x = self._collect()
             self._rounds = rounds
             self._overdue = False
             self.denoised_step = self._submitted_step or 0
@@ -307,6 +301,15 @@ class REDUpdate(Callback):
         model.update_weighting()
         if denoised and not reusing:
             self._submit(model, trainer)
+
+    def _collect(self) -> tuple[Tensor, Tensor]:
+        """The job's last inner x and its f(x)."""
+        assert self._background is not None
+        self.waiting = True
+        try:
+            return self._background.result(self.timeout)
+        finally:
+            self.waiting = False
 
     def _update_at(self, step: int, trainer: Trainer) -> admm.XUpdate:
         second_half = 2 * step > _last_step(trainer)

@@ -272,7 +272,7 @@ def test_ctrl_c_before_the_fit_has_its_status(monkeypatch, options, capsys):
     with pytest.raises(SystemExit) as stop:
         main(options("run", steps=2))
     assert stop.value.code == 128 + signal.SIGINT
-    assert "stopped before a step was made" in capsys.readouterr().err
+    assert "deepred: stopped" in capsys.readouterr().err
 
 
 def test_a_run_without_a_logger_goes_on_in_its_own_directory(options, tmp_path):

@@ -156,9 +156,7 @@ def test_a_hung_denoiser_does_not_hold_the_process(options, tmp_path, record_pro
     ended = time.time()
     output = (tmp_path / "hung.log").read_text()
     took = ended - float(output.split("hangs at ")[1].split()[0])
-    record_property(
-        "figures", f"hung denoiser: the process ended {took:.2f} s after, timeout 1.5 s"
-    )
+    record_property("figures", f"hung denoiser: ended {took:.2f} s after, timeout 1.5 s")
     assert status == 1
     *_, last = output.strip().splitlines()
     assert last.startswith("deepred: error: denoiser Hanging on the x of step ")

@@ -122,7 +122,7 @@ class Background:
                 self._hung = True
                 raise TimeoutError(
                     f"{label} gave no answer in {timeout:g} s and was given up; where it is only "
-                    "slow, allow it a longer timeout"
+                    "slow, allow it a longer timeout (--red.timeout)"
                 )
 
     def _timed(self, job: Callable[[], Any], ready: torch.cuda.Event | None) -> Any:

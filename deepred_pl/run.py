@@ -388,7 +388,10 @@ def reason(error: BaseException) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     lines = [re.sub(r"^Type .* a callable class: (?=Option )", "", line) for line in lines]
     reasons = [line for line in lines if line and not line.startswith(BESIDE)]
-    return shorten(" ".join(reasons or lines) or type(error).__name__, LONGEST)
+    told = " ".join(reasons)
+    if not told or told.endswith(":"):  # what stands beside the reason is all that there is
+        told = " ".join(line for line in lines if line)
+    return shorten(told or type(error).__name__, LONGEST)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

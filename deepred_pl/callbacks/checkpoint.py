@@ -22,7 +22,7 @@ from deepred_pl.model import DeepImagePrior
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 SIGNALLED = 128  # a shell's exit status of a process that a signal ended, less the signal's number
-STOPPING = b"stopping after this step; Ctrl-C again stops at once\n"
+STOPPING, STOPPING_NOW = b"stopping behind this step; Ctrl-C stops at once\n", b"stopping\n"
 
 
 class Stopped(SystemExit):
@@ -56,19 +56,21 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._handlers: dict[int, Callable | int | None] = {}  # those before ours
         self._signal: int | None = None
+        self._ending = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
-            if waits_for_denoiser(trainer):
-                self._signal = number
-                raise Stopped(SIGNALLED + number)  # the round keeps it until we have saved
-            if number == signal.SIGINT:
-                if self._signal is not None:
-                    raise Stopped(SIGNALLED + number)
-                with suppress(OSError, ValueError):  # a handler must not use buffers
-                    os.write(sys.stderr.fileno(), STOPPING)
-            self._signal = number
+            if self._ending:  # nothing may interrupt what is written then
+                return
+            again, self._signal = self._signal is not None, number
+            waits = waits_for_denoiser(trainer)
+            with suppress(OSError, ValueError):  # a handler must not use buffers
+                os.write(sys.stderr.fileno(), STOPPING_NOW if waits or again else STOPPING)
+            if waits or (again and number == signal.SIGINT):
+                self._ending = True
+                raise Stopped(SIGNALLED + number)  # a round keeps it until we have saved
 
+        self._ending = False
         # Lightning's own handler stood here since before the callbacks' turn.
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
@@ -85,6 +87,7 @@ class LastCheckpoint(Checkpoint):
         if step % self.every_n_steps == 0 or step == trainer.max_steps - 1 or ends:
             self._save(trainer)
         if self._signal is not None:
+            self._ending = True
             raise Stopped(SIGNALLED + self._signal)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +101,7 @@ class LastCheckpoint(Checkpoint):
         if not path.is_file() and trainer.ckpt_path is not None:
             path = Path(trainer.ckpt_path)  # nothing was saved since
         if trainer.training and path.is_file():
-            rank_zero_info(f"to go on: {_how_to_go_on(path)}")
+            rank_zero_info(f"to go on{_how_to_go_on(path)}")
         self._leave_signals_alone()
 
     def _leave_signals_alone(self) -> None:
@@ -136,8 +139,9 @@ def _is_finite(module: LightningModule) -> bool:
 
 
 def _how_to_go_on(checkpoint: Path) -> str:
-    """The command, where the command line made the run."""
+    """The command, where the command line made the run, and its settings are there."""
     settings = checkpoint.parents[1] / "config.yaml"
     if not settings.is_file():
-        return f"trainer.fit(model, ckpt_path={str(checkpoint)!r})"
-    return shlex.join(["deepred", "fit", "--config", str(settings), "--ckpt_path", str(checkpoint)])
+        return f", give the same settings and the checkpoint (ckpt_path) {checkpoint}"
+    command = ["deepred", "fit", "--config", str(settings), "--ckpt_path", str(checkpoint)]
+    return ": " + shlex.join(command)

@@ -15,6 +15,7 @@ from deepred_pl.background import Background
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.model import DeepImagePrior, DeepRED, check_averaging, find_restoration
 
+ABANDONED = 1.0  # seconds that a job may still take when its fit fails or is told to stop
 LAST_JOB = 60.0  # seconds that a job of a fit that has ended may still take
 
 
@@ -230,7 +231,7 @@ class REDUpdate(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._close(timeout=5.0)
+        self._close(timeout=ABANDONED)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # When the results are written. Torch aborts a process that ends while it computes.
@@ -394,10 +395,8 @@ def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, x: Tensor) -> T
         try:
             return _denoise_once(denoiser, x)
         except Exception as error:
-            rank_zero_info(
-                f"denoiser {name_of(denoiser)} failed, and is asked once more: "
-                f"{type(error).__name__}: {error}"
-            )
+            reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+            rank_zero_info(f"denoiser {name_of(denoiser)} failed, and is asked once more: {reason}")
     return _denoise_once(denoiser, x)
 
 

@@ -1,11 +1,5 @@
 """A fit that was cut off goes on as if it had not been."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,38 +137,3 @@ def test_every_task_resumes_exactly(tmp_path, task):
 
     whole, stopped = fit(9, "whole"), fit(5, "stopped")
     assert_same_checkpoint(fit(9, "resumed", "--ckpt_path", str(stopped)), whole)
-
-
-def deepred(tmp_path, folder, *more):
-    return [
-        *(sys.executable, "-m", "deepred_pl", "fit"),
-        *("--config", "configs/quickstart.yaml", "--trainer.max_steps", "150"),
-        *("--model.network.init_args.width", "4", "--model.network.init_args.scales", "3"),
-        *("--data.ground_truth", str(tmp_path / "truth.png"), "--checkpoint.every_n_steps", "3"),
-        *("--trainer.default_root_dir", str(tmp_path / folder), *more),
-    ]
-
-
-def test_a_killed_fit_resumes_to_the_same_checkpoint(tmp_path, pytestconfig):
-    write_image(tmp_path / "truth.png", picture(3, 33, 47))
-    version = "lightning_logs/version_0"
-    where = {"cwd": pytestconfig.rootpath, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    subprocess.run(deepred(tmp_path, "whole"), check=True, capture_output=True, **where)
-    process = subprocess.Popen(
-        deepred(tmp_path, "cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **where
-    )
-    last = tmp_path / "cut" / version / "checkpoints" / "last.ckpt"
-    while not last.is_file():
-        assert process.poll() is None
-        time.sleep(0.01)
-    kill_at = random.randrange(3, 100)
-    while torch.load(last, weights_only=True)["global_step"] < kill_at:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    print(f"killed behind step {kill_at}")
-    assert kill_at <= torch.load(last, weights_only=True)["global_step"] < 150
-    resume = deepred(tmp_path, "resumed", "--ckpt_path", str(last))
-    subprocess.run(resume, check=True, capture_output=True, **where)
-    ends = [tmp_path / f / version / "checkpoints" / "last.ckpt" for f in ("resumed", "whole")]
-    assert_same_checkpoint(*ends)

@@ -173,7 +173,7 @@ def peak():
 
 
 def test_every_damaged_file_is_read_or_refused(tmp_path, seed, long, record_property):
-    tries, ends, memory, at = 10_000 if long else 600, {}, 0, 0
+    tries, ends, memory, at = 10_000 if long else 300, {}, 0, 0
     while at < tries:  # behind a file that ends the process, another goes on
         for what, value in processes.told_by(read_them, tmp_path, seed, at, tries, seconds=SECONDS):
             if what == "reads":

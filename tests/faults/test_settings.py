@@ -133,7 +133,7 @@ def try_them(connection, folder, seed, examples):
 
 
 def test_every_file_of_settings_is_taken_or_refused(tmp_path, seed, long, record_property):
-    examples, ends, memory, text, slowest = 3000 if long else 80, [], 0, "", 0.0
+    examples, ends, memory, text, slowest = 3000 if long else 60, [], 0, "", 0.0
     began = time.perf_counter()
     for what, value in processes.told_by(try_them, tmp_path, seed, examples, seconds=SECONDS):
         slowest, began = max(slowest, time.perf_counter() - began), time.perf_counter()

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,7 +56,12 @@ def empty(directory):
 
 
 def remount(directory, how):
-    subprocess.run(["mount", "-o", f"remount,{how}", str(directory)], check=True)
+    command = ["mount", "-o", f"remount,{how}", str(directory)]
+    for _ in range(1000):  # it is refused while a file is being written
+        if subprocess.run(command, capture_output=True).returncode == 0:
+            return
+        time.sleep(0.01)
+    raise RuntimeError(f"{command} is refused")
 
 
 SPOIL = {"full": fill, "read-only": lambda directory: remount(directory, "ro")}

@@ -258,7 +258,7 @@ def _stored_range(
     """The stored values that become 0 and 1, of values (H, W, C)."""
     word = intensity_range if isinstance(intensity_range, str) else ""
     if word in PERCENTILES:
-        low, high = (float(v) for v in np.percentile(values, PERCENTILES[word]))
+        low, high = (float(v) for v in np.percentile(values.astype(np.float64), PERCENTILES[word]))
         if low == high:
             raise ValueError(
                 f"expected values that differ, but the {word} range of {name} is "
@@ -404,7 +404,7 @@ def _refuse_bombs(height: int, width: int, bands: int, bytes_each: int = 1) -> N
             f"decompression bomb; more than {2 * limit} pixels are read only where a program sets "
             "PIL.Image.MAX_IMAGE_PIXELS"
         )
-    # As decoded, and as float32; of one channel two float64 arrays.
+    # As decoded, and as float32; and float64 of one channel, with what is made on the way.
     _refuse_what_is_too_large(pixels * (bands * (bytes_each + 4) + 16))
 
 

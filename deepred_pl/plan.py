@@ -18,13 +18,8 @@ from deepred_pl.tiles import Tiling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
-# What a fit has within a batch, whatever its settings. Without the plugin, Lightning would take the
-# allocation of a cluster's scheduler for that of the fit.
-WITHIN_A_BATCH = (
-    "--trainer.enable_progress_bar=false",
-    "--trainer.devices=1",
-    "--trainer.plugins=pytorch_lightning.plugins.environments.LightningEnvironment",
-)
+# What a fit has within a batch, whatever its settings.
+WITHIN_A_BATCH = ("--trainer.enable_progress_bar=false", "--trainer.devices=1")
 AS_FLOATS = "--data.as_floats=true"  # for what is made of several images
 LOGGER = "deepred_pl.log.SteadyLogger"
 

@@ -209,8 +209,8 @@ class RestorationCLI(LightningCLI):
                 settings.get("default_root_dir") or ".", default_hp_metric=False
             )
         if settings.get("plugins") is None:
-            # A scheduler's environment would have Lightning save in the middle of a step, and go on
-            # from whatever checkpoint lies in the directory.
+            # A scheduler's environment would have Lightning take its allocation for the fit's, save
+            # in the middle of a step, and go on from whatever checkpoint lies in the directory.
             kwargs["plugins"] = LightningEnvironment()
         return super().instantiate_trainer(**kwargs)
 

@@ -466,6 +466,11 @@ def test_percentiles_leave_the_tails_outside():
     np.testing.assert_allclose(to_array(image, image_format)[..., 0], array, rtol=1e-6, atol=1e-6)
 
 
+def test_percentiles_of_integers_do_not_overflow():
+    _, image_format = to_tensor(np.array([[-30000, 30000]], np.int16), "percentile")
+    assert (image_format.low, image_format.high) == pytest.approx((-29940, 29940))
+
+
 @pytest.mark.parametrize("measured", ["minmax", "percentile"])
 def test_two_files_are_read_in_one_range(tmp_path, measured):
     truth = RNG.normal(200, 30, (33, 47))

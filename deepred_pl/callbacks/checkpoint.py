@@ -15,6 +15,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from deepred_pl.callbacks.guard import is_finite
 from deepred_pl.callbacks.red import a_round_failed, waits_for_denoiser
 from deepred_pl.directory import last_checkpoint, run_directory, why
 from deepred_pl.images import replace_by
@@ -114,7 +115,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:
             return
         path = last_checkpoint(run_directory(trainer))
-        if not _is_finite(trainer.lightning_module):
+        models = [m for m in trainer.lightning_module.modules() if isinstance(m, DeepImagePrior)]
+        if not all(is_finite(model) for model in models):
             rank_zero_info(f"step {trainer.global_step}: no checkpoint, for the fit gives NaN")
             return
         # Lightning's own temporary file may lie on another device, where moving is copying.
@@ -129,13 +131,6 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info(
                 f"step {trainer.global_step}: no checkpoint {path} ({why(error)}); {left}"
             )
-
-
-def _is_finite(module: LightningModule) -> bool:
-    """Whether a fit could go on from here; waits for the device."""
-    models = [m for m in module.modules() if isinstance(m, DeepImagePrior) and m.step > 0]
-    images = [image for model in models for image in (model.out, model.average)]
-    return all(bool(value.isfinite().all()) for value in [*module.parameters(), *images])
 
 
 def _how_to_go_on(checkpoint: Path) -> str:

@@ -91,7 +91,7 @@ class CollapseGuard(Callback):
         rounds = [u.every_n_steps * u.rounds_per_denoising for u in updates]
         self._every_n_steps = min(rounds, default=DIP_ROUND)
         self._looks = model.step // self._every_n_steps
-        if not math.isfinite(_level(model)):
+        if not is_finite(model):
             raise RuntimeError(
                 f"expected a finite state to go on from, got NaN at step {model.step}; give an "
                 "earlier checkpoint, or start without"
@@ -147,6 +147,11 @@ class CollapseGuard(Callback):
 def rollbacks(trainer: Trainer) -> int:
     """How often the trainer's fits were taken back."""
     return sum(c.rollbacks for c in trainer.callbacks if isinstance(c, CollapseGuard))
+
+
+def is_finite(model: DeepImagePrior) -> bool:
+    """Whether a fit can go on from a model's state; waits for the device once."""
+    return math.isfinite(_level(model))
 
 
 @torch.no_grad()

@@ -45,6 +45,10 @@ def gives_another_shape(x):
     return x[..., 1:]
 
 
+def gives_a_list(x):
+    return [1.0]
+
+
 def exits(x):
     sys.exit("of its own accord")
 
@@ -72,6 +76,7 @@ FAILURES = {
     raises: r"KeyError: 'no such patch'",
     gives_nan: "NaN",
     gives_another_shape: r"got \(1, 3, 9, 10\)",
+    gives_a_list: r"tensor of \(1, 3, 9, 11\) like its input, got list",
     exits: "SystemExit: of its own accord",
     ends_its_thread: "SystemExit",
     hangs: "gave no answer in 2 s",
@@ -109,7 +114,9 @@ def test_a_fit_whose_denoiser_failed_goes_on_as_if_it_had_not(
     fit, tmp_path, failure, message, schedule
 ):
     whole = fit("whole", smooth, **schedule)
-    with pytest.raises((RuntimeError, TimeoutError), match=f"denoiser Failing on the x.*{message}"):
+    with pytest.raises(
+        (RuntimeError, TimeoutError), match=f"denoiser Failing on the x of step 8.*{message}"
+    ):
         timeout = 2 if failure is hangs else 60
         fit("cut", Failing(failure, [3]), timeout=timeout, retries=0, **schedule)
     saved = tmp_path / "cut" / "checkpoints" / "last.ckpt"

@@ -1,44 +1,14 @@
-"""What the tests share: small pictures, small networks, a quiet trainer."""
+"""Options, the report of the fault suite, and a quiet trainer."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import skimage.data
 import torch
 from pytorch_lightning import Trainer
-from torch import Tensor
-
-from deepred_pl import InverseProblem
-from deepred_pl.networks import SkipNet
-from deepred_pl.noise import GaussianNoise
 
 # Networks this small are slower on two cores than on one.
 torch.set_num_threads(1)
-
-TinyNet = functools.partial(SkipNet, width=4, skip_width=2, scales=2)
-
-
-def picture(channels: int = 3, height: int = 33, width: int = 47) -> Tensor:
-    """A corner of a photograph, (1, C, H, W) in [0, 1]."""
-    crop = skimage.data.astronaut()[64 : 64 + height, 160 : 160 + width]
-    layers = [crop[..., i % 3] for i in range(channels)]
-    return torch.from_numpy(np.stack(layers)[None] / 255).float()
-
-
-def noisy_problem(channels: int = 3, height: int = 9, width: int = 11) -> InverseProblem:
-    """A small denoising problem with its ground truth."""
-    truth = picture(channels, height, width)
-    noise = GaussianNoise(25)
-    y = noise.sample(truth, torch.Generator().manual_seed(1)).clamp(0, 1)
-    return InverseProblem(y, noise=noise, ground_truth=truth)
-
-
-def smooth(x: Tensor) -> Tensor:
-    """A denoiser that is not idempotent: a horizontal blur that also darkens."""
-    return 0.9 * (0.5 * x + 0.25 * x.roll(1, -1) + 0.25 * x.roll(-1, -1))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,6 @@
 import csv
 import errno
 import ipaddress
-import json
 import os
 import re
 import signal
@@ -28,13 +27,13 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deepred_pl import jobs, workers
+from deepred_pl import workers
 from deepred_pl.batch import main
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, read_image, write_image
 from deepred_pl.plan import find_images
 from deepred_pl.run import RestorationCLI, restore
-from tests.conftest import picture
+from tests.helpers import picture, result_of, run_here
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -64,18 +63,10 @@ def crops(tmp_path):
     return save_crops(tmp_path / "crops", 3)
 
 
-def run_here(fits, beside, threads):
-    """In place of processes, for all that is not about them."""
-    for fit in fits:
-        yield fit, jobs.fit(fit, threads)
-        yield None
-
-
 @pytest.fixture
 def batch(tmp_path, monkeypatch, capsys):
     """Call `deepred-batch` within this process; give its status, and what it said."""
     monkeypatch.setattr(workers, "on_this_machine", run_here)
-    threads = torch.get_num_threads()
 
     def call(*args, settings=TINY, out="out"):
         own = [] if out is None else ["--out", str(tmp_path / out)]
@@ -87,8 +78,7 @@ def batch(tmp_path, monkeypatch, capsys):
         said = "".join(capsys.readouterr())
         return (1, status) if isinstance(status, str) else (status, said)
 
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 @pytest.fixture
@@ -110,10 +100,6 @@ def rows(out):
 
 def numbers(out):
     return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in rows(out)]
-
-
-def result(run):
-    return json.loads((run / "result.json").read_text())
 
 
 # On the machine
@@ -319,8 +305,8 @@ def test_restarts_are_averaged(batch, crops, tmp_path):
     assert batch("--ground_truth", truth, "--restarts", 3, "--model.seed", 5)[0] == 0
     out = tmp_path / "out" / "crop1"
     runs = [out / f"restart_{i}" for i in range(3)]
-    assert [result(run)["seed"] for run in runs] == [5, 6, 7]
-    assert len({result(run)["psnr"]["measurement"] for run in runs}) == 1
+    assert [result_of(run)["seed"] for run in runs] == [5, 6, 7]
+    assert len({result_of(run)["psnr"]["measurement"] for run in runs}) == 1
     images = np.stack([read_image(run / "restored.tif")[0][0].numpy() for run in runs])
     mean, std = images.mean(0), images.std(0, ddof=1)  # (C, H, W)
     stored = np.asarray(Image.open(out / "restored.png"), float)
@@ -329,7 +315,7 @@ def test_restarts_are_averaged(batch, crops, tmp_path):
     shown = np.asarray(Image.open(out / "uncertainty.png"), float)
     assert shown.max() == 255
     expected = -10 * np.log10(np.mean((mean[0] - np.asarray(Image.open(truth)) / 255.0) ** 2))
-    assert result(out)["psnr"]["restored"] == pytest.approx(expected, abs=1e-3)
+    assert result_of(out)["psnr"]["restored"] == pytest.approx(expected, abs=1e-3)
     table = rows(tmp_path / "out")
     assert [row["restart"] for row in table] == ["0", "1", "2", "mean"]
     single = [float(row["psnr_restored"]) for row in table[:3]]
@@ -348,14 +334,14 @@ def test_tiles_are_blended(batch, crops, tmp_path, restarts):
     for tile in tiles:
         image, image_format = read_image(tile / "restored.tif")
         assert image.shape[-2:] == (60, 52) and image_format.dtype == "float32"
-        assert result(tile)["noise_sigma"] == pytest.approx(25)
+        assert result_of(tile)["noise_sigma"] == pytest.approx(25)
         whole, _ = read_image(first / ("restored.png" if restarts == 1 else "restored.tif"))
         alone = slice(0, 36) if tile.name == "tile_0_0" else slice(24, 60)  # not shared
         top = int(tile.name.split("_")[1])
         difference = image[..., alone, :] - whole[..., top + alone.start : top + alone.stop, :]
         assert difference.abs().max() <= 0.5 / 255 + 1e-6
     assert Image.open(out / "restored.png").size == (52, 96)
-    assert result(out)["steps"] == 2 * STEPS * restarts
+    assert result_of(out)["steps"] == 2 * STEPS * restarts
     assert len(rows(tmp_path / "out")) == (1 if restarts == 1 else 3)
 
 
@@ -390,7 +376,7 @@ def test_tensorboard_has_the_curves_and_the_hyperparameters(batch, crops, tmp_pa
     tags = events.Tags()["scalars"]
     assert {"curves/psnr_average", "final/psnr", "final/seconds"} <= set(tags)
     final = events.Scalars("final/psnr")[-1].value
-    assert final == pytest.approx(result(run)["psnr"]["restored"], abs=1e-4)
+    assert final == pytest.approx(result_of(run)["psnr"]["restored"], abs=1e-4)
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(
         word in hparams for word in (b"NonLocalMeans", b"crop0", b"input_noise_std", b"DeepRED")

@@ -1,6 +1,5 @@
 """The command line, as a user calls it."""
 
-import json
 import random
 import re
 import shutil
@@ -17,7 +16,7 @@ from deepred_pl.cli import main
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.images import ImageFormat, read_image, write_image
 from deepred_pl.run import RestorationCLI
-from tests.conftest import picture
+from tests.helpers import picture, result_of
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, DENOISING = (ROOT / "configs" / f"{n}.yaml" for n in ("quickstart", "denoising"))
@@ -69,10 +68,6 @@ def photo(tmp_path):
     return path
 
 
-def result_of(run):
-    return json.loads((run / "result.json").read_text())
-
-
 def fits(task, method):
     """Whether a method applies to a task: SURE is for Gaussian denoising alone."""
     return method.stem != "dip_sure" or task.stem == "denoising"
@@ -117,7 +112,7 @@ def test_an_overlay_for_the_machine_leaves_the_rest(deepred, photo, machine):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["trainer"]["precision"] == "bf16-mixed"
     assert settings["model"]["init_args"]["lam"] == 0.5
-    assert json.loads((run / "result.json").read_text())["steps"] == 4
+    assert result_of(run)["steps"] == 4
 
 
 @pytest.mark.parametrize(

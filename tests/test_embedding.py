@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from deepred_pl import DeepRED, InverseProblem, REDUpdate, restore
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, gaussian_kernel
-from tests.conftest import picture, smooth
+from tests.helpers import picture, smooth
 
 TRUE_WIDTH = 1.5
 

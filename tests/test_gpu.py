@@ -7,7 +7,7 @@ from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.background import Background
 from deepred_pl.callbacks import Preflight
 from deepred_pl.denoisers import NonLocalMeans, TotalVariation
-from tests.conftest import TinyNet, noisy_problem, picture
+from tests.helpers import TinyNet, noisy_problem, picture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

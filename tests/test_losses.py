@@ -10,7 +10,7 @@ from deepred_pl.losses import SURE, TotalVariationPenalty
 from deepred_pl.networks import MeasurementNet
 from deepred_pl.noise import GaussianNoise, PoissonNoise
 from deepred_pl.operators import Blur
-from tests.conftest import TinyNet, noisy_problem, picture
+from tests.helpers import TinyNet, noisy_problem, picture
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 11), (3, 33, 47)])

@@ -7,7 +7,7 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import structural_similarity
 
 from deepred_pl.metrics import luminance, psnr, scored_on, ssim
-from tests.conftest import picture
+from tests.helpers import picture
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])

@@ -13,7 +13,7 @@ from deepred_pl.model import WarmupCosine
 from deepred_pl.networks import DeepDecoder, SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Downsample
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import TinyNet, assert_same_state, noisy_problem, picture, smooth
 
 
 def make(kind=DeepImagePrior, **settings):
@@ -91,9 +91,7 @@ def test_model_seed_owns_weights_and_z_and_the_processes_seed_is_left_alone():
     before = torch.random.get_rng_state()
     first, same, other = make(seed=3), make(seed=3), make(seed=4)
     assert torch.equal(torch.random.get_rng_state(), before)
-    for name, value in first.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, same.state_dict()[name])
+    assert_same_state(first, same)
     assert not torch.equal(first.z, other.z)
     assert not torch.equal(first.network.head.weight, other.network.head.weight)
 

@@ -16,7 +16,7 @@ from deepred_pl.networks import (
 )
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample
-from tests.conftest import noisy_problem, picture
+from tests.helpers import noisy_problem, picture
 
 
 def reference(net: SkipNet, z: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from deepred_pl.noise import (
     PoissonNoise,
 )
 from deepred_pl.operators import Mask
-from tests.conftest import picture
+from tests.helpers import picture
 
 # A model, its variance at a clean value c, and SciPy's log p(y | m).
 MODELS = {

@@ -20,7 +20,7 @@ from deepred_pl.operators import (
     Radon,
     gaussian_kernel,
 )
-from tests.conftest import picture
+from tests.helpers import picture
 
 BOUNDARIES = {"circular": "wrap", "replicate": "nearest", "reflect": "mirror", "zero": "constant"}
 

@@ -12,7 +12,7 @@ from deepred_pl.noise import (
     PoissonNoise,
 )
 from deepred_pl.operators import Blur, Mask
-from tests.conftest import noisy_problem, picture
+from tests.helpers import noisy_problem, picture
 
 
 def test_residual_and_data_term_are_the_mean_squared_residual():

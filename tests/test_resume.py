@@ -11,7 +11,7 @@ from deepred_pl.cli import main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
 from deepred_pl.model import WarmupCosine
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import Cut, Scissors, TinyNet, noisy_problem, picture, smooth
 
 ROOT = Path(__file__).parents[1]
 TASKS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem != "fast"]
@@ -71,35 +71,20 @@ def new_model():
 def test_a_fit_resumed_at_any_step_ends_like_an_uninterrupted_one(
     make_trainer, tmp_path, schedule, cut
 ):
-    def trainer(steps, folder, every=1000):
-        update = REDUpdate(**{"denoiser": smooth, **schedule})
-        callbacks = [update, LastCheckpoint(every_n_steps=every)]
+    def trainer(folder, last):
         return make_trainer(
-            max_steps=steps,
-            callbacks=callbacks,
+            max_steps=29,
+            callbacks=[REDUpdate(**{"denoiser": smooth, **schedule}), last],
             enable_checkpointing=True,
             default_root_dir=tmp_path / folder,
         )
 
-    class Cut(Exception):
-        pass
-
-    class Scissors(LastCheckpoint):  # a checkpoint callback, so behind the one that saves
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.global_step == cut:
-                raise Cut
-
-        def on_train_end(self, *args):
-            pass
-
-    trainer(29, "whole").fit(new_model())
-    interrupted = trainer(29, "cut", every=cut)
-    interrupted.callbacks.append(Scissors())
+    trainer("whole", LastCheckpoint()).fit(new_model())
     with pytest.raises(Cut):
-        interrupted.fit(new_model())
+        trainer("cut", Scissors(cut)).fit(new_model())
     saved = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == cut
-    trainer(29, "cut").fit(new_model(), ckpt_path=saved)
+    trainer("cut", LastCheckpoint()).fit(new_model(), ckpt_path=saved)
     assert_same_checkpoint(saved, tmp_path / "whole" / "checkpoints" / "last.ckpt")
 
 

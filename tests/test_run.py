@@ -9,7 +9,7 @@ from deepred_pl import InverseProblem, restore
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
 from deepred_pl.run import settings_of
-from tests.conftest import picture
+from tests.helpers import picture
 
 TINY = {
     "trainer.max_steps": 3,

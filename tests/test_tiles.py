@@ -10,7 +10,7 @@ from deepred_pl import InverseProblem
 from deepred_pl.noise import GaussianNoise, PoissonNoise
 from deepred_pl.operators import Adapted, Blur, Downsample, Identity, Mask, Observed, Radon
 from deepred_pl.tiles import Region, Tiling, blend, cut
-from tests.conftest import picture
+from tests.helpers import picture
 
 SIZES = [(1, 1), (5, 70), (64, 64), (65, 64), (97, 131), (200, 33), (384, 256)]
 

@@ -18,7 +18,7 @@ from torch import nn
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate, admm
 from deepred_pl.callbacks import LastCheckpoint, Monitor, Panels, Writer
 from deepred_pl.model import WarmupCosine
-from tests.conftest import TinyNet, noisy_problem, smooth
+from tests.helpers import TinyNet, assert_same_state, noisy_problem, smooth
 
 EMA = getattr(callbacks, "EMAWeightAveraging", None)  # new in Lightning 2.6
 
@@ -35,15 +35,6 @@ def fit(make_trainer, model, *others, steps=6, **settings):
     trainer = make_trainer(max_steps=steps, callbacks=[update(), *others], **settings)
     trainer.fit(model)
     return trainer
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # Works
@@ -89,7 +80,7 @@ def test_deterministic_gives_the_same_fit(make_trainer):
         fit(make_trainer, strict, deterministic=True)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same(state(model), state(strict))
+    assert_same_state(model, strict)
 
 
 def test_a_fast_dev_run_makes_a_step_and_leaves_nothing(make_trainer, tmp_path):
@@ -114,7 +105,7 @@ def test_short_epochs_make_the_same_fit(make_trainer, limit):
     fit(make_trainer, model)
     fit(make_trainer, limited, **limit)
     assert limited.step == 6
-    assert_same(state(model), state(limited))
+    assert_same_state(model, limited)
 
 
 def test_epochs_may_end_the_fit(make_trainer):
@@ -172,7 +163,7 @@ def test_lightnings_own_checkpoints_serve(make_trainer, tmp_path):
     saving = callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
     fit(make_trainer, model, saving, steps=6, enable_checkpointing=True)
     make_trainer(max_steps=9, callbacks=[update()]).fit(resumed, ckpt_path=tmp_path / "step=5.ckpt")
-    assert_same(state(whole), state(resumed))
+    assert_same_state(whole, resumed)
     alone = DeepRED.load_from_checkpoint(tmp_path / "step=5.ckpt", network=TinyNet)
     assert alone.step == 5 and alone.restored.shape == (1, 3, 9, 11)
 
@@ -185,7 +176,7 @@ def test_copies_and_pickles_of_a_fitted_module_go_on_alike(make_trainer):
         fit(make_trainer, twin, steps=3)
     for twin in copies:
         assert twin.step == 7
-        assert_same(state(model), state(twin))
+        assert_same_state(model, twin)
 
 
 # Refused
@@ -304,7 +295,7 @@ def test_a_parent_has_them_too_and_its_checkpoint_is_loaded_alone(make_trainer, 
     assert parent.restoration.step == passes  # a child counts its passes
     assert not torch.equal(parent.restoration.x, parent.restoration.problem.y)
     loaded = Outer.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert_same(state(parent), state(loaded))
+    assert_same_state(parent, loaded)
     assert torch.equal(parent.restoration.restored, loaded.restoration.restored)
 
 
@@ -328,7 +319,7 @@ def test_a_parent_and_its_copies_go_on_alike(make_trainer):
         make_trainer(max_steps=3, callbacks=[inner()]).fit(twin)
     for twin in copies:
         assert twin.restoration.step == 6
-        assert_same(state(parent), state(twin))
+        assert_same_state(parent, twin)
 
 
 def test_where_a_parent_accumulates_the_denoiser_works_beside_every_round(make_trainer):

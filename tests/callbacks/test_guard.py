@@ -1,7 +1,5 @@
 """Collapses and NaN: the fit recovers."""
 
-import json
-
 import pytest
 import torch
 from pytorch_lightning import Callback
@@ -10,7 +8,7 @@ from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
 from deepred_pl.callbacks import AutoStop, CollapseGuard, Langevin, LastCheckpoint, Writer
 from deepred_pl.metrics import psnr
 from deepred_pl.networks import ImageParameter
-from tests.conftest import TinyNet, noisy_problem, smooth
+from tests.helpers import TinyNet, noisy_problem, result_of, smooth
 
 STEPS = 100
 
@@ -67,7 +65,7 @@ def test_a_forced_failure_is_survived(make_trainer, tmp_path, kind, spoil, red):
 
 def test_the_count_is_in_the_result(make_trainer, tmp_path):
     fit(make_trainer, at=(31, 62), spoil=poison)
-    assert json.loads((tmp_path / "result.json").read_text())["rollbacks"] == 2
+    assert result_of(tmp_path)["rollbacks"] == 2
 
 
 @pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])

@@ -8,7 +8,7 @@ from deepred_pl.callbacks import Writer
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.losses import TotalVariationPenalty
 from deepred_pl.networks import ImageParameter
-from tests.conftest import TinyNet, noisy_problem, smooth
+from tests.helpers import TinyNet, noisy_problem, smooth
 
 
 def entry(folder):

@@ -8,15 +8,7 @@ from pytorch_lightning import Callback
 
 from deepred_pl import DeepImagePrior
 from deepred_pl.callbacks import Langevin, LastCheckpoint, Writer
-from tests.conftest import TinyNet, noisy_problem
-
-
-class Outs(Callback):
-    def __init__(self):
-        self.outs = []
-
-    def on_train_batch_end(self, trainer, model, *args):
-        self.outs.append(model.out.double().numpy().copy())
+from tests.helpers import Cut, Outs, Scissors, TinyNet, noisy_problem
 
 
 def still(parameters):
@@ -78,15 +70,6 @@ def test_without_the_noise_the_fit_is_another(make_trainer):
 
 @pytest.mark.parametrize("cut", [2, 9])
 def test_a_fit_that_was_cut_off_has_the_same_samples(make_trainer, tmp_path, cut):
-    class Cut(Exception):
-        pass
-
-    class Scissors(LastCheckpoint):  # behind the checkpoint that is saved
-        def on_train_batch_end(self, trainer, *args):
-            super().on_train_batch_end(trainer, *args)
-            if trainer.global_step == cut:
-                raise Cut
-
     def fit(last, ckpt_path=None):
         model, langevin = DeepImagePrior(TinyNet, problem=noisy_problem()), Langevin(burn_in=0.25)
         callbacks = [langevin, last]
@@ -95,7 +78,7 @@ def test_a_fit_that_was_cut_off_has_the_same_samples(make_trainer, tmp_path, cut
         return model, langevin
 
     with pytest.raises(Cut):
-        fit(Scissors(every_n_steps=cut))
+        fit(Scissors(cut))
     resumed, again = fit(LastCheckpoint(), tmp_path / "checkpoints" / "last.ckpt")
     whole, langevin = fit(LastCheckpoint())
     assert again._samples.count == 12

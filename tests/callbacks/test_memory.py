@@ -15,7 +15,7 @@ from pytorch_lightning import Trainer
 
 from deepred_pl import DeepImagePrior
 from deepred_pl.callbacks import KeepMemory, memory
-from tests.conftest import TinyNet, noisy_problem
+from tests.helpers import TinyNet, noisy_problem
 
 def resident():
     return psutil.Process().memory_info().rss / 2**20

@@ -13,7 +13,7 @@ from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Monitor, RestorationBar
 from deepred_pl.callbacks.monitor import measure
 from deepred_pl.model import find_restoration
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import TinyNet, noisy_problem, picture, smooth
 
 
 def fitted(make_trainer, problem, kind=DeepRED, steps=7, **settings):

@@ -13,7 +13,7 @@ from torch import nn
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Panels
 from deepred_pl.operators import Downsample
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import TinyNet, noisy_problem, picture, smooth
 
 ALL = {"measurement", "out", "average", "x", "u, rescaled", "error × 5"}
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
 from deepred_pl.callbacks import Preflight, preflight
 from deepred_pl.networks import DeepDecoder, ImageParameter, SkipNet
-from tests.conftest import TinyNet, noisy_problem, smooth
+from tests.helpers import TinyNet, noisy_problem, smooth
 
 FLOAT = 4  # bytes
 

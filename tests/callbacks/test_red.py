@@ -16,7 +16,7 @@ from deepred_pl.callbacks import Monitor
 from deepred_pl.denoisers import Denoiser, NonLocalMeans
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Operator
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import TinyNet, assert_same_state, noisy_problem, picture, smooth
 
 # The transcription
 
@@ -175,29 +175,19 @@ def test_the_denoiser_works_on_one_background_thread(make_trainer):
     assert not any(thread.is_alive() for thread in threads)
 
 
-def tensors(module):
-    return {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
 def test_the_result_does_not_depend_on_the_denoisers_speed(make_trainer):
     def slow(x):
         time.sleep(0.2)
         return smooth(x)
 
-    states, waits = [], []
+    models, waits = [], []
     for denoiser in (smooth, slow):
         model = DeepRED(network=TinyNet, problem=noisy_problem())
         update = REDUpdate(denoiser, every_n_steps=2)
         make_trainer(max_steps=9, callbacks=[update]).fit(model)
-        states.append(tensors(model))
+        models.append(model)
         waits.append(update.wait_seconds)
-    assert_same(*states)
+    assert_same_state(*models)
     assert waits[1] > waits[0]
 
 
@@ -281,12 +271,12 @@ def test_a_denoiser_may_write_into_its_input(make_trainer):
     def in_place(x):
         return x.mul_(0.5)
 
-    states = []
+    models = []
     for denoiser in (in_place, lambda x: x * 0.5):
         model = DeepRED(network=TinyNet, problem=noisy_problem())
         make_trainer(max_steps=9, callbacks=[REDUpdate(denoiser, every_n_steps=2)]).fit(model)
-        states.append(tensors(model))
-    assert_same(*states)
+        models.append(model)
+    assert_same_state(*models)
 
 
 def test_the_ground_truth_reaches_the_metrics_and_nothing_else(make_trainer, tmp_path):
@@ -295,13 +285,13 @@ def test_the_ground_truth_reaches_the_metrics_and_nothing_else(make_trainer, tmp
     simulated.setup()
     np.save(tmp_path / "y.npy", simulated.problem.y[0].movedim(0, -1).numpy())
     measured = RestorationDataModule(measurement=tmp_path / "y.npy", noise=GaussianNoise(25))
-    states = []
+    models = []
     for data in (simulated, measured):
         model = DeepRED(network=TinyNet, weighting="rise")
         trainer = make_trainer(max_steps=9, callbacks=[REDUpdate(smooth, every_n_steps=2)])
         trainer.fit(model, data)
-        states.append(tensors(model))
-    assert_same(*states)
+        models.append(model)
+    assert_same_state(*models)
     assert measured.problem.ground_truth is None
 
 
@@ -375,14 +365,14 @@ def test_a_denoiser_may_use_its_memory_again(make_trainer):
     def economical(x):
         return memory.copy_(0.5 * x)
 
-    states = []
+    models = []
     for denoiser in (economical, lambda x: x * 0.5):
         model = DeepRED(network=TinyNet, problem=noisy_problem())
         update = REDUpdate(denoiser, every_n_steps=2, rounds_per_denoising=2)
         make_trainer(max_steps=9, callbacks=[update]).fit(model)
-        states.append(tensors(model))
+        models.append(model)
         model.load_state_dict(model.state_dict())
-    assert_same(*states)
+    assert_same_state(*models)
 
 
 def test_no_round_is_lost_where_a_batch_makes_several_steps(make_trainer):
@@ -390,28 +380,21 @@ def test_no_round_is_lost_where_a_batch_makes_several_steps(make_trainer):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
 
-    parent, updates = Twice(), []
-
-    class Count(Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            updates.append(module.single.u.clone())
-
-    callbacks = [*parent_callbacks()[:2], REDUpdate(smooth, 3, submodule="single"), Count()]
-    make_trainer(max_steps=6, callbacks=callbacks).fit(parent)
-    changes = sum(not torch.equal(a, b) for a, b in itertools.pairwise(updates))
-    assert parent.single.step == 12 and changes == 4  # at steps 4, 6, 10 and 12
+    parent = Twice()
+    assert rounds_of_single(make_trainer, parent, 3, steps=6) == 4  # at steps 4, 6, 10 and 12
+    assert parent.single.step == 12
 
 
 def test_a_plain_deep_image_prior_is_left_alone(make_trainer):
     def is_not_asked(x):
         raise AssertionError
 
-    states = []
+    models = []
     for callbacks in ([], [REDUpdate(is_not_asked)]):
         model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
         make_trainer(max_steps=12, callbacks=callbacks).fit(model)
-        states.append(tensors(model))
-    assert_same(*states)
+        models.append(model)
+    assert_same_state(*models)
 
 
 # Inside another module
@@ -450,6 +433,20 @@ def parent_callbacks():
     ]
 
 
+def rounds_of_single(make_trainer, parent, every_n_steps, steps):
+    """How often u of the parent's `single` changes in a fit."""
+    us = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            us.append(module.single.u.clone())
+
+    update = REDUpdate(smooth, every_n_steps, submodule="single")
+    callbacks = [*parent_callbacks()[:2], update, Watch()]
+    make_trainer(max_steps=steps, callbacks=callbacks).fit(parent)
+    return sum(not torch.equal(a, b) for a, b in itertools.pairwise(us))
+
+
 def test_children_of_another_module_are_driven_saved_and_resumed(make_trainer, tmp_path):
     whole, first, second = Parent(), Parent(), Parent()
     make_trainer(max_steps=17, callbacks=parent_callbacks()).fit(whole)
@@ -461,7 +458,7 @@ def test_children_of_another_module_are_driven_saved_and_resumed(make_trainer, t
     make_trainer(max_steps=17, callbacks=parent_callbacks()).fit(
         second, ckpt_path=tmp_path / "last.ckpt"
     )
-    assert_same(tensors(whole), tensors(second))
+    assert_same_state(whole, second)
     for child in whole.children_():
         assert child.step == 17
         assert not torch.equal(child.x, child.problem.y)  # x was updated
@@ -484,7 +481,7 @@ def test_a_child_restores_as_if_it_were_alone(make_trainer):
     parent = Wrapper()
     update = REDUpdate(smooth, every_n_steps=2, submodule="restoration")
     make_trainer(max_steps=9, callbacks=[update]).fit(parent)
-    assert_same(tensors(alone), tensors(parent.restoration))
+    assert_same_state(alone, parent.restoration)
 
 
 def test_rounds_are_not_repeated_while_a_parent_trains_something_else(make_trainer):
@@ -494,16 +491,8 @@ def test_rounds_are_not_repeated_while_a_parent_trains_something_else(make_train
                 return (self.offset - 1) ** 2
             return super().training_step(batch, batch_idx)
 
-    parent, updates = Alternating(), []
-
-    class Count(Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            updates.append(module.single.u.clone())
-
-    callbacks = [*parent_callbacks()[:2], REDUpdate(smooth, 2, submodule="single"), Count()]
-    make_trainer(max_steps=8, callbacks=callbacks).fit(parent)
-    changes = sum(not torch.equal(a, b) for a, b in itertools.pairwise(updates))
-    assert changes == 2  # its steps 2 and 4, not the parent's four
+    # At its steps 2 and 4, not the parent's four.
+    assert rounds_of_single(make_trainer, Alternating(), 2, steps=8) == 2
 
 
 @pytest.mark.parametrize("submodule", ["", "restoration", "offset"])

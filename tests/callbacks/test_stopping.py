@@ -1,17 +1,14 @@
 """Stopping without a ground truth, against NumPy on the networks' outputs."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import Callback
 from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import AutoStop, LastCheckpoint, Writer
 from deepred_pl.noise import GaussianNoise
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import Outs, TinyNet, noisy_problem, picture, result_of, smooth
 
 
 class Script(nn.Module):
@@ -38,14 +35,6 @@ def windows_of(outs, length):
     return np.stack([outs[i : i + length] for i in range(0, len(outs) - length + 1, hop)])
 
 
-class Outs(Callback):
-    def __init__(self):
-        self.outs = []
-
-    def on_train_batch_end(self, trainer, model, *args):
-        self.outs.append(model.out.double().numpy().copy())
-
-
 def scripted(levels, spreads, problem=None):
     return DeepImagePrior(
         lambda c: Script(c, levels, spreads),
@@ -65,7 +54,7 @@ def test_the_window_of_least_variance_is_returned_and_the_fit_stops(make_trainer
     assert stop.best_step == 20 + 4 * best and 60 <= stop.best_step <= 80
     assert model.step == stop.best_step + 100 and stop.stopped
     np.testing.assert_allclose(model.restored, windows[best].mean(0), atol=1e-6)
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = result_of(tmp_path)
     assert result["stop_reason"] == f"auto_stop: variance, best at step {stop.best_step}"
 
 

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -17,7 +16,7 @@ from deepred_pl import (
 from deepred_pl.callbacks import LastCheckpoint, Writer
 from deepred_pl.callbacks.writer import compare, hint, score
 from deepred_pl.noise import GaussianNoise
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
+from tests.helpers import TinyNet, noisy_problem, picture, result_of, smooth
 
 
 def run(make_trainer, model, data=None, steps=5, **settings):
@@ -32,7 +31,7 @@ def run(make_trainer, model, data=None, steps=5, **settings):
 def test_a_run_leaves_its_pictures_figures_and_checkpoint(make_trainer, tmp_path):
     model = DeepRED(network=TinyNet, problem=noisy_problem(3, 12, 13), seed=3)
     run(make_trainer, model)
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = result_of(tmp_path)
     truth = model.problem.ground_truth.double().numpy()
     for name in ("out", "average", "x"):
         mse = ((getattr(model, name).double().numpy() - truth) ** 2).mean()
@@ -53,7 +52,7 @@ def test_without_a_ground_truth_metrics_are_null(make_trainer, tmp_path):
     np.save(tmp_path / "y.npy", picture(1, 12, 13)[0, 0].numpy())
     data = RestorationDataModule(measurement=tmp_path / "y.npy", noise=GaussianNoise(25))
     run(make_trainer, DeepImagePrior(network=TinyNet), data)
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = result_of(tmp_path)
     assert set(result["psnr"].values()) == {None} and set(result["ssim"].values()) == {None}
     assert result["metric_on"] == "grey"
     assert tifffile.imread(tmp_path / "restored.tif").dtype == np.float32
@@ -70,7 +69,7 @@ def test_sixteen_bits_are_written_back(make_trainer, tmp_path):
 def test_a_perfect_measurement_does_not_stop_the_writing(make_trainer, tmp_path):
     data = RestorationDataModule(ground_truth="sample:camera")  # no noise: infinite PSNR
     run(make_trainer, DeepImagePrior(network=TinyNet), data, steps=1)
-    assert json.loads((tmp_path / "result.json").read_text())["psnr"]["measurement"] is None
+    assert result_of(tmp_path)["psnr"]["measurement"] is None
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer, tmp_path):

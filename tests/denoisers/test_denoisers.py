@@ -22,7 +22,7 @@ from deepred_pl.denoisers import (
     Wavelet,
     nlm,
 )
-from tests.conftest import noisy_problem, picture
+from tests.helpers import noisy_problem, picture
 
 ALL = [
     NonLocalMeans(10),

@@ -6,7 +6,7 @@ from torch import nn
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.denoisers import Learned
-from tests.conftest import TinyNet, noisy_problem, picture
+from tests.helpers import TinyNet, noisy_problem, picture
 
 
 class Shrink(nn.Module):

@@ -9,8 +9,8 @@ import torch
 
 from deepred_pl.images import write_image
 from deepred_pl.run import EXPECTED, RestorationCLI, reason
-from tests.conftest import picture
 from tests.faults import processes
+from tests.helpers import picture
 
 SAVED, STEPS = 11, 14
 

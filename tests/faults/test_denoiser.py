@@ -11,7 +11,7 @@ import torch
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.background import THREAD_NAME
 from deepred_pl.callbacks import AutoStop, LastCheckpoint
-from tests.conftest import TinyNet, noisy_problem, smooth
+from tests.helpers import TinyNet, noisy_problem, smooth
 from tests.test_resume import assert_same_checkpoint
 
 STEPS, K = 21, 4  # a round is due at 4, 8, ... and none at the end

@@ -17,9 +17,9 @@ from PIL import Image
 
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
-from tests.conftest import picture
 from tests.faults import processes
 from tests.faults.test_killed import VERSION, pixels
+from tests.helpers import picture, result_of
 
 ROUND = 5  # θ-steps
 
@@ -116,7 +116,7 @@ def test_a_disk_that_is_spoiled_for_a_while_costs_the_log_alone(fit, disk, how):
     assert "the one before stays" in output
     assert "Traceback" not in output, output
     run = disk / VERSION
-    assert json.loads((run / "result.json").read_text())["steps"] == 60
+    assert result_of(run)["steps"] == 60
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
     assert not list(run.rglob(".*")), "temporary files stay"
     spoiled = pixels(run)

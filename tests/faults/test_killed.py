@@ -1,6 +1,5 @@
 """A fit that is killed or told to stop, at whatever moment, ends with the same picture."""
 
-import json
 import os
 import shlex
 import signal
@@ -22,9 +21,9 @@ from deepred_pl.cli import main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
 from deepred_pl.run import RestorationCLI
-from tests.conftest import TinyNet, noisy_problem, picture, smooth
 from tests.faults import processes
 from tests.faults.processes import CHECKPOINT, RESULTS, ROUND, STEP
+from tests.helpers import TinyNet, noisy_problem, picture, result_of, smooth
 from tests.test_resume import assert_same_checkpoint
 
 VERSION = "lightning_logs/version_0"
@@ -57,7 +56,7 @@ def assert_nothing_is_half_written(directory):
         if (directory / name).exists():
             Image.open(directory / name).load()
     if (directory / "result.json").exists():
-        json.loads((directory / "result.json").read_text())
+        result_of(directory)
         assert (directory / "restored.png").exists()
     if (directory / "checkpoints" / "last.ckpt").exists():
         torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
@@ -280,4 +279,4 @@ def test_a_run_without_a_logger_goes_on_in_its_own_directory(options, tmp_path):
     again = ["fit", "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints/last.ckpt"]
     longer = [*again, "--trainer.max_steps", "12"]
     assert processes.run(longer, tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
-    assert json.loads((run / "result.json").read_text())["steps"] == 12
+    assert result_of(run)["steps"] == 12

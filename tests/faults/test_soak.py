@@ -10,8 +10,8 @@ import torch
 
 from deepred_pl.cli import main
 from deepred_pl.images import write_image
-from tests.conftest import picture
 from tests.faults import processes
+from tests.helpers import picture
 
 STEPS = 30
 

@@ -1,11 +1,15 @@
 """restore(), the one-call form."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import skimage.data
 import torch
 
-from deepred_pl import InverseProblem, restore
+from deepred_pl import DeepRED, InverseProblem, REDUpdate, restore
+from deepred_pl.denoisers import NonLocalMeans
+from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
 from deepred_pl.run import settings_of
@@ -35,9 +39,10 @@ def test_an_array_comes_back_as_it_went(dtype, channels):
     restored = restore(image, overrides=TINY)
     assert isinstance(restored, np.ndarray)
     assert restored.shape == image.shape and restored.dtype == image.dtype
-    # The average of three steps is still near the measurement it started at.
+    # The average of three steps is 97 % the measurement it started at, and 3 % the network's.
     peak = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
-    assert np.abs(restored.astype(float) - image.astype(float)).mean() < 0.05 * peak
+    change = np.abs(restored.astype(float) - image.astype(float)).mean()
+    assert 0.002 * peak < change < 0.01 * peak
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
@@ -48,39 +53,25 @@ def test_a_tensor_comes_back_as_it_went(shape, dtype):
     restored = restore(image, overrides=TINY)
     assert restored.shape == image.shape and restored.dtype == dtype
     peak = 1 if dtype.is_floating_point else 255
-    assert (restored.float() - image.float()).abs().mean() < 0.05 * peak
+    assert 0.002 * peak < (restored.float() - image.float()).abs().mean() < 0.01 * peak
 
 
-def test_it_is_what_the_same_fit_gives_by_hand():
-    from functools import partial
-
-    from pytorch_lightning import Trainer
-
-    from deepred_pl import DeepRED, REDUpdate
-    from deepred_pl.denoisers import NonLocalMeans
-    from deepred_pl.networks import SkipNet
-
-    y = picture(1, 33, 47)
-    overrides = {"red.every_n_steps": 2, "trainer.max_steps": 5, "model.lam": 0.3}
-    got = restore(y, "denoising", TINY | overrides, noise=GaussianNoise(10))
+def test_it_is_what_the_same_fit_gives_by_hand(make_trainer):
+    # With this much noise λ and μ leave their floor within six steps.
+    y, noise, weights = picture(1, 33, 47), GaussianNoise(40), {"lam": 0.03, "mu": 0.05}
+    overrides = {"red.every_n_steps": 2, "trainer.max_steps": 6}
+    overrides |= {f"model.{name}": value for name, value in weights.items()}
     model = DeepRED(
         network=partial(SkipNet, width=4, scales=2),
         optimizer=partial(torch.optim.Adam, lr=0.008, fused=True),
-        lam=0.3,
-        weighting="rise",
-        rise_step=0.03,
-        rise_start=20.0,
-        problem=InverseProblem(y, noise=GaussianNoise(10)),
+        weighting="discrepancy",
+        problem=InverseProblem(y, noise=noise),
+        **weights,
     )
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     update = REDUpdate(NonLocalMeans(3), every_n_steps=2)
-    Trainer(max_steps=5, accelerator="cpu", callbacks=[update], **quiet).fit(model)
-    assert torch.equal(got, model.restored)
+    make_trainer(max_steps=6, callbacks=[update]).fit(model)
+    assert model.lam > 0.3 and model.mu > 0.5
+    assert torch.equal(restore(y, "denoising", TINY | overrides, noise=noise), model.restored)
 
 
 def test_the_parts_can_be_given():
@@ -108,7 +99,7 @@ def test_an_intensity_range_is_undone():
     image = (stored(np.uint16, 1) // 16 + 100).astype(np.uint16)  # 12 bits
     restored = restore(image, overrides={**TINY, "data.intensity_range": [100, 4195]})
     assert restored.dtype == np.uint16 and restored.min() >= 100 and restored.max() <= 4195
-    assert np.abs(restored.astype(float) - image).mean() < 0.05 * 4095
+    assert 0.002 * 4095 < np.abs(restored.astype(float) - image).mean() < 0.01 * 4095
 
 
 @pytest.mark.parametrize(

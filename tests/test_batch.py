@@ -562,16 +562,20 @@ def test_a_full_disk_fails_its_image_alone(batch, crops, tmp_path, monkeypatch):
 
 
 def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
+    masked = []  # PSNR of what each mask leaves
     for i in range(2):
-        height, width = np.asarray(Image.open(crops / f"crop{i}.png")).shape[:2]
-        known = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(i)) > 0.5
+        image, _ = read_image(crops / f"crop{i}.png")
+        known = torch.rand(image[:, :1].shape, generator=torch.Generator().manual_seed(i)) > 0.5
         write_image(tmp_path / f"mask_crop{i}.png", known.float(), ImageFormat())
+        masked.append(-10 * (image * ~known).square().mean().log10().item())
     settings = ["--config", "inpainting", *TINY[2:]]
     mask = ["--data.operator.mask", tmp_path / "mask_{name}.png"]
     truth = ["--data.ground_truth", crops / "{name}.png"]
     images = [crops / "crop0.png", crops / "crop1.png"]
     assert batch("--images", *images, *mask, *truth, settings=settings)[0] == 0
-    assert all(float(row["psnr_restored"]) > 0 for row in rows(tmp_path / "out"))
+    for row, psnr in zip(rows(tmp_path / "out"), masked, strict=True):
+        assert float(row["psnr_measurement"]) == pytest.approx(psnr, abs=0.01)
+        assert float(row["psnr_restored"]) > psnr + 10
     status, _ = batch("--images", crops, *mask, *truth, settings=settings)  # one has no mask
     assert status == 1 and "mask_crop2.png" in rows(tmp_path / "out")[2]["error"]
 

@@ -88,10 +88,22 @@ def test_rise_follows_the_threshold():
     assert all(t.isfinite() for t in admm.rise(lam, mu, threshold, torch.tensor(torch.inf), 0.03))
 
 
-@pytest.mark.parametrize("variance", [3e-5, 0.01, 0.04])
-def test_discrepancy_is_the_noises_variance_times_a_power_of_the_ratio(variance):
-    for ratio in (0.8, 0.95, 1.0, 1.1, 3.0):
-        got = admm.discrepancy(torch.tensor(ratio * variance), torch.tensor(variance))
-        assert got.item() == pytest.approx(450 * variance / ratio**10, rel=1e-5)
-    # A perfect fit has no residual and must not spoil the weight.
-    assert admm.discrepancy(torch.tensor(0.0), torch.tensor(variance)).isfinite()
+@pytest.mark.parametrize(
+    ("residual", "expected", "lam"),
+    [
+        (0.01, 0.01, 4.5),  # where the residual is the noise's, 450 times its variance
+        (0.04, 0.04, 18.0),
+        (0.02, 0.01, 0.004394531),  # twice that: 4.5 / 1024
+        (0.008, 0.01, 41.90952),  # four fifths of it: 4.5 · 1.25¹⁰ = 4.5 · 9.313226
+        (0.001, 0.01, 259.4927),  # below two thirds: 4.5 · 1.5¹⁰ = 4.5 · 57.66504
+        (0.0, 0.01, 259.4927),  # a perfect fit must not spoil the weight
+    ],
+)
+def test_discrepancy_is_the_noises_variance_times_a_power_of_the_ratio(residual, expected, lam):
+    got = admm.discrepancy(torch.tensor(residual), torch.tensor(expected))
+    assert got.item() == pytest.approx(lam, rel=1e-5)
+
+
+def test_discrepancy_falls_as_the_residual_rises():
+    lams = admm.discrepancy(torch.linspace(0.007, 0.02, 14), torch.tensor(0.01))
+    assert (lams.diff() < 0).all()

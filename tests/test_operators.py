@@ -403,9 +403,8 @@ def test_operators_stay_exact_where_a_caller_computes_in_bfloat16():
     x = picture(3, 48, 48)
     for operator in (Radon(6), Downsample(4), Blur.uniform(5)):
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(operator(x), operator(x.clone()))
             inside = operator(x)
-        assert torch.equal(inside, operator(x))
+        assert inside.dtype == torch.float32 and torch.equal(inside, operator(x))
 
 
 def test_angles_can_be_learned():

@@ -1,4 +1,4 @@
-"""`python -m deepred_pl` is `deepred`."""
+"""Run `deepred` as `python -m deepred_pl`."""
 
 from deepred_pl.cli import command
 

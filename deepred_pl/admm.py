@@ -13,7 +13,7 @@ by ADMM with the scaled dual u. With v = T_θ(z) + u the updates are
     u-update   u ← u + T_θ(z) − x                                           `dual_update`
 
 Images are float tensors of shape (1, C, H, W) in [0, 1]; λ and μ are 0-dim tensors or
-numbers and enter the fixed point only by their ratio. Nothing here waits for a GPU.
+numbers, and only their ratio matters in the fixed point. Nothing here waits for a GPU.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 PER_VARIANCE = 450.0  # κ of `discrepancy`
-SHARPNESS = 10.0  # its p
-LARGEST_RATIO = 1.5  # a residual of 0 must not give an infinite λ
+SHARPNESS = 10.0  # p of `discrepancy`
+LARGEST_RATIO = 1.5  # keeps λ finite at a residual of 0
 
 Weight = Tensor | float
 XUpdate = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
@@ -32,8 +32,8 @@ XUpdate = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 def fixed_point(x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight) -> Tensor:
     """The fixed-point x-update, (λ f(x) + μ v) / (λ + μ), clipped to [0, 1].
 
-    It sets the gradient of λ/2 · xᵀ(x − f(x)) + μ/2 · ‖x − v‖² to zero with f(x) held
-    (RED, Romano et al. 2017, arXiv:1611.02862); `x` itself enters only by f(x).
+    It sets the gradient of λ/2 · xᵀ(x − f(x)) + μ/2 · ‖x − v‖² to zero with f(x) fixed
+    (RED, Romano et al. 2017, arXiv:1611.02862); `x` itself enters only through f(x).
 
     Args:
         x: The current x, (1, C, H, W).
@@ -50,9 +50,8 @@ def gradient_step(
 ) -> Tensor:
     """One steepest-descent step of the x-update, clipped to [0, 1].
 
-    x − c [λ (x − f(x)) + μ (x − v)] with c = step_size / (λ + μ). Measured against the
-    curvature λ + μ, a step below 2 stays stable however far λ and μ rise, and a step of 1
-    is the fixed point.
+    x − c [λ (x − f(x)) + μ (x − v)] with c = step_size / (λ + μ). Relative to the curvature
+    λ + μ, steps below 2 are stable for any λ and μ, and a step of 1 is the fixed point.
 
     Args:
         x: The current x, (1, C, H, W).
@@ -69,14 +68,14 @@ def gradient_step(
 def plug_and_play(x: Tensor, f_v: Tensor, v: Tensor, lam: Weight, mu: Weight) -> Tensor:
     """The x-update of Plug-and-Play ADMM, f(v), clipped to [0, 1].
 
-    The denoiser takes the place of the whole x-update (Venkatakrishnan et al. 2013), so λ, μ
-    and x do not enter, and f_v is the denoised v = T_θ(z) + u, (1, C, H, W), and not f(x).
+    The denoiser replaces the whole x-update (Venkatakrishnan et al. 2013), so that λ, μ and x are
+    not used, and f_v is the denoised v = T_θ(z) + u, (1, C, H, W), not f(x).
     """
     return f_v.clamp(0, 1)
 
 
 def dual_update(v: Tensor, x: Tensor) -> Tensor:
-    """Scaled dual ascent, v − x, which is u + T_θ(z) − x; all of shape (1, C, H, W)."""
+    """Scaled dual ascent, v − x = u + T_θ(z) − x; all of shape (1, C, H, W)."""
     return v - x
 
 
@@ -89,7 +88,7 @@ def inner_iterations(
     mu: Weight,
     count: int,
 ) -> tuple[Tensor, Tensor]:
-    """`count` denoiser calls with `count` − 1 x-updates between them, at a frozen v.
+    """`count` denoiser calls with `count` − 1 x-updates between them, at a fixed v.
 
     Returns:
         The last x and its f(x). With `count` = 1 these are the given x and f(x).
@@ -107,24 +106,24 @@ def red_prior(x: Tensor, f_x: Tensor) -> Tensor:
 
 
 def gap(out: Tensor, x: Tensor) -> Tensor:
-    """How far the constraint x = T_θ(z) is from holding: ‖x − T_θ(z)‖₂, 0-dim (Figure 3)."""
+    """The residual of the constraint x = T_θ(z), ‖x − T_θ(z)‖₂, 0-dim (Figure 3)."""
     return torch.linalg.vector_norm(x - out)
 
 
 def discrepancy(residual: Tensor, expected: Tensor) -> Tensor:
-    """λ by Morozov's discrepancy principle, 0-dim, without a device sync.
+    """λ by Morozov's discrepancy principle, 0-dim, without a device synchronization.
 
-    The principle wants the λ at which the residual mean((A T_θ(z) − y)²) is what the noise makes
-    of it: below that, the network explains noise. Here λ answers to their ratio at once,
+    The principle asks for the λ at which the residual mean((A T_θ(z) − y)²) is what the noise
+    explains: below that, the network fits noise. Here λ follows the ratio of both directly,
 
         λ = κ · expected · (expected / residual)^p,   κ = 450, p = 10.
 
-    At residual = expected λ is κ times the noise's variance, in proportion to it as in RED, whose
-    data term is divided by σ² (arXiv:1611.02862); the power makes λ next to nothing while the
-    network is not fitted yet, and lets it rise steeply before noise is learned. That must be
-    early: a weak denoiser does not take learned noise out again. For p → ∞ it is the principle
-    itself. κ and p were chosen on 128×128 crops of scikit-image's astronaut and camera, for
-    Gaussian noise of σ = 25 and 50 and Poisson noise, with non-local means of σ_f = 3.
+    At residual = expected, λ is κ times the noise's variance, proportional to it as in RED, whose
+    data term is divided by σ² (arXiv:1611.02862); the power keeps λ negligible while the network
+    does not fit the image yet, and raises it steeply before noise is learned. That must be early,
+    because a weak denoiser does not remove learned noise. For p → ∞ it is the principle itself.
+    κ and p were chosen on 128×128 crops of scikit-image's astronaut and camera, for Gaussian noise
+    of σ = 25 and 50 and Poisson noise, with non-local means of σ_f = 3.
 
     Args:
         residual: mean((A T_θ(z) − y)²), 0-dim.
@@ -137,17 +136,17 @@ def discrepancy(residual: Tensor, expected: Tensor) -> Tensor:
 def rise(
     lam: Tensor, mu: Tensor, threshold: Tensor, psnr: Tensor, step: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The released code's rise of λ and μ, without a branch and so without a device sync.
+    """The released code's rise of λ and μ, without a branch and thus a device synchronization.
 
-    When T_θ(z) explains the measurement better than `threshold`, it begins to explain the
-    noise: then λ and μ grow by `step` and the threshold by 0.01 dB.
+    When T_θ(z) fits the measurement better than `threshold`, it begins to fit the noise: then λ and
+    μ grow by `step`, and the threshold by 0.01 dB.
 
     Args:
         lam: λ, 0-dim.
         mu: μ, 0-dim.
         threshold: dB, 0-dim.
         psnr: PSNR(A T_θ(z), y) in dB, 0-dim.
-        step: What λ and μ grow by.
+        step: Increment of λ and μ.
 
     Returns:
         The new λ, μ and threshold.

@@ -1,11 +1,11 @@
-"""One job at a time on a worker thread."""
+"""Run one job at a time on a background thread."""
 
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotDone  # TimeoutError itself from Python 3.11
+from concurrent.futures import TimeoutError as NotDone  # the same as TimeoutError in Python 3.11
 from functools import partial
 from typing import Any
 
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 THREAD_NAME = "deepred-denoiser"
-LOOK = 1.0  # seconds between two looks at whether a thread that is waited for still lives
+POLL = 1.0  # seconds between two checks that the thread is alive
 
 
 class Background:
-    """Runs one function at a time on a daemon thread, beside the caller.
+    """Runs one function at a time on a daemon thread.
 
-    A daemon, because a thread that hangs in foreign code must not keep the process alive.
-    The thread lives until `close`, so that thread-bound resources are set up once. Torch uses
-    one core on it; other libraries as many as they like. On a GPU it has a stream of its own,
-    which begins a job behind what the caller had queued when it submitted it.
+    The thread is a daemon because one that hangs in foreign code must not keep the process alive.
+    It lives until `close`, so that thread-bound resources are set up once. Torch uses one core on
+    it; other libraries use as many as they choose. On a GPU it has its own stream, on which a job
+    starts after the work that its caller had queued when submitting it.
 
     Args:
-        device: Where the jobs' tensors are.
+        device: The device of the jobs' tensors.
 
     Attributes:
-        wait_seconds: Total time `result` has waited, in seconds.
-        busy_seconds: Total time the jobs that ended have taken, in seconds.
+        wait_seconds: Total time that `result` has waited, in seconds.
+        busy_seconds: Total time of the jobs that ended, in seconds.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -40,7 +40,7 @@ class Background:
         self._jobs = queue.SimpleQueue()
         self._pending: tuple[Future, str] | None = None
         self._submitted_at = 0.0
-        self._hung = False  # a job was given up
+        self._hung = False  # a job timed out
         ready = threading.Event()
         self._thread = threading.Thread(
             target=_work, args=(self._jobs, ready), name=THREAD_NAME, daemon=True
@@ -48,26 +48,15 @@ class Background:
         threads = torch.get_num_threads()
         self._thread.start()
         ready.wait()
-        torch.set_num_threads(threads)  # of threads made from now on; the caller's never changed
+        torch.set_num_threads(threads)  # for threads started from now on; the caller's is unchanged
 
     @property
     def busy(self) -> bool:
-        """Whether a job was submitted and not collected yet."""
+        """Whether a job was submitted and its result not collected yet."""
         return self._pending is not None
 
-    @property
-    def done(self) -> bool:
-        """Whether `result` would return at once."""
-        return self._pending is not None and self._pending[0].done()
-
-    def overdue(self, timeout: float | None) -> bool:
-        """Whether a job is still running `timeout` seconds after it was submitted."""
-        if self._pending is None or self.done or timeout is None:
-            return False
-        return time.perf_counter() - self._submitted_at >= timeout
-
     def submit(self, label: str, function: Callable[..., Any], *args: Any) -> None:
-        """Start `function(*args)`; `label` names it should it fail. One job at a time."""
+        """Start `function(*args)`; `label` names it in errors. One job at a time."""
         if self._pending is not None:
             raise RuntimeError(f"{self._pending[1]} has not been collected by result() yet")
         future: Future = Future()
@@ -82,15 +71,16 @@ class Background:
         self._jobs.put((future, partial(self._timed, job, ready)))
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the job and return what it returned.
+        """Wait for the job and return its result.
 
         Args:
-            timeout: Seconds after `submit` at which a job that still runs is given up; None waits
-                however long it takes.
+            timeout: Seconds after `submit` at which a running job is abandoned; None waits
+                indefinitely.
 
         Raises:
-            RuntimeError: The job raised, or ended its thread; the message begins with its label.
-            TimeoutError: The job was given up. Nothing can be submitted any more.
+            RuntimeError: The job raised an exception or ended its thread; the message begins with
+                its label.
+            TimeoutError: The job timed out. Nothing can be submitted any more.
         """
         if self._pending is None:
             raise RuntimeError("no job was submitted")
@@ -105,15 +95,15 @@ class Background:
         return future.result()
 
     def _outcome(self, future: Future, label: str, timeout: float | None) -> BaseException | None:
-        """What the job raised, if it did."""
+        """The exception that the job raised, if any."""
         while True:
-            left = LOOK
+            left = POLL
             if timeout is not None:
-                left = min(LOOK, max(0.0, self._submitted_at + timeout - time.perf_counter()))
+                left = min(POLL, max(0.0, self._submitted_at + timeout - time.perf_counter()))
             try:
                 return future.exception(left)
             except NotDone:
-                # Where another thread holds the interpreter, this one wakes late: look once more.
+                # This thread may have been woken late, after the job was done.
                 if future.done():
                     continue
             if not self._thread.is_alive():
@@ -121,13 +111,13 @@ class Background:
             if timeout is not None and time.perf_counter() >= self._submitted_at + timeout:
                 self._hung = True
                 raise TimeoutError(
-                    f"{label} gave no answer in {timeout:g} s and was given up; where it is only "
-                    "slow, allow it a longer timeout (--red.timeout)"
+                    f"{label} did not finish in {timeout:g} s and was abandoned; if it is only "
+                    "slow, set a longer timeout (red.timeout)"
                 )
 
     def _timed(self, job: Callable[[], Any], ready: torch.cuda.Event | None) -> Any:
         if ready is not None:
-            ready.synchronize()  # holds up this thread alone, and is no work of the job
+            ready.synchronize()  # blocks only this thread, and does not count as work
         start = time.perf_counter()
         try:
             return job()
@@ -137,31 +127,31 @@ class Background:
     def close(self, timeout: float | None = None) -> None:
         """End the thread; a job still running after `timeout` seconds is abandoned.
 
-        None waits for the job, however long it takes. One that was given up is not waited for.
+        None waits for the job indefinitely, unless it has timed out before.
         """
         self._pending = None
         self._jobs.put(None)
         self._thread.join(0 if self._hung else timeout)
 
 
-def is_left_behind() -> bool:
-    """Whether an abandoned job is still running somewhere in this process."""
+def has_abandoned_job() -> bool:
+    """Whether an abandoned job is still running in this process."""
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 def _work(jobs: queue.SimpleQueue, ready: threading.Event) -> None:
-    # Torch computes on one core here: a second OpenMP team beside the caller's makes both sleep
-    # and wake at every parallel region, which doubled the time of a θ-step on two cores.
-    torch.get_num_threads()  # a thread's first call takes the process's setting; then ours holds
+    # Torch uses one core here: a second OpenMP team competes with the caller's in every parallel
+    # region, which doubled the time of a θ-step on two cores.
+    torch.get_num_threads()  # a thread's first call copies the process's setting; ours holds after
     torch.set_num_threads(1)
     ready.set()
     while (job := jobs.get()) is not None:
         future, function = job
         try:
             future.set_result(function())
-        except BaseException as error:  # whatever ends a job belongs to its caller
+        except BaseException as error:  # the caller handles it
             future.set_exception(error)
-        del job, future, function  # an idle thread keeps no images
+        del job, future, function  # so that an idle thread holds no images
 
 
 def _on_stream(
@@ -171,8 +161,8 @@ def _on_stream(
 ) -> Any:
     with torch.cuda.stream(stream):
         value = job()
-        stream.synchronize()  # holds up this thread alone
+        stream.synchronize()  # blocks only this thread
     for tensor in value if isinstance(value, tuple) else (value,):
         if isinstance(tensor, Tensor) and tensor.is_cuda:
-            tensor.record_stream(caller)  # its memory is this stream's, its use the caller's
+            tensor.record_stream(caller)  # allocated on this stream, used on the caller's
     return value

@@ -1,24 +1,87 @@
-"""The `deepred` command."""
+"""The `deepred` command: its parser, its subcommands, and errors in one line."""
 
+import json
+import logging
 import os
+import re
 import signal
 import sys
-from typing import NoReturn
+import threading
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill, shorten
+from typing import Any, NoReturn
 
-from pytorch_lightning.cli import ArgsType
+from jsonargparse import Namespace
+from pytorch_lightning import Trainer
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from deepred_pl.background import is_left_behind
+import deepred_pl.denoisers  # noqa: F401  makes their short names known
+from deepred_pl.background import has_abandoned_job
+from deepred_pl.callbacks import (
+    CollapseGuard,
+    KeepMemory,
+    LastCheckpoint,
+    Monitor,
+    Panels,
+    Preflight,
+    REDUpdate,
+    RestorationBar,
+    Writer,
+)
+from deepred_pl.callbacks.base import restoration_callbacks, run_directory
 from deepred_pl.callbacks.checkpoint import SIGNALLED
-from deepred_pl.run import EXPECTED, RestorationCLI, reason
+from deepred_pl.data import RestorationDataModule
+from deepred_pl.files import check_writable, load_checkpoint
+from deepred_pl.model import DeepImagePrior
+from deepred_pl.trainer import check_trainer
+
+ABOUT = "Restore one degraded image without training data, by DeepRED or Deep Image Prior."
+USAGE = "deepred {} --config NAME [--config NAME ...] [--SECTION.SETTING VALUE ...]"
+MORE = (
+    "Sections: data is the image, model what is fitted to it, red the denoiser and the updates of "
+    "x and u, trainer Lightning's Trainer. Every sigma is in grey levels of an 8-bit image. Help "
+    "on a part: --model.help DeepRED, --data.operator.help Blur, --red.denoiser.help BM3D."
+)
+SUBCOMMANDS = {
+    "fit": "Fit a network to one image, and write the restored image into the run directory.",
+    "test": "Score the restored image of a checkpoint (--ckpt_path) against its ground truth.",
+    "predict": "Write the restored image of a checkpoint (--ckpt_path).",
+}
+SECTIONS = ("trainer", "model", "data", "guard", "red", "panels", "checkpoint")
+
+# Exceptions that a user's mistake may cause.
+EXPECTED = (
+    *(ValueError, RuntimeError, OSError, MemoryError),
+    *(MisconfigurationException, ArgumentError),
+)
+LONGEST = 600  # characters of an error; a checkpoint of another network lists all its parameters
+# Lines of a parser error that only describe how each member of a type was tried.
+NOISE = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType"),
+    *("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with"),
+    "Type collections.abc.Callable",
+)
+
+# In an installed package next to this module; in a checkout at the top level.
+_PACKAGE = Path(__file__).parent
+CONFIGS = next(
+    (d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir()), _PACKAGE
+)
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `deepred fit|test|predict`; a user's mistake ends it with one line and status 1.
+    """Run `deepred fit|test|predict`; a user's mistake exits with one line and status 1.
 
     With the environment variable JSONARGPARSE_DEBUG=true the traceback is shown instead.
 
     Args:
-        args: Command-line arguments as a list; None takes sys.argv.
+        args: Command-line arguments as a list; None uses sys.argv.
     """
     try:
         RestorationCLI(args)
@@ -26,23 +89,23 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         sys.exit(f"deepred: error: {reason(error)}")
-    except KeyboardInterrupt:  # outside of the fit, which has its own way to stop
+    except KeyboardInterrupt:  # before or after the fit, which handles signals itself
         print("deepred: stopped", file=sys.stderr)
         sys.exit(SIGNALLED + signal.SIGINT)
 
 
 def command() -> NoReturn:
-    """The command's own process: `main`, and an end that no denoiser left behind holds up.
+    """Run `main` as a process of its own, which ends even if an abandoned denoiser still runs.
 
-    Python ends a thread that computes in foreign code by aborting the process, with a status of its
-    own; where one is left, the process ends without asking it.
+    Python would wait for such a thread's foreign code, and abort the process with another status.
     """
+    threading.excepthook = _report_in_thread
     try:
         main()
         status: int | str | None = 0
     except SystemExit as error:
         status = error.code
-    if not is_left_behind():
+    if not has_abandoned_job():
         sys.exit(status)
     if isinstance(status, str):
         print(status, file=sys.stderr)
@@ -50,3 +113,250 @@ def command() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
+
+
+class RestorationCLI(LightningCLI):
+    """Parses settings and builds trainer, module and data; with `run`, runs a subcommand.
+
+    In addition to Lightning's sections `trainer`, `model` and `data` there are `guard`
+    (`CollapseGuard`), `red` (`REDUpdate`), `panels` (`Panels`) and `checkpoint` (`LastCheckpoint`).
+    These are sections because a configuration that sets `trainer.callbacks` would replace callbacks
+    listed there.
+
+    Args:
+        args: Command-line arguments as a list, or settings as a dict; None uses sys.argv. A
+            `--config` may be the name of a shipped file, such as "denoising" or "methods/dip".
+        run: Run the subcommand (fit, test or predict) that the arguments begin with.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        # Lightning calls functions that torch and jsonargparse have deprecated.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
+        rank_zero_log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+        rank_zero_log.addFilter(_is_no_advertisement)
+        # Errors are raised to the caller, and abbreviated names are errors.
+        raising = {"exit_on_error": False, "allow_abbrev": False}
+        commands = {
+            name: {"description": text, "usage": USAGE.format(name), "epilog": MORE, **raising}
+            for name, text in SUBCOMMANDS.items()
+        }
+        super().__init__(
+            model_class=DeepImagePrior,
+            datamodule_class=RestorationDataModule,
+            subclass_mode_model=True,
+            trainer_defaults={"enable_model_summary": False, "devices": 1},
+            seed_everything_default=False,  # model.seed and data.seed determine all randomness
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "deepred",
+                "description": ABOUT,
+                "epilog": "For a first fit of half a minute: deepred fit --config quickstart",
+                **raising,
+                **commands,
+            },
+            load_from_checkpoint_support=False,  # plain hparams: load with your own `network`
+            args=args,
+            run=run,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Use a parser with readable help."""
+        self.parser_class = _Parser
+        return super().init_parser(**kwargs)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Lightning's descriptions are those of Trainer methods, truncated; no public API changes
+        # them. Private names of Lightning 2.6 and argparse.
+        super()._add_subcommands(parser, **kwargs)
+        for action in parser._actions:
+            for choice in getattr(action, "_choices_actions", []):
+                choice.help = SUBCOMMANDS[choice.dest]
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands fit, test and predict; there is nothing to validate."""
+        inherited = LightningCLI.subcommands()
+        return {name: inherited[name] for name in SUBCOMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections `guard`, `red`, `panels` and `checkpoint`."""
+        parser.add_lightning_class_args(CollapseGuard, "guard")
+        parser.add_lightning_class_args(REDUpdate, "red")
+        parser.add_lightning_class_args(Panels, "panels")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.set_defaults({"red.denoiser": {"class_path": "deepred_pl.denoisers.NonLocalMeans"}})
+        # Help shows groups in this order: the long list of Lightning's Trainer last. argparse has
+        # no public access to it; checked with Python 3.11.
+        parser._action_groups.sort(key=lambda group: group is parser.groups["trainer"])
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; unlike Lightning's, without a warning if the program has its own arguments."""
+        if isinstance(args, dict | Namespace):
+            self.config = parser.parse_object(args)
+        else:
+            self.config = parser.parse_args(find_configs(sys.argv[1:] if args is None else args))
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning 2.6 lets a checkpoint override the command line, and has no option against it.
+        # `DeepImagePrior.on_load_checkpoint` refuses settings that a resumed fit cannot change.
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Validate sections and checkpoint; a resumed fit only needs its checkpoint."""
+        for name in SECTIONS:  # the parser accepts any value in their place
+            section = self._get(self.config, name)
+            if not isinstance(section, Namespace):
+                raise ValueError(f"expected named settings in section {name}, got {section!r}")
+        path = self._get(self.config, "ckpt_path")
+        if path is not None:
+            load_checkpoint(Path(path), "loops")
+            settings = self._get(self.config, "model").init_args
+            if "init_from" in settings:
+                settings.init_from = None  # the checkpoint has the network; that run may be gone
+            self.save_config_kwargs = {"overwrite": True}  # it exists if there is no logger
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, module and data; report a value of a wrong type as a setting's."""
+        try:
+            super().instantiate_classes()
+        except TypeError as error:
+            raise ValueError(f"the settings do not fit the classes they name: {error}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks of every run, and TensorBoard unless another logger is set."""
+        settings = self._get(self.config_init, "trainer")
+        callbacks = [KeepMemory(), Preflight(), Monitor(), Writer()]
+        if settings.get("enable_progress_bar") is not False:
+            callbacks.insert(3, RestorationBar())
+        self.trainer_defaults["callbacks"] = callbacks
+        if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
+            kwargs["logger"] = TensorBoardLogger(
+                settings.get("default_root_dir") or ".", default_hp_metric=False
+            )
+        if settings.get("plugins") is None:
+            # In a scheduler's environment Lightning would adopt its allocation, save in the middle
+            # of a step, and resume from any checkpoint in the directory.
+            kwargs["plugins"] = LightningEnvironment()
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Find bad input before anything is written."""
+        check_trainer(self.model, self.trainer)  # before other devices' processes start
+        self.datamodule.setup("fit")
+        self.model.build(self.datamodule.problem)
+        for callback in restoration_callbacks(self.trainer, ""):
+            callback.check(self.model, self.trainer)
+        root = self.trainer.default_root_dir
+        if SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt")):
+            raise ValueError(
+                f"expected no hpc_ckpt_*.ckpt in {root}, found one, from which Lightning would "
+                "resume under SLURM; move it, or set another --trainer.default_root_dir"
+            )
+        if not self.trainer.fast_dev_run:
+            check_writable(run_directory(self.trainer), "--trainer.default_root_dir")
+
+    def after_fit(self) -> None:
+        """Report a fit that had no step left to make, and wrote nothing."""
+        trainer = self.trainer
+        if not trainer.fast_dev_run and not (run_directory(trainer) / "result.json").exists():
+            raise ValueError(
+                f"no step is left: the fit is at step {trainer.global_step} of "
+                f"{trainer.max_steps}; increase --trainer.max_steps, or write the checkpoint's "
+                "image with `deepred predict`"
+            )
+
+
+class _SettingsOnly(RestorationCLI):
+    """Parses settings without building anything."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def settings_of(options: Sequence[str]) -> dict[str, Any]:
+    """All settings that result from command-line options, as plain data without None values.
+
+    Raises:
+        argparse.ArgumentError: An unknown or invalid setting.
+        ValueError: An unknown configuration.
+    """
+    cli = _SettingsOnly(list(options), run=False)
+    return json.loads(cli.parser.dump(cli.config, format="json"))
+
+
+def find_configs(args: Sequence[str]) -> list[str]:
+    """Replace names of shipped configurations in command-line arguments by their paths."""
+    found = list(args)
+    for i, arg in enumerate(found):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c") and equals:
+            found[i] = f"{option}={find_config(value)}"
+        elif option in ("--config", "-c") and i + 1 < len(found):
+            found[i + 1] = find_config(found[i + 1])
+    return found
+
+
+def find_config(name: str) -> str:
+    """The path of a configuration: a file, or a shipped one by its name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = {
+        p.relative_to(CONFIGS).with_suffix("").as_posix(): p for p in CONFIGS.rglob("*.yaml")
+    }
+    known = name.removeprefix("configs/").removesuffix(".yaml")
+    if known not in shipped:
+        raise ValueError(
+            f"expected a YAML file or a shipped configuration, found no {name}; shipped are "
+            + ", ".join(sorted(shipped))
+        )
+    return str(shipped[known])
+
+
+def reason(error: BaseException) -> str:
+    """The message of an error in one line."""
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    lines = [re.sub(r"^Type .* a callable class: (?=Option )", "", line) for line in lines]
+    text = " ".join(line for line in lines if line and not line.startswith(NOISE))
+    if not text or text.endswith(":"):  # there is no other line
+        text = " ".join(line for line in lines if line)
+    return shorten(text or type(error).__name__, LONGEST)
+
+
+class _Parser(LightningArgumentParser):
+    """Lists only this package's classes in help, where it has some that fit.
+
+    Any class that fits can still be given by its import path.
+    """
+
+    def format_help(self) -> str:
+        return re.sub(r"known\s+subclasses:\s+([^)]*)\)", _own_classes, super().format_help())
+
+
+def _own_classes(found: re.Match[str]) -> str:
+    names = re.split(r",\s+", found[1])
+    # Where any torch module fits, a network is meant: problems and operators are modules too.
+    prefix = "deepred_pl.networks." if "torch.nn.Module" in names else "deepred_pl."
+    own = [name for name in names if name.startswith(prefix)]
+    if not own or len(own) == len(names):
+        return found[0]
+    indent = 24 * " "  # argparse's
+    listed = fill(", ".join(own), 78, initial_indent=indent, subsequent_indent=indent)
+    return f"classes of this package:\n{listed})"
+
+
+def _report_in_thread(error: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread raises a full disk's error in the fit, too, which reports it in one line.
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

@@ -1,10 +1,9 @@
-"""Terms that the θ-update minimises beside the likelihood.
+"""Terms that the θ-update minimizes in addition to the data term.
 
 A term is any callable `term(out, model) -> Tensor`, 0-dim, for T_θ(z) = out, (1, C, H, W);
 `DeepImagePrior(regularizer=term)` adds it to the data term.
 """
 
-import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -12,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import total_variation
 
+from deepred_pl.checks import check_positive
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Identity
 from deepred_pl.problem import InverseProblem
 
-PERTURBATION = 0.1  # of σ: small against the noise, large against rounding, TF32's too
+PERTURBATION = 0.1  # of σ: small compared to the noise, large compared to rounding, also in TF32
 
 
 class Restoration(Protocol):
-    """What a term sees of the module that is fitted."""
+    """The part of a restoration module that terms use."""
 
     network: nn.Module | None
     problem: InverseProblem | None
@@ -28,14 +28,14 @@ class Restoration(Protocol):
     input_noise_std: float
 
     def generator(self, purpose: str = "") -> torch.Generator:
-        """Random numbers of this step."""
+        """The random generator of this step."""
 
 
 class Term(ABC):
-    """A term beside the likelihood; the base class lets the command line find it by name."""
+    """Base class of terms, which lets the command line find them by their short names."""
 
     def check(self, model: Restoration) -> None:  # noqa: B027  most apply everywhere
-        """Refuse a model and problem it does not apply to; called before the fit.
+        """Refuse a model and problem to which the term does not apply; called before the fit.
 
         Raises:
             ValueError: It does not apply; the message says why.
@@ -53,12 +53,11 @@ class TotalVariationPenalty(Term):
         weight: > 0, in the squared-error units of the data term.
 
     Raises:
-        ValueError: weight not above 0.
+        ValueError: weight is not positive.
     """
 
     def __init__(self, weight: float = 0.01) -> None:
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be > 0, got {weight}; leave the term out instead")
+        check_positive("weight", weight, "leave the term out instead")
         self.weight = weight
 
     def __call__(self, out: Tensor, model: Restoration) -> Tensor:
@@ -66,20 +65,19 @@ class TotalVariationPenalty(Term):
 
 
 class SURE(Term):
-    """What Stein's unbiased risk estimate adds to the mean squared residual (Stein 1981).
+    """The penalty of Stein's unbiased risk estimate (Stein 1981).
 
-    2σ²/N · div_y T_θ(y) − σ², so that the data term and this term together estimate
-    mean((T_θ(y) − x)²) without x. The divergence is Monte-Carlo (Ramani et al. 2008): a second
-    pass through the network, on the measurement moved by a little fresh noise; under autocast a
-    third one, for both are made in float32: bfloat16 would round the difference away. It holds
-    for Gaussian noise of known σ, and is a little off near black and white where that was
-    clipped; A must be the identity, and the network's input the measurement alone
-    (`MeasurementNet`, input_noise_std=0). It is unbiased for a fixed network; one that is fitted
-    to the same y can cheat it by a divergence below 0, and the loss then falls below 0, where no
-    squared error can be.
+    2σ²/N · div_y T_θ(y) − σ², so that the data term plus this term estimates mean((T_θ(y) − x)²)
+    without x. The divergence is estimated by Monte Carlo (Ramani et al. 2008), with a second pass
+    through the network on the measurement plus a small perturbation. Under autocast both passes are
+    repeated in float32, because bfloat16 would round the difference away. It is valid for Gaussian
+    noise of known σ, approximately near black and white if the measurement was clipped; A must be
+    the identity, and the network's input the measurement without noise (`MeasurementNet`,
+    input_noise_std=0). It is unbiased for a fixed network; one fitted to the same y can reach a
+    negative divergence, and then a loss below 0, which no squared error has.
 
     Raises:
-        ValueError: At `check`, another noise, operator or network input.
+        ValueError: At `check`, the noise, operator or network input is another.
     """
 
     def check(self, model: Restoration) -> None:
@@ -88,13 +86,13 @@ class SURE(Term):
         if not isinstance(problem.operator, Identity):
             raise ValueError(
                 "SURE is for denoising: expected the Identity operator, got "
-                f"{type(problem.operator).__name__}; use another method, as methods/deepred"
+                f"{type(problem.operator).__name__}; use another method such as methods/deepred"
             )
         if not isinstance(problem.noise, GaussianNoise):
             got = "none" if problem.noise is None else type(problem.noise).__name__
             raise ValueError(
-                f"SURE needs the sigma of Gaussian noise: expected GaussianNoise, got {got}; give "
-                "noise, or use another method, as methods/deepred"
+                f"SURE needs the sigma of Gaussian noise: expected GaussianNoise, got {got}; set "
+                "noise, or use another method such as methods/deepred"
             )
         if model.input_noise_std > 0 or not torch.equal(model.z, problem.y):
             raise ValueError(

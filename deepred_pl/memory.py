@@ -1,4 +1,4 @@
-"""The process's memory: what it can still take, and what it keeps."""
+"""Measure free memory, and control what the process keeps of it."""
 
 import ctypes
 import math
@@ -18,12 +18,29 @@ DEFAULT_TRIM_THRESHOLD = 128 * 1024
 DEFAULT_MMAP_MAX = 65536
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on the device."""
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process can still allocate on the device."""
+    device = torch.device(device)
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     return int(min(psutil.virtual_memory().available, _free_in_container()))
+
+
+def check_memory(
+    needed: int, purpose: str, remedy: str, device: torch.device | str = "cpu"
+) -> None:
+    """Refuse what needs more memory than is free.
+
+    Raises:
+        ValueError: `needed` bytes are not free; the message begins with `purpose`.
+    """
+    free = free_memory(device)
+    if needed > free:
+        raise ValueError(
+            f"{purpose} needs about {as_text(needed)} of memory, but only {as_text(free)} are "
+            f"free; {remedy}"
+        )
 
 
 def _free_in_container() -> float:
@@ -31,31 +48,31 @@ def _free_in_container() -> float:
     if not limit.is_file() or limit.read_text().strip() == "max":
         return math.inf
     statistics = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-    cache = int(statistics["inactive_file"])  # of files, given up when it is needed
+    cache = int(statistics["inactive_file"])  # file cache, which the kernel reclaims when needed
     taken = int((CONTAINER / "memory.current").read_text()) - cache
     return max(0, int(limit.read_text()) - taken)
 
 
 def as_text(count: int) -> str:
-    """A number of bytes to read, as "1.5 GB"."""
+    """A number of bytes in words, such as "1.5 GB"."""
     return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
 
 
 def keep_memory() -> None:
-    """From now on, glibc's malloc keeps what is freed, for the process."""
+    """Make glibc's malloc keep freed memory for this process from now on."""
     _call("mallopt", ctypes.c_int(M_MMAP_MAX), ctypes.c_int(0))  # large blocks from the heap too
     _call("mallopt", ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(NEVER_TRIM))
 
 
 def give_memory_back() -> None:
-    """Give the kernel what is free, now and, by glibc's first thresholds, from now on."""
+    """Return free memory to the kernel, now and, with glibc's default thresholds, from now on."""
     _call("mallopt", ctypes.c_int(M_MMAP_MAX), ctypes.c_int(DEFAULT_MMAP_MAX))
     _call("mallopt", ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(DEFAULT_TRIM_THRESHOLD))
     _call("malloc_trim", ctypes.c_size_t(0))
 
 
 def _call(name: str, *args: object) -> None:
-    """Call a function of the C library, where it has it: not on macOS and Windows."""
+    """Call a function of the C library if it exists; macOS and Windows lack these."""
     try:
         function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):

@@ -1,4 +1,4 @@
-"""How near an image is to the true one."""
+"""PSNR and SSIM."""
 
 from typing import Literal
 
@@ -18,26 +18,26 @@ def psnr(image: Tensor, truth: Tensor, on: MetricOn = "rgb") -> Tensor:
     """Peak signal-to-noise ratio in dB, 0-dim, of images (1, C, H, W).
 
     Args:
-        image: Clipped to [0, 1] first.
+        image: The image, clipped to [0, 1] first.
         truth: The true image, in [0, 1].
-        on: "rgb" compares all channels, with peak 1; "luminance" compares `luminance`, with
-            peak 255, where there are three channels.
+        on: "rgb" compares all channels, with peak 1; "luminance" compares the `luminance` of images
+            with three channels, with peak 255.
 
     Raises:
-        RuntimeError: Two shapes.
+        RuntimeError: The shapes differ.
     """
     image, truth, peak = _compared(image, truth, on)
     return peak_signal_noise_ratio(image, truth, data_range=peak)
 
 
 def ssim(image: Tensor, truth: Tensor, on: MetricOn = "rgb") -> Tensor:
-    """Structural similarity (Wang et al. 2004), mean over the channels, 0-dim.
+    """Structural similarity (Wang et al. 2004), averaged over the channels, 0-dim.
 
-    What is compared is that of `psnr`. The mean is over all pixels, images mirrored at their
-    borders. The Gaussian window (σ = 1.5) has 11 pixels: NaN for smaller images.
+    Arguments as in `psnr`. The mean is over all pixels of images mirrored at their borders. The
+    Gaussian window (σ = 1.5) has 11 pixels; NaN for smaller images.
 
     Raises:
-        RuntimeError: Two shapes.
+        RuntimeError: The shapes differ.
     """
     if min(truth.shape[-2:]) < SSIM_WINDOW:
         return torch.tensor(float("nan"))
@@ -50,21 +50,21 @@ def ssim(image: Tensor, truth: Tensor, on: MetricOn = "rgb") -> Tensor:
 def luminance(image: Tensor) -> Tensor:
     """BT.601 studio-range luma of an RGB image (1, 3, H, W) in [0, 1], (1, 1, H, W) in 16…235.
 
-    As in the literature on super-resolution, RGB and the result are rounded to 8 bits.
+    RGB and the result are rounded to 8 bits, as in the literature on super-resolution.
     """
     red, green, blue = (image.clamp(0, 1) * 255).round().div(255).unbind(1)
     return (16 + 65.481 * red + 128.553 * green + 24.966 * blue).round()[:, None]
 
 
 def scored_on(channels: int, on: MetricOn = "rgb") -> str:
-    """What the metrics compare: "rgb", "luminance", "grey" or "channels"."""
+    """The channels that the metrics compare: "rgb", "luminance", "grey" or "channels"."""
     return {1: "grey", 3: str(on)}.get(channels, "channels")
 
 
 def _compared(image: Tensor, truth: Tensor, on: MetricOn) -> tuple[Tensor, Tensor, float]:
     if image.shape != truth.shape:
         raise RuntimeError(
-            f"expected two images of one shape, got {tuple(image.shape)} and {tuple(truth.shape)}"
+            f"expected images of the same shape, got {tuple(image.shape)} and {tuple(truth.shape)}"
         )
     if scored_on(truth.shape[1], on) == "luminance":
         return luminance(image), luminance(truth), 255.0

@@ -10,31 +10,27 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule, Trainer, callbacks
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from deepred_pl import admm
-from deepred_pl.directory import last_checkpoint, load_checkpoint
+from deepred_pl.checks import check_at_least, check_choice, check_positive
+from deepred_pl.files import last_checkpoint, load_checkpoint
 from deepred_pl.losses import Term
-from deepred_pl.memory import as_text, free_memory
+from deepred_pl.memory import check_memory
 from deepred_pl.networks import INPUT_CHANNELS, SkipNet
+from deepred_pl.optim import adam
 from deepred_pl.problem import InverseProblem
+from deepred_pl.trainer import check_clipping, check_trainer
 
-# The released rise starts at 20 dB; its noise of σ = 25 has a PSNR of 20.17 dB.
+# The released rise starts at 20 dB, for noise of σ = 25, which has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
 
-# Lightning's callbacks that average weights, of which older versions have one.
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+CHANGEABLE = ("result", "init_from", "compile")  # settings that a resumed fit may change
 
-CHANGEABLE = ("result", "init_from", "compile")  # settings that a fit which goes on may change
-
-
-def adam(parameters: Iterable) -> Optimizer:
-    """Adam at a learning rate of 0.01."""
-    return torch.optim.Adam(parameters, lr=0.01, fused=True)
+Weighting = Literal["fixed", "discrepancy", "rise"]
 
 
 class DeepImagePrior(LightningModule):
@@ -42,41 +38,42 @@ class DeepImagePrior(LightningModule):
 
     Each `training_step` is one θ-update on D(A T_θ(z + noise), y). Given a `problem`, the
     module is complete after construction and works as a child of another LightningModule;
-    without one, it takes the problem of the datamodule when the fit starts.
+    without one, it uses the datamodule's problem when the fit starts.
 
     All images below are (1, C, H, W), float32, in [0, 1].
 
     Args:
-        network: Called with the image's number of channels, gives T_θ (`deepred_pl.networks`).
-        optimizer: Called with the network's parameters, gives the optimizer; default `adam`.
-        lr_scheduler: Called with the optimizer, or None; stepped after every θ-step.
+        network: Called with the image's number of channels, returns T_θ (`deepred_pl.networks`).
+        optimizer: Called with the network's parameters, returns the optimizer; default `adam`.
+        lr_scheduler: Called with the optimizer, returns a schedule, stepped after every θ-step; or
+            None.
         input_scale: z is drawn once from U(0, input_scale).
-        input_noise_std: σ_p, std of the fresh noise added to z at every step.
+        input_noise_std: σ_p, standard deviation of the fresh noise added to z at every step.
         average_decay: Decay of the exponential average of `out`, in [0, 1).
-        regularizer: A term beside the data term, called with `out` and this module
+        regularizer: A term added to the data term, called with `out` and this module
             (`deepred_pl.losses`), or None.
-        result: What `restored` returns: "average" or "out".
-        init_from: Run directory, or checkpoint, of another image's fit with the same network:
-            start from its θ and its z (enlarged or reduced to this image's size) and not from
-            random ones; `input_scale` is then of no effect. For images that are alike, as the next
-            slice or frame, and networks whose z is drawn, as `SkipNet`.
-        compile: Compile the network (`torch.compile`): a minute or two at the start, meant for long
-            fits on a GPU; on CPUs it gains nothing.
-        seed: Seed of θ₀, z and the input noise; the noise of step n depends on (seed, n) alone.
-        problem: The inverse problem, or None to take the datamodule's.
+        result: Which image `restored` returns: "average" or "out".
+        init_from: Run directory or checkpoint of another image's fit with the same network, to
+            start from its θ and its z (resized to this image) instead of random ones;
+            `input_scale` then has no effect. For similar images, such as the next slice or frame,
+            and networks whose z is drawn, such as `SkipNet`.
+        compile: Compile the network (`torch.compile`), which takes a minute or two at the start;
+            intended for long fits on a GPU, without gain on CPUs.
+        seed: Seed of θ₀, z and the input noise; the noise of step n depends only on (seed, n).
+        problem: The inverse problem, or None to use the datamodule's.
 
     Attributes:
         step: Number of θ-steps made.
         out: T_θ(z) at the latest step, before the optimizer moved θ.
         average: The exponential average of `out`; starts at the problem's first guess.
-        chosen: What a callback chose to return instead of `result`, or None.
+        chosen: An image that a callback chose to return instead of `result`, or None.
 
     Raises:
-        ValueError: An argument out of range, an image smaller than the network or larger than the
-            memory can take, or a regularizer that does not apply to the problem.
+        ValueError: An argument is out of range, the image is smaller than the network allows or too
+            large for the memory, or the regularizer does not apply to the problem.
     """
 
-    RESULTS: ClassVar[tuple[str, ...]] = ("average", "out")
+    RESULTS: ClassVar[Any] = Literal["average", "out"]
     z: Tensor
     out: Tensor
     average: Tensor
@@ -101,16 +98,13 @@ class DeepImagePrior(LightningModule):
         self.save_hyperparameters(
             ignore=["network", "optimizer", "lr_scheduler", "regularizer", "problem"]
         )
-        if not 0 < input_scale < math.inf:
-            raise ValueError(f"input_scale must be > 0, got {input_scale}")
+        check_positive("input_scale", input_scale)
         if not 0 <= input_noise_std < math.inf:
             raise ValueError(f"input_noise_std must be >= 0, got {input_noise_std}")
         if not 0 <= average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
-        if result not in self.RESULTS:
-            raise ValueError(f"result must be one of {self.RESULTS}, got {result!r}")
+        check_at_least(0, seed=seed)
+        check_choice("result", result, self.RESULTS)
         self.make_network = network
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -133,9 +127,9 @@ class DeepImagePrior(LightningModule):
     # Building
 
     def build(self, problem: InverseProblem) -> None:
-        """Make the network, z and the state for `problem`; the only place that does.
+        """Create the network, z and the state for `problem`.
 
-        A module loaded from a checkpoint keeps the state it has.
+        A module loaded from a checkpoint keeps its state.
 
         Raises:
             ValueError: The module, or the checkpoint it was loaded from, has another problem, or
@@ -144,7 +138,7 @@ class DeepImagePrior(LightningModule):
         if self.problem is problem:
             return
         if self.problem is not None:
-            raise ValueError("this module already restores another image; make a new one for it")
+            raise ValueError("this module already restores another image; create a new module")
         if self.network is None:
             with _seeded(self.seed):
                 network = self._new_network(problem.image_shape[1])
@@ -155,7 +149,7 @@ class DeepImagePrior(LightningModule):
             for name, tensor in {"z": z, **self._initial_state(problem)}.items():
                 self.register_buffer(name, tensor.to(problem.y.device))
         else:
-            problem.load_state_dict(self._saved_problem)  # refuses another measurement
+            problem.load_state_dict(self._saved_problem)  # raises for another measurement
             self._saved_problem = {}
         self.problem = problem
         if isinstance(self.regularizer, Term):
@@ -173,13 +167,15 @@ class DeepImagePrior(LightningModule):
         prepare = getattr(network, "prepare", None)
         if prepare is not None and saved is not None:
             raise ValueError(
-                f"init_from: {type(network).__name__} makes its own input from the image; give it "
-                "with networks whose input is drawn, as SkipNet"
+                f"init_from: {type(network).__name__} creates its own input from the image; use "
+                "init_from with networks whose input is drawn, such as SkipNet"
             )
         if prepare is not None:
             return prepare(problem)
         height, width = problem.image_shape[-2:]
-        _check_memory(height, width)
+        # z, its noise and their sum, in float32; the network's activations come on top.
+        needed = 3 * 4 * height * width * INPUT_CHANNELS
+        check_memory(needed, f"restoring {height}×{width} pixels", "restore a part of the image")
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
@@ -191,37 +187,25 @@ class DeepImagePrior(LightningModule):
         return {"out": guess.clone(), "average": guess.clone()}
 
     def configure_model(self) -> None:
-        """Lightning's hook: take the datamodule's problem."""
+        """Lightning's hook: use the datamodule's problem."""
         if self._trainer is None:  # load_from_checkpoint; the state comes from the file
             return
         if self.trainer.training:
-            self.chosen = None  # of an earlier fit; a checkpoint's comes back with it
+            self.chosen = None  # of an earlier fit; a checkpoint restores its own
             check_trainer(self, self.trainer)
-        timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)
-        if self.trainer.training and self.trainer.max_steps == -1 and not timed:
-            raise ValueError(
-                "a fit is one endless epoch: expected max_steps (or max_time), got neither; "
-                "give Trainer(max_steps=3000), or --trainer.max_steps 3000"
-            )
         problem = getattr(self.trainer.datamodule, "problem", None)
         if problem is not None:
             self.build(problem)
 
     def train_dataloader(self) -> Iterable[int]:
-        """One endless epoch of θ-steps; y is on the device already."""
+        """An endless epoch of θ-steps; y is already on the device."""
         return itertools.repeat(0)
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over the network's parameters, its scheduler stepped per θ-step."""
+        """One optimizer for the network's parameters, its schedule stepped after every θ-step."""
         optimizer = self.make_optimizer(self._checked().parameters())
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        trainer = self._trainer
-        if fused and trainer and trainer.gradient_clip_val and "mixed" in str(trainer.precision):
-            raise ValueError(
-                f"gradients in {trainer.precision} precision cannot be clipped before a fused "
-                "optimizer's step; give an optimizer with fused=False "
-                "(--model.optimizer.fused false), or leave gradient_clip_val out"
-            )
+        if self._trainer is not None:
+            check_clipping(optimizer, self._trainer)
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
@@ -230,7 +214,7 @@ class DeepImagePrior(LightningModule):
     # The θ-update
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
-        """The loss of one θ-step, 0-dim; keeps `out` and updates `average`."""
+        """The loss of one θ-step, 0-dim; stores `out` and updates `average`."""
         network = self._checked()
         z = self.z
         if self.input_noise_std > 0:
@@ -238,7 +222,7 @@ class DeepImagePrior(LightningModule):
         out = network(z).float()
         if out.shape != self.average.shape:
             raise ValueError(
-                f"the network must give {tuple(self.average.shape)} like the image, "
+                f"the network must return {tuple(self.average.shape)} like the image, "
                 f"got {tuple(out.shape)}"
             )
         self.out = out.detach()
@@ -251,13 +235,13 @@ class DeepImagePrior(LightningModule):
         return loss
 
     def loss(self, out: Tensor) -> Tensor:
-        """What the θ-update minimises but for the regularizer, 0-dim, for T_θ(z) = out."""
+        """The loss without the regularizer, 0-dim, for T_θ(z) = out."""
         assert self.problem is not None
         return self.problem.data_term(out)
 
     def generator(self, purpose: str = "") -> torch.Generator:
-        """Random numbers of this step, a function of (seed, step, purpose) alone."""
-        # Torch's CPU generator keeps 32 bits of a seed; hashing puts all into them.
+        """The random generator of this step, a function of (seed, step, purpose) only."""
+        # Torch's CPU generator uses only 32 bits of a seed, so that all are hashed into 32.
         entropy = np.random.SeedSequence([self.seed, self.step, *purpose.encode()])
         seed = int(entropy.generate_state(1)[0])
         return torch.Generator(self.z.device).manual_seed(seed)
@@ -271,12 +255,12 @@ class DeepImagePrior(LightningModule):
     def _checked(self) -> nn.Module:
         if self.network is None or self.problem is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no measurement to fit; give it problem="
+                f"{type(self).__name__} has no measurement to fit; create it with problem="
                 "InverseProblem(y, ...), or give the trainer a RestorationDataModule"
             )
         if self.z.dtype != torch.float32:
             raise ValueError(
-                f"expected float32 state, got {self.z.dtype}: a '*-true' precision rounds y, x and "
+                f"expected float32 state, got {self.z.dtype}: '*-true' precisions round y, x and "
                 "u; use precision='bf16-mixed' or '16-mixed'"
             )
         return self.network
@@ -285,14 +269,14 @@ class DeepImagePrior(LightningModule):
 
     @property
     def restored(self) -> Tensor:
-        """The restored image, (1, C, H, W) in [0, 1]: `chosen`, or else what `result` says.
+        """The restored image, (1, C, H, W) in [0, 1]: `chosen`, or else the one named by `result`.
 
         Raises:
-            RuntimeError: No step was made yet.
+            RuntimeError: No step has been made yet.
         """
         if self.step == 0:
             raise RuntimeError(
-                "nothing is restored yet; fit this module, or give a checkpoint (--ckpt_path)"
+                "nothing is restored yet; fit this module, or load a checkpoint (ckpt_path)"
             )
         image = self._result() if self.chosen is None else self.chosen
         return image.detach().clamp(0, 1)
@@ -301,17 +285,17 @@ class DeepImagePrior(LightningModule):
         return self.average if self.result == "average" else self.out
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The restored image; `Monitor` scores it. The network is not run."""
+        """The restored image, which `Monitor` scores. The network is not run."""
         return self.restored
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The restored image; `Writer` writes it. The network is not run."""
+        """The restored image, which `Writer` writes. The network is not run."""
         return self.restored
 
     # Checkpoints
 
     def get_extra_state(self) -> int:
-        """The step, a host number: reading it from the device would stall every step."""
+        """The step, a number on the host: reading it from the device would stall every step."""
         return self.step
 
     def set_extra_state(self, state: int) -> None:
@@ -319,7 +303,7 @@ class DeepImagePrior(LightningModule):
         self.step = state
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        if self.network is None:  # no problem yet: the checkpoint says what there is
+        if self.network is None:  # no problem yet: the checkpoint defines the buffers
             own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
             if "average" in own:
                 with _seeded(self.seed):
@@ -335,37 +319,37 @@ class DeepImagePrior(LightningModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse settings that a fit which goes on cannot change any more."""
+        """Refuse settings that a resumed fit cannot change."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         for name, value in self.hparams.items():
             if name not in CHANGEABLE and name in saved and saved[name] != value:
                 raise ValueError(
-                    f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; a fit "
-                    "that goes on keeps its settings: give the same, or start without a checkpoint"
+                    f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; resume "
+                    "with the same settings, or start without a checkpoint"
                 )
 
 
 class DeepRED(DeepImagePrior):
     """Deep Image Prior powered by RED (Mataev et al. 2019, arXiv:1903.10176).
 
-    Minimises D(A T_θ(z), y) + λ/2 · xᵀ(x − f(x)) subject to x = T_θ(z) by ADMM. The module
-    makes the θ-update; the `REDUpdate` callback makes the x- and u-updates every k steps and
-    runs the denoiser f. Training without that callback is an error.
+    Minimizes D(A T_θ(z), y) + λ/2 · xᵀ(x − f(x)) subject to x = T_θ(z) by ADMM. The module makes
+    the θ-update; the `REDUpdate` callback makes the x- and u-updates every k steps and runs the
+    denoiser f. Training without this callback is an error.
 
     Args:
         lam: λ > 0, weight of the RED prior.
         mu: μ > 0, ADMM penalty of x = T_θ(z).
-        weighting: How λ and μ go on from there, once in a round of x- and u-update:
-            "fixed"         not at all;
-            "discrepancy"   λ sets itself by Morozov's discrepancy principle, so that the network
-                            does not learn the noise (`admm.discrepancy`), but not below `lam`;
-                            μ keeps its proportion to λ; needs a noise model;
-            "rise"          the released rule: both grow by `rise_step` where PSNR(A T_θ(z), y)
-                            has passed a threshold, which then grows by 0.01 dB.
-        rise_step: Of the released rule, > 0; 0.03 as released.
-        rise_start: The first threshold in dB, 20 as released, or "noise": the noise's own PSNR
-            less 0.17 dB, which is 20 dB at σ = 25 and holds for other noise levels too.
-        result: What `restored` returns: "average", "out", "x" or "x-u".
+        weighting: How λ and μ change, once per round of x- and u-update:
+            "fixed"         they do not;
+            "discrepancy"   λ follows Morozov's discrepancy principle, so that the network does not
+                            learn the noise (`admm.discrepancy`), with `lam` as its minimum; μ keeps
+                            its proportion to λ; needs a noise model;
+            "rise"          the released rule: both grow by `rise_step` when PSNR(A T_θ(z), y)
+                            exceeds a threshold, which then grows by 0.01 dB.
+        rise_step: Increment of the released rule, > 0; 0.03 as released.
+        rise_start: Its first threshold in dB, 20 as released, or "noise": the noise's own PSNR
+            less 0.17 dB, which is 20 dB at σ = 25 and suits other noise levels too.
+        result: Which image `restored` returns: "average", "out", "x" or "x-u".
         kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
             input_scale, input_noise_std, average_decay, regularizer, init_from, compile, seed and
             problem.
@@ -373,15 +357,15 @@ class DeepRED(DeepImagePrior):
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.
         f_x: f(x), the latest denoised x; starts at x.
-        prior: mean(x · (x − f(x))) at the x that f_x was made of, 0-dim.
+        prior: mean(x · (x − f(x))) at the x that was denoised to f_x, 0-dim.
         lam, mu, threshold: Current λ, μ, and threshold of their rise in dB, 0-dim.
         x_pending, v_pending, lam_pending, mu_pending: The snapshot being denoised.
 
     Raises:
-        ValueError: λ or μ not above 0, or another argument out of range.
+        ValueError: λ or μ is not positive, or another argument is out of range.
     """
 
-    RESULTS: ClassVar[tuple[str, ...]] = ("average", "out", "x", "x-u")
+    RESULTS: ClassVar[Any] = Literal["average", "out", "x", "x-u"]
     x: Tensor
     u: Tensor
     f_x: Tensor
@@ -398,28 +382,18 @@ class DeepRED(DeepImagePrior):
         self,
         lam: float = 0.5,
         mu: float = 0.5,
-        weighting: Literal["fixed", "discrepancy", "rise"] = "fixed",
+        weighting: Weighting = "fixed",
         rise_step: float = 0.03,
         rise_start: Literal["noise"] | float = "noise",
         result: Literal["average", "out", "x", "x-u"] = "average",
         **kwargs: Any,
     ) -> None:
         for name, value in {"lam (λ)": lam, "mu (μ)": mu}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(
-                    f"{name} must be > 0, got {value}; without the RED prior use the DIP method: "
-                    "DeepImagePrior, or --config configs/methods/dip.yaml"
-                )
-        if weighting not in ("fixed", "discrepancy", "rise"):
-            raise ValueError(
-                f"weighting must be 'fixed', 'discrepancy' or 'rise', got {weighting!r}"
-            )
-        if not 0 < rise_step < math.inf:
-            raise ValueError(
-                f"rise_step must be > 0, got {rise_step}; weighting='fixed' keeps λ and μ constant"
-            )
+            check_positive(name, value, "without the RED prior use DeepImagePrior (methods/dip)")
+        check_choice("weighting", weighting, Weighting)
+        check_positive("rise_step", rise_step, "weighting='fixed' keeps λ and μ constant")
         if isinstance(rise_start, str) and rise_start != "noise":
-            raise ValueError(f"rise_start must be a number of dB or 'noise', got {rise_start!r}")
+            raise ValueError(f"rise_start must be a number in dB or 'noise', got {rise_start!r}")
         self.initial_lam, self.initial_mu = lam, mu
         self.weighting = weighting
         self.rise_step = rise_step
@@ -449,8 +423,8 @@ class DeepRED(DeepImagePrior):
         by_noise = self.weighting == "discrepancy" or self.rise_start == "noise"
         if self.weighting != "fixed" and by_noise and problem.noise is None:
             raise ValueError(
-                f"weighting={self.weighting!r} needs a noise model, and this problem has none; "
-                "give noise, a rise_start in dB with weighting='rise', or weighting='fixed'"
+                f"weighting={self.weighting!r} needs a noise model, but this problem has none; set "
+                "noise, a rise_start in dB with weighting='rise', or weighting='fixed'"
             )
         if self.rise_start != "noise":
             return self.rise_start
@@ -459,7 +433,7 @@ class DeepRED(DeepImagePrior):
 
     @torch.no_grad()
     def update_weighting(self) -> None:
-        """λ and μ for the next round, by the rule `weighting`; on the device, without waiting."""
+        """Set λ and μ for the next round by the rule `weighting`, without waiting for a GPU."""
         assert self.problem is not None
         if self.weighting == "rise":
             psnr = -10 * torch.log10(self.problem.residual(self.out))
@@ -474,9 +448,9 @@ class DeepRED(DeepImagePrior):
             self.mu = self.lam * (self.initial_mu / self.initial_lam)
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
-        """The loss of one θ-step, 0-dim, for a fit that a `REDUpdate` drives."""
+        """The loss of one θ-step, 0-dim; requires a `REDUpdate`."""
         if not self.driven:
-            self._checked()  # without a problem, that is what to say
+            self._checked()  # a missing problem is reported first
             raise RuntimeError(
                 "DeepRED is trained without its x- and u-updates; add REDUpdate(denoiser) to the "
                 "trainer's callbacks, with submodule='name' if it is a child of another module"
@@ -495,141 +469,38 @@ class DeepRED(DeepImagePrior):
         return super()._result()
 
 
-class WarmupCosine(LambdaLR):
-    """Learning rate: a linear warm-up, then a cosine down to 0 at `total_steps`.
-
-    Args:
-        optimizer: The optimizer, with the peak learning rate.
-        total_steps: θ-steps until the rate is 0, where it stays.
-        warmup_steps: θ-steps until the rate is at its peak.
-
-    Raises:
-        ValueError: Not 0 <= warmup_steps < total_steps.
-    """
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> None:
-        if not 0 <= warmup_steps < total_steps:
-            raise ValueError(
-                f"expected 0 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}"
-            )
-
-        def factor(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / (warmup_steps + 1)
-            done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
-            return 0.5 * (1 + math.cos(math.pi * done))
-
-        super().__init__(optimizer, factor)
-
-
-def check_trainer(model: DeepImagePrior, trainer: Trainer) -> None:
-    """Refuse what Lightning offers and the fit of one image cannot have; called before it.
-
-    Raises:
-        ValueError: Several devices, accumulated gradients, a compiled module, or callbacks that
-            average weights.
-    """
-    devices = trainer.num_devices * trainer.num_nodes
-    if devices > 1:
-        raise ValueError(
-            f"one image does not shard: expected one device, got {devices}; give devices=1 "
-            "(--trainer.devices 1), and many images to deepred-batch"
-        )
-    accumulated: Any = trainer.accumulate_grad_batches
-    for callback in trainer.callbacks:
-        if isinstance(callback, callbacks.GradientAccumulationScheduler):
-            accumulated = callback.scheduling
-    if accumulated != 1:
-        raise ValueError(
-            "a θ-step is one pass over the one image: expected accumulate_grad_batches=1, got "
-            f"{accumulated}; average_decay smooths over steps"
-        )
-    if model._compiler_ctx is not None:  # Lightning's mark
-        raise ValueError(
-            f"expected a {type(model).__name__} that is not compiled, got torch.compile's, which "
-            "starts anew at every step's number; compile=True compiles the network alone"
-        )
-    check_averaging(trainer)
-
-
-def check_averaging(trainer: Trainer) -> None:
-    """Refuse callbacks that average a module's weights.
-
-    Raises:
-        ValueError: There is one.
-    """
-    kinds = [getattr(callbacks, name, ()) for name in AVERAGING]
-    for callback in trainer.callbacks:
-        if isinstance(callback, tuple(kinds)):
-            raise ValueError(
-                f"{type(callback).__name__} averages weights, and the result is made of images "
-                "that the network gave on the way: leave it out, for `average` is the exponential "
-                "average of those (average_decay)"
-            )
-
-
-def find_restoration(module: LightningModule, submodule: str = "") -> DeepImagePrior:
-    """The restoration at the dotted name `submodule` of a trained module; "" is the module.
-
-    Raises:
-        ValueError: There is none; the message says where there are.
-    """
-    children = dict(module.named_modules())
-    found = children.get(submodule)
-    if not isinstance(found, DeepImagePrior):
-        names = [name for name, child in children.items() if isinstance(child, DeepImagePrior)]
-        raise ValueError(
-            f"expected a DeepImagePrior or DeepRED at submodule={submodule!r} of "
-            f"{type(module).__name__}, which has them at {names}; give one of these names"
-        )
-    return found
-
-
 def _check_size(network: nn.Module, problem: InverseProblem) -> None:
     height, width = problem.image_shape[-2:]
     smallest = getattr(network, "smallest_side", 1)
     if min(height, width) < smallest:
         raise ValueError(
             f"{type(network).__name__} needs images of at least {smallest}×{smallest} pixels, "
-            f"got {height}×{width}; take a larger part, or fewer scales (--model.network.scales)"
-        )
-
-
-def _check_memory(height: int, width: int) -> None:
-    """Refuse an image for which z alone would fill the memory, before it does."""
-    z, free = height * width * INPUT_CHANNELS * 4, free_memory(torch.device("cpu"))
-    if 3 * z > free:  # z, its noise and their sum; what the network takes comes on top
-        raise ValueError(
-            f"to restore an image of {height}×{width} pixels takes more than {as_text(3 * z)} of "
-            f"memory, and {as_text(free)} are free; restore a part of it, or ask for a smaller one"
+            f"got {height}×{width}; use a larger image, or fewer scales (model.network.scales)"
         )
 
 
 def _load_into(network: nn.Module, run: str) -> dict[str, Any]:
-    """Give the network another fit's θ; return the rest of that fit's state."""
+    """Load another fit's θ into the network; return the rest of that fit's state."""
     path = last_checkpoint(Path(run)) if Path(run).is_dir() else Path(run)
     try:
         state = load_checkpoint(path)["state_dict"]
-    except Exception as error:  # unpicklers raise what they like
-        raise ValueError(
-            f"init_from: expected a run directory with checkpoints/last.ckpt, or a checkpoint, got "
-            f"{run}, which has none that can be read ({type(error).__name__})"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from error
     prefix = "network."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"init_from: the network of {run} is not this {type(network).__name__}; give the "
-            "settings of model.network that it was made with, and images of as many channels"
+            f"init_from: the network of {run} does not match this {type(network).__name__}; use "
+            "its settings of model.network, and images with as many channels"
         ) from error
     return state
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw on the CPU from `seed`, whatever the device, and leave the process's seed alone."""
+    """Draw on the CPU from `seed`, for any device, without changing the process's seed."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         yield

@@ -1,21 +1,20 @@
-"""Untrained networks T_θ: their structure is the image prior.
+"""Untrained networks T_θ, whose structure is the image prior.
 
-A network is built as `network(channels)` for the image's number of channels. It maps z,
-(1, 32, H, W), to an image (1, channels, H, W) in [0, 1], and may have
-    smallest_side   the least H and W it works for;
-    prepare(problem) -> z   to make its own fixed input, called once.
+A network is created as `network(channels)` for the image's number of channels. It maps z,
+(1, 32, H, W), to an image (1, channels, H, W) in [0, 1], and may define
+    smallest_side   the smallest H and W it works for;
+    prepare(problem) -> z   to create its own fixed input, called once.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepred_pl import convolution
-from deepred_pl.denoisers.bm3d import LEAST_SIDE, deblur
-from deepred_pl.operators import Blur
+from deepred_pl import fast_conv
+from deepred_pl.checks import check_at_least
 from deepred_pl.problem import InverseProblem
 
 INPUT_CHANNELS = 32
@@ -25,9 +24,9 @@ class SkipNet(nn.Module):
     """The hourglass with skip connections of Deep Image Prior and DeepRED.
 
     Per scale: two convolutions down (the first with stride 2), a thin 1×1 skip connection,
-    and two convolutions up behind a bilinear upsampling to the skip's own size, so that any
-    image size works. Batch norm uses the statistics of the one image there is. With the
-    defaults 2.22 million parameters for 3 channels (arXiv:1711.10925, arXiv:1903.10176).
+    and two convolutions up after bilinear upsampling to the skip's size, so that any image size
+    works. Batch normalization always uses the statistics of the one image. The defaults have 2.22
+    million parameters for 3 channels (arXiv:1711.10925, arXiv:1903.10176).
 
     Args:
         channels: Channels of the image.
@@ -37,7 +36,7 @@ class SkipNet(nn.Module):
         input_channels: Channels of z.
 
     Raises:
-        ValueError: An argument below 1.
+        ValueError: An argument is below 1.
 
     >>> SkipNet(3, width=8)(torch.rand(1, 32, 33, 47)).shape
     torch.Size([1, 3, 33, 47])
@@ -52,11 +51,7 @@ class SkipNet(nn.Module):
         input_channels: int = INPUT_CHANNELS,
     ) -> None:
         super().__init__()
-        if min(channels, width, skip_width, scales) < 1:
-            raise ValueError(
-                "SkipNet needs channels, width, skip_width and scales of at least 1, "
-                f"got {channels}, {width}, {skip_width}, {scales}"
-            )
+        check_at_least(1, channels=channels, width=width, skip_width=skip_width, scales=scales)
         self.smallest_side = 2**scales + 1
         self.down = nn.ModuleList()
         self.skip = nn.ModuleList()
@@ -72,19 +67,19 @@ class SkipNet(nn.Module):
         self.head = nn.Conv2d(width, channels, kernel_size=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z, (1, input_channels, H, W), to an image, (1, channels, H, W) in [0, 1], float32."""
+        """Map z, (1, input_channels, H, W), to an image, (1, channels, H, W) in [0, 1], float32."""
         x, skips = z, []
         for down, skip in zip(self.down, self.skip, strict=True):
             skips.append(skip(x))
             x = down(x)  # sides: s -> ceil(s / 2)
         for up, skipped in zip(reversed(self.up), reversed(skips), strict=True):
             x = up(skipped, x)
-        # In float32 also under autocast: bfloat16 has about 8 bits for all of [0.5, 1].
+        # In float32 even under autocast: bfloat16 has only 8 bits of precision.
         return torch.sigmoid(self.head(x).float())
 
 
 class MeasurementNet(SkipNet):
-    """A `SkipNet` whose fixed input z is the measurement, as Stein's estimate (`SURE`) needs it.
+    """A `SkipNet` whose fixed input z is the measurement, as Stein's estimate (`SURE`) requires.
 
     Args:
         channels: Channels of the image.
@@ -93,7 +88,8 @@ class MeasurementNet(SkipNet):
         scales: Number of halvings; sides must have at least 2**scales + 1 pixels.
 
     Raises:
-        ValueError: An argument below 1; at `prepare`, a measurement not of the image's shape.
+        ValueError: An argument is below 1; at `prepare`, the measurement has another shape than the
+            image.
     """
 
     def __init__(
@@ -107,7 +103,7 @@ class MeasurementNet(SkipNet):
             raise ValueError(
                 "MeasurementNet is for denoising: expected a measurement of the image's shape "
                 f"{problem.image_shape}, got {tuple(problem.y.shape)}; use SkipNet, or another "
-                "method, as methods/deepred"
+                "method such as methods/deepred"
             )
         return problem.y.clone()
 
@@ -116,10 +112,10 @@ class DeepDecoder(nn.Module):
     """The Deep Decoder: 1×1 convolutions and upsampling (Heckel & Hand 2019, arXiv:1810.03982).
 
     Each of `scales` layers mixes channels, upsamples bilinearly, and applies ReLU and a channel
-    normalisation; one more does so at the image's size. Its few parameters and its input of a
-    few pixels are the prior: with the published width of 128, about 100 000 for images of
-    512×512; a smaller image wants a smaller width, so that values stay many times more than
-    parameters (32 for 128×128).
+    normalization; a last one does so without upsampling. The prior is the small number of
+    parameters: about 100 000 with the published width of 128, for images of 512×512. Smaller
+    images need a smaller width (32 for 128×128), so that the image has many times more values than
+    the network parameters.
 
     Args:
         channels: Channels of the image.
@@ -127,16 +123,12 @@ class DeepDecoder(nn.Module):
         scales: Number of doublings; sides must have at least 2**scales + 1 pixels.
 
     Raises:
-        ValueError: An argument below 1.
+        ValueError: An argument is below 1.
     """
 
     def __init__(self, channels: int, width: int = 128, scales: int = 5) -> None:
         super().__init__()
-        if min(channels, width, scales) < 1:
-            raise ValueError(
-                "DeepDecoder needs channels, width and scales of at least 1, "
-                f"got {channels}, {width}, {scales}"
-            )
+        check_at_least(1, channels=channels, width=width, scales=scales)
         self.smallest_side = 2**scales + 1
         self.mix = nn.ModuleList(
             nn.Conv2d(width, width, kernel_size=1, bias=False) for _ in range(scales + 1)
@@ -145,15 +137,15 @@ class DeepDecoder(nn.Module):
             nn.BatchNorm2d(width, track_running_stats=False) for _ in range(scales + 1)
         )
         self.head = nn.Conv2d(width, channels, kernel_size=1)
-        self.side = [0, 0]  # the image's, known from `prepare` or from a checkpoint
+        self.side = [0, 0]  # the image's height and width, from `prepare` or a checkpoint
 
     def prepare(self, problem: InverseProblem) -> Tensor:
-        """z, drawn from U(0, 1), (1, width, ⌈H / 2**scales⌉, ⌈W / 2**scales⌉)."""
+        """Draw z from U(0, 1), (1, width, ⌈H / 2**scales⌉, ⌈W / 2**scales⌉)."""
         self.side = list(problem.image_shape[-2:])
         return torch.rand(1, self.head.in_channels, *self._sides()[0])
 
     def forward(self, z: Tensor) -> Tensor:
-        """z to an image, (1, channels, H, W) in [0, 1], float32."""
+        """Map z to an image, (1, channels, H, W) in [0, 1], float32."""
         x, sides = z, self._sides()
         for mix, norm, side in zip(self.mix, self.norm, [*sides[1:], sides[-1]], strict=True):
             x = mix(x)
@@ -175,67 +167,44 @@ class DeepDecoder(nn.Module):
         return self.side
 
     def set_extra_state(self, state: list[int]) -> None:
-        """Restore them."""
+        """Set the image's height and width."""
         self.side = state
 
 
 class ImageParameter(nn.Module):
-    """No network: every value of the image is a parameter, started at the first guess.
+    """The image itself as the parameters, instead of a network.
 
-    With it T_θ(z) is any image, so that the denoiser is the only prior: RED alone (Romano et al.
-    2017, arXiv:1611.02862) and Plug-and-Play. z is not used.
+    T_θ(z) can then be any image, and the denoiser is the only prior: RED (Romano et al. 2017,
+    arXiv:1611.02862) and Plug-and-Play. z is not used.
 
     Args:
         channels: Channels of the image.
+        start: Called with the problem, gives the image to start at, (1, C, H, W) in [0, 1]; None is
+            the problem's first guess.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, start: Callable[[InverseProblem], Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.start = start
         self.image = nn.Parameter(torch.empty(1, channels, 0, 0))  # until the size is known
 
     def prepare(self, problem: InverseProblem) -> Tensor:
-        """Take the problem's first guess; z is one 0."""
-        self.image = nn.Parameter(problem.first_guess())
+        """Set the image to its start; z is a single 0."""
+        start = problem.first_guess() if self.start is None else self.start(problem)
+        self.image = nn.Parameter(start)
         return torch.zeros(1, 1, 1, 1)
 
     def forward(self, z: Tensor) -> Tensor:
         """The image, (1, channels, H, W), not clipped."""
-        return self.image.clone()  # a copy, for the optimizer moves the parameter in place
+        return self.image.clone()  # a copy, because the optimizer moves the parameter in place
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "image")
         if saved is not None and self.image.numel() == 0:
             self.image = nn.Parameter(torch.empty_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class BM3DDeblurring(ImageParameter):
-    """No network, but an image started at BM3D's deblurring: a rival without one.
-
-    After one step that is what comes out; more would be a fit that starts there. **Licence: the
-    `bm3d` package is free for non-commercial use only.**
-
-    Args:
-        channels: Channels of the image.
-
-    Raises:
-        ValueError: The problem is no `Blur` with a circular boundary, or has no noise model (whose
-            mean variance is taken for that of white noise); when it is built.
-    """
-
-    smallest_side = LEAST_SIDE
-
-    def prepare(self, problem: InverseProblem) -> Tensor:
-        """Deblur the measurement; z is one 0."""
-        operator, variance = problem.operator, problem.noise_variance()
-        if not isinstance(operator, Blur) or operator.boundary != "circular" or variance is None:
-            raise ValueError(
-                "BM3D's deblurring needs a Blur with a circular boundary and a noise model, got "
-                f"{operator} and {problem.noise}; take another method"
-            )
-        sigma = 255 * math.sqrt(float(variance))
-        self.image = nn.Parameter(deblur(problem.y, operator.kernel, sigma).clamp(0, 1))
-        return torch.zeros(1, 1, 1, 1)
 
 
 class _Up(nn.Module):
@@ -248,22 +217,12 @@ class _Up(nn.Module):
         self.after = nn.Sequential(*_normalized(width), _conv(width, width, kernel=1))
 
     def forward(self, skipped: Tensor, x: Tensor) -> Tensor:
-        """The two joined, (1, C, H, W)."""
+        """The joined features, (1, C, H, W)."""
+        if fast_conv.pays_off(x):
+            return self.after(fast_conv.join(skipped, x, self.norm, self.mix.weight))
         size = skipped.shape[2], skipped.shape[3]
-        if not convolution.pays_off(x):
-            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-            return self.after(self.mix(self.norm(torch.cat([skipped, x], dim=1))))
-        # The same function without ever making the upsampled x. Of the first batch norm only the
-        # scale is needed: what it adds is equal everywhere, and the next one takes that out.
-        mean, variance = convolution.upsampled_moments(x, size)
-        variance = torch.cat([skipped.var(dim=(0, 2, 3), correction=0), variance])
-        scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
-        scale = scale + 0 * self.norm.bias  # whose gradient is 0, not missing
-        weight = self.mix.weight * scale[:, None, None]
-        thin = skipped.shape[1]
-        x = convolution.conv2d_upsampled(x - mean[:, None, None], weight[:, thin:], size)
-        skipped = F.pad(skipped, (1, 1, 1, 1), mode="reflect")
-        return self.after(x + convolution.conv2d(skipped, weight[:, :thin]))
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return self.after(self.mix(self.norm(torch.cat([skipped, x], dim=1))))
 
 
 class _Conv2d(nn.Conv2d):
@@ -273,19 +232,19 @@ class _Conv2d(nn.Conv2d):
         side = self.kernel_size[0] // 2
         if side:
             x = F.pad(x, (side, side, side, side), mode="reflect")
-        if side and convolution.pays_off(x):
-            return convolution.conv2d(x, self.weight, self.stride[0])
+        if side and fast_conv.pays_off(x):
+            return fast_conv.conv2d(x, self.weight, self.stride[0])
         return F.conv2d(x, self.weight, stride=self.stride)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    # No bias: the batch norm behind it would take it out again.
+    # No bias: the batch normalization that follows would remove it.
     return nn.Sequential(
         _Conv2d(inputs, outputs, kernel, stride=stride, bias=False), *_normalized(outputs)
     )
 
 
 def _normalized(channels: int) -> tuple[nn.Module, nn.Module]:
-    """What follows every convolution."""
+    """The layers after every convolution."""
     norm = nn.BatchNorm2d(channels, track_running_stats=False)
     return norm, nn.LeakyReLU(0.2, inplace=True)

@@ -1,8 +1,8 @@
-"""Noise models: how a measurement is corrupted, and the data term that follows from it.
+"""Noise models: how a measurement is corrupted, and the data term that follows.
 
 Data terms are in squared-error units, D = 2σ̄² · (−log p(y | A x)) / N up to a constant,
 with σ̄² the noise's mean variance and N the number of observed values. For Gaussian noise
-this is the mean squared residual, and λ and μ mean the same for every model.
+this is the mean squared residual, so that λ and μ have the same scale for every model.
 """
 
 import math
@@ -14,10 +14,12 @@ import torch
 from skimage.restoration import estimate_sigma
 from torch import Tensor, nn
 
-LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits alone is 0.29
+from deepred_pl.checks import check_grey_levels, check_positive
+
+LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits has 0.29
 
 # The likelihoods of photon counts and speckle are infinite at 0. Below these values, a tenth of a
-# photon and far below any grey level, they go on along their tangents: gradients stay finite.
+# photon and far below any grey level, they are continued by their tangents, for finite gradients.
 LEAST_PHOTONS = 0.1
 LEAST_SPECKLE = 1e-4
 
@@ -25,18 +27,18 @@ LEAST_SPECKLE = 1e-4
 class NoiseModel(nn.Module, ABC):
     """The distribution of y given A x.
 
-    A model says how to draw y, how unlikely a y is, and how much it varies; the data term
-    follows.
+    A model defines how to draw y, its negative log-likelihood and its variance, from which the data
+    term follows.
 
     Attributes:
-        from_zero: Whether 0 must mean no light: a range that moves it would change the noise.
+        from_zero: Whether 0 must mean no light, so that an offset would change the noise.
     """
 
     from_zero: ClassVar[bool] = False
 
     @abstractmethod
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
-        """A measurement drawn around `clean` = A x, of its shape, not clipped."""
+        """Draw a measurement given `clean` = A x, of its shape, not clipped."""
 
     @abstractmethod
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
@@ -44,11 +46,11 @@ class NoiseModel(nn.Module, ABC):
 
     @abstractmethod
     def variance(self, clean: Tensor) -> Tensor:
-        """The variance of y where A x is `clean`, on the [0, 1] scale: of every value, or one."""
+        """The variance of y given A x = `clean`, on the [0, 1] scale: per value, or 0-dim."""
 
     def mean_variance(self, y: Tensor, observed: Tensor | None = None) -> Tensor:
-        """σ̄², the mean variance of the observed values as y tells it, 0-dim."""
-        return mean_over(self.variance(y), observed)  # unbiased where it is linear in A x
+        """σ̄², the mean variance of the observed values estimated from y, 0-dim."""
+        return mean_over(self.variance(y), observed)  # unbiased if it is linear in A x
 
     def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
         """D(prediction, y) in squared-error units, 0-dim, over the observed values."""
@@ -56,16 +58,16 @@ class NoiseModel(nn.Module, ABC):
         return 2 * self.mean_variance(y, observed) * mean_over(unlikely, observed)
 
     def fitted(self, y: Tensor) -> "NoiseModel":
-        """The model with everything it left open estimated from the measurement y.
+        """The model with its open parameters estimated from the measurement y.
 
         Raises:
-            ValueError: The model cannot have made y.
+            ValueError: y is impossible under the model.
         """
         return self
 
 
 def mean_over(values: Tensor, observed: Tensor | None) -> Tensor:
-    """Mean of the values where `observed` (1 or 0, broadcastable) is 1; None means everywhere."""
+    """Mean of the values where `observed` (1 or 0, broadcastable) is 1; None means all values."""
     if observed is None:
         return values.mean()
     return (values * observed).mean() / observed.mean()
@@ -77,7 +79,7 @@ class GaussianNoise(NoiseModel):
     Args:
         sigma: Standard deviation in grey levels of an 8-bit image, in (0, 255]; None
             estimates it from the measurement (median absolute deviation of its wavelet
-            details: Donoho & Johnstone 1994, by scikit-image).
+            coefficients: Donoho & Johnstone 1994, by scikit-image).
 
     Raises:
         ValueError: sigma outside (0, 255].
@@ -86,14 +88,14 @@ class GaussianNoise(NoiseModel):
     def __init__(self, sigma: float | None = 25.0) -> None:
         super().__init__()
         if sigma is not None:
-            _check_sigma(sigma, "give 25 for 25/255, or null (None) to estimate it")
+            check_grey_levels("noise sigma", sigma, "25 means 25/255, null (None) estimates it")
         self.sigma = sigma
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         if self.sigma is None:
             raise ValueError(
                 "noise sigma must be a number to simulate a measurement, got null (None); "
-                "give noise.sigma, or give a measurement"
+                "set noise.sigma, or give a measurement"
             )
         return clean + self.sigma / 255 * torch.randn(clean.shape, generator=generator)
 
@@ -104,11 +106,11 @@ class GaussianNoise(NoiseModel):
         return clean.new_full((), self._variance())
 
     def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
-        return mean_over((prediction - y).square(), observed)  # where σ̄² cancels, exactly
+        return mean_over((prediction - y).square(), observed)  # σ̄² cancels
 
     def _variance(self) -> float:
         if self.sigma is None:
-            raise ValueError("noise sigma is not known yet; an InverseProblem estimates it from y")
+            raise ValueError("noise sigma is unknown; an InverseProblem estimates it from y")
         return (self.sigma / 255) ** 2
 
     def fitted(self, y: Tensor) -> "GaussianNoise":
@@ -119,7 +121,7 @@ class GaussianNoise(NoiseModel):
         if not sigma >= LEAST_ESTIMATE:
             raise ValueError(
                 f"expected noise in the measurement, but its sigma was estimated as {sigma:.3f}; "
-                "give noise.sigma in grey levels"
+                "set noise.sigma in grey levels"
             )
         return GaussianNoise(sigma)
 
@@ -139,7 +141,7 @@ class LaplaceNoise(NoiseModel):
 
     def __init__(self, sigma: float = 25.0) -> None:
         super().__init__()
-        _check_sigma(sigma, "give 25 for 25/255")
+        check_grey_levels("noise sigma", sigma, "25 means 25/255")
         self.sigma = sigma
         self._scale = sigma / 255 / math.sqrt(2)
 
@@ -165,15 +167,14 @@ class PoissonNoise(NoiseModel):
         peak: Photons counted at white (A x = 1), > 0.
 
     Raises:
-        ValueError: peak not above 0; at `fitted`, negative values or nothing but 0 in y.
+        ValueError: peak is not positive; at `fitted`, y has negative values or is all 0.
     """
 
     from_zero = True
 
     def __init__(self, peak: float = 30.0) -> None:
         super().__init__()
-        if not (peak and 0 < peak < math.inf):
-            raise ValueError(f"peak must be > 0 photons at white, got {peak}")
+        check_positive("peak", peak, "30 means 30 photons at white")
         self.peak = peak
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
@@ -194,26 +195,25 @@ class PoissonNoise(NoiseModel):
 
 
 class PoissonGaussianNoise(NoiseModel):
-    """A camera: photon counts and read noise, y = gain · Poisson(A x / gain) + N(0, σ²).
+    """Photon counts and read noise of a camera, y = gain · Poisson(A x / gain) + N(0, σ²).
 
-    Its likelihood is that of a shifted Poisson variable of the same mean and variance:
-    (y + σ² / gain) / gain is taken for a count (Snyder et al. 1993).
+    The likelihood is that of a shifted Poisson variable with the same mean and variance:
+    (y + σ² / gain) / gain counts as photons (Snyder et al. 1993).
 
     Args:
         gain: Grey levels of an 8-bit image per photon, > 0: 255 / peak.
         sigma: Standard deviation of the read noise in grey levels of an 8-bit image, in (0, 255].
 
     Raises:
-        ValueError: gain not above 0, or sigma outside (0, 255].
+        ValueError: gain is not positive, or sigma outside (0, 255].
     """
 
     from_zero = True
 
     def __init__(self, gain: float = 2.0, sigma: float = 5.0) -> None:
         super().__init__()
-        if not (gain and 0 < gain < math.inf):
-            raise ValueError(f"gain must be > 0 grey levels per photon, got {gain}")
-        _check_sigma(sigma, "give 5 for 5/255, or PoissonNoise where there is no read noise")
+        check_positive("gain", gain, "2 means 2 grey levels per photon")
+        check_grey_levels("noise sigma", sigma, "use PoissonNoise if there is no read noise")
         self.gain = gain
         self.sigma = sigma
         self._shift = sigma**2 / gain / 255
@@ -242,26 +242,25 @@ class GammaNoise(NoiseModel):
         looks: Number of independent looks that were averaged, > 0.
 
     Raises:
-        ValueError: looks not above 0; at `fitted`, negative values or nothing but 0 in y.
+        ValueError: looks is not positive; at `fitted`, y has negative values or is all 0.
     """
 
     from_zero = True
 
     def __init__(self, looks: float = 10.0) -> None:
         super().__init__()
-        if not (looks and 0 < looks < math.inf):
-            raise ValueError(f"looks must be > 0, got {looks}")
+        check_positive("looks", looks)
         self.looks = looks
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
-        # Torch draws no Gamma variables from a generator.
+        # Torch does not draw Gamma variables from a generator.
         seed = int(torch.randint(2**62, (1,), generator=generator))
         speckle = np.random.default_rng(seed).gamma(self.looks, 1 / self.looks, clean.shape)
         return clean * torch.from_numpy(speckle).to(clean)
 
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
         lit = prediction.clamp(min=LEAST_SPECKLE)
-        beyond = (prediction - lit) / lit  # 0 where it is not darker
+        beyond = (prediction - lit) / lit  # 0 unless it is darker
         return self.looks * (lit.log() + beyond + y / lit * (1 - beyond))
 
     def variance(self, clean: Tensor) -> Tensor:
@@ -280,14 +279,9 @@ class GammaNoise(NoiseModel):
 
 
 def _unlikely_counts(expected: Tensor, counts: Tensor) -> Tensor:
-    """−log p of Poisson counts where `expected` ones are, up to a constant."""
+    """−log p of Poisson counts with mean `expected`, up to a constant."""
     lit = expected.clamp(min=LEAST_PHOTONS)
     return expected - counts * (lit.log() + (expected - lit) / lit)
-
-
-def _check_sigma(sigma: float, remedy: str) -> None:
-    if not (sigma and 0 < sigma <= 255):
-        raise ValueError(f"noise sigma must be in (0, 255] grey levels, got {sigma}; {remedy}")
 
 
 def _check_light(y: Tensor, what: str, instead: str) -> None:
@@ -295,6 +289,6 @@ def _check_light(y: Tensor, what: str, instead: str) -> None:
         raise ValueError(f"expected {what}, but every value is 0; check the file and its range")
     if y.min() < 0:
         raise ValueError(
-            f"{what} are never negative, got {float(y.min()):.3g} in the measurement; subtract no "
-            f"dark level, or use {instead}"
+            f"{what} are never negative, got {float(y.min()):.3g} in the measurement; do not "
+            f"subtract a dark level, or use {instead}"
         )

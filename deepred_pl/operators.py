@@ -1,7 +1,7 @@
 """Known linear forward operators A of y = A x + noise.
 
-Kernels, masks and angles are buffers, which follow the module to its device; give an
-`nn.Parameter` to have one learned by an embedding module.
+Kernels, masks and angles are buffers, which move with the module to its device; pass an
+`nn.Parameter` to let an embedding module learn one.
 """
 
 import math
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from skimage.transform import iradon
 from torch import Tensor, nn
 
+from deepred_pl.checks import check_choice
 from deepred_pl.images import read_image
 from deepred_pl.tiles import Region
 
 Boundary = Literal["circular", "replicate", "reflect", "zero"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 
-# A mask saved as JPEG has greys along its edges; a photograph is grey everywhere.
+# A mask saved as JPEG has grey values along its edges; a photograph is grey everywhere.
 MOST_GREY = 0.05
 
 
@@ -33,9 +34,9 @@ class Operator(nn.Module, ABC):
     Images are (1, C, H, W).
 
     Attributes:
-        keeps_units: Whether a grey image of one value is measured as that value. Otherwise a
-            measurement's file says nothing of how to store the image.
-        factor: How many times smaller than the image's the measurement's sides are.
+        keeps_units: Whether a constant image is measured as the same constant. If not, the
+            measurement's file format does not apply to the image.
+        factor: Ratio of the image's sides to the measurement's.
     """
 
     keeps_units: bool = True
@@ -50,45 +51,41 @@ class Operator(nn.Module, ABC):
         """Shape (1, C, H, W) of the images whose measurement has `measurement_shape`.
 
         Raises:
-            ValueError: There are none.
+            ValueError: No image has such a measurement.
         """
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y, (1, C, H, W), so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩: by differentiating A."""
+        """Aᵀ y, (1, C, H, W), so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩, by differentiating A."""
         x = torch.zeros(self.image_shape(tuple(y.shape)), dtype=y.dtype, device=y.device)
         return torch.func.vjp(self, x)[1](y)[0]
 
     def first_guess(self, y: Tensor) -> Tensor:
-        """A first image from y, (1, C, H, W): where x and the average start."""
+        """A first image from y, (1, C, H, W), at which x and the average start."""
         return y
 
     @property
     def observed(self) -> Tensor | None:
-        """1 where the measurement was observed and 0 elsewhere; None where all of it was."""
+        """1 where the measurement was observed and 0 elsewhere; None if all of it was."""
         return None
 
     def admissible(self, image: Tensor) -> Tensor:
-        """The image cropped or padded to a size that A takes."""
+        """The image cropped or padded to a size that A accepts."""
         return image
 
     def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> "Operator":
-        """The operator with what it leaves open drawn at random, to simulate a measurement."""
+        """The operator with unset parts drawn at random, to simulate a measurement."""
         return self
 
-    def reach(self) -> tuple[int, int]:
-        """Rows and columns of the measurement beside a cut that depend on the image beyond it.
+    def reach(self) -> tuple[int, int] | None:
+        """Rows and columns of the measurement next to a cut that depend on the image beyond it.
 
-        Raises:
-            ValueError: All of the measurement may depend on all of the image.
+        None if all of the measurement may depend on all of the image, so that it cannot be cut.
         """
-        raise ValueError(
-            f"an image behind {type(self).__name__} cannot be cut into parts, as all of the "
-            "measurement may depend on all of it; restore it whole"
-        )
+        return None
 
     def cropped(self, region: Region) -> "Operator":
-        """The operator on a region of the image; what beside its cuts depends on the image
-        beyond them (`reach`) comes out otherwise."""
+        """The operator on a region of the image; next to its cuts, within `reach`, it differs from
+        the operator on the whole."""
         return self
 
 
@@ -106,7 +103,7 @@ class Identity(Operator):
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         return measurement_shape
 
-    def reach(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int] | None:
         return 0, 0
 
 
@@ -114,14 +111,15 @@ class Blur(Operator):
     """Convolution of each channel with one kernel, by FFT; the size stays.
 
     Args:
-        kernel: (rows, columns), both odd, its centre in the middle. It is divided by its sum,
-            so that brightness stays; an `nn.Parameter` is kept as it is.
-        boundary: What lies beyond the image: it again ("circular"), its border pixels
-            ("replicate"), its mirror image about the border pixels ("reflect"), or nothing
-            ("zero").
+        kernel: (rows, columns), both odd, with its centre in the middle. It is divided by its sum,
+            so that brightness is preserved; an `nn.Parameter` is used unchanged.
+        boundary: How the image continues beyond its border: periodically ("circular"), with its
+            border pixels ("replicate"), mirrored about the border pixels ("reflect"), or with
+            zeros ("zero").
 
     Raises:
-        ValueError: A kernel that is no such thing, or is larger than the image.
+        ValueError: The kernel has another shape, does not sum to a positive number, or is larger
+            than the image.
 
     >>> blur = Blur.gaussian(25, 1.6)
     >>> blur(torch.rand(1, 3, 33, 47)).shape
@@ -132,10 +130,7 @@ class Blur(Operator):
 
     def __init__(self, kernel: Tensor, boundary: Boundary = "circular") -> None:
         super().__init__()
-        if boundary not in ("circular", "replicate", "reflect", "zero"):
-            raise ValueError(
-                f"boundary must be 'circular', 'replicate', 'reflect' or 'zero', got {boundary!r}"
-            )
+        check_choice("boundary", boundary, Boundary)
         _check_kernel(kernel)
         self.boundary = boundary
         if not isinstance(kernel, nn.Parameter):
@@ -158,9 +153,9 @@ class Blur(Operator):
     @classmethod
     def from_file(cls, path: str | os.PathLike, boundary: Boundary = "circular") -> "Blur":
         """A kernel stored as an NPY array (rows, columns) or a grey image (PNG, TIFF)."""
-        picture = read_image(path, [0, 1])[0][0]  # (C, rows, columns), whatever its depth
+        picture = read_image(path, [0, 1])[0][0]  # (C, rows, columns), for any bit depth
         if (picture != picture[0]).any():
-            raise ValueError(f"expected a grey image of a blur kernel, got colours in {path}")
+            raise ValueError(f"expected a grey image of a blur kernel, got a colour image: {path}")
         return cls(picture[0], boundary)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,13 +184,9 @@ class Blur(Operator):
             )
         return measurement_shape
 
-    def reach(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int] | None:
         if self.boundary == "circular":
-            raise ValueError(
-                "an image behind Blur with boundary='circular' cannot be cut into parts, as it "
-                "goes on at its other side; give --data.operator.boundary reflect, or restore it "
-                "whole"
-            )
+            return None
         return self.kernel.shape[0] // 2, self.kernel.shape[1] // 2
 
     def extra_repr(self) -> str:
@@ -206,14 +197,14 @@ def gaussian_kernel(size: int, width: float | Tensor) -> Tensor:
     """A Gaussian of sum 1, (size, size), with a standard deviation of `width` pixels.
 
     Differentiable in `width`: a module that learns the width w of a blur sets
-    `operator.kernel = gaussian_kernel(25, w)` in every training step (and `.detach()`es the kernel
-    before it is copied or pickled).
+    `operator.kernel = gaussian_kernel(25, w)` in every training step (and detaches the kernel
+    before the module is copied or pickled).
 
     Raises:
-        ValueError: size is not odd, or width not above 0.
+        ValueError: size is not odd, or width is not positive.
     """
     _check_size(size)
-    if not isinstance(width, Tensor) and not width > 0:  # a tensor's value may be on a GPU
+    if not isinstance(width, Tensor) and not width > 0:  # reading a tensor could wait for a GPU
         raise ValueError(f"the blur width must be > 0 pixels, got {width}")
     width = torch.as_tensor(width, dtype=torch.float32)
     offsets = torch.arange(size, device=width.device) - size // 2
@@ -226,16 +217,16 @@ class Downsample(Operator):
     """An antialiasing filter, then every factor-th pixel: super-resolution.
 
     Pixels of the small image are centred on blocks of factor × factor pixels, as in common
-    resizing; beyond the border its pixels are repeated. The sides of the large image must be
-    multiples of the factor.
+    resizing; border pixels are replicated. The sides of the large image must be multiples of the
+    factor.
 
     Args:
-        factor: How many times smaller the measurement is, at least 2.
-        kernel: "lanczos2", which the paper's experiments use, "lanczos3", "bicubic" (a = −1/2),
+        factor: Ratio of the image's sides to the measurement's, at least 2.
+        kernel: "lanczos2", as in the paper's experiments, "lanczos3", "bicubic" (a = −1/2),
             or "box", the mean of each block.
 
     Raises:
-        ValueError: factor below 2 or above the image's sides, or sides that are no multiples.
+        ValueError: factor is below 2 or above the image's sides, or does not divide them.
 
     >>> Downsample(4)(torch.rand(1, 3, 36, 48)).shape
     torch.Size([1, 3, 9, 12])
@@ -252,7 +243,7 @@ class Downsample(Operator):
         self.factor = factor
         support, weight = RESAMPLING[kernel]
         reach = math.ceil(support * factor) + 1
-        # From a block's centre: at its pixels' middles where the factor is odd, between where even.
+        # Distances of pixels from a block's centre, which is a pixel's centre if the factor is odd.
         offsets = torch.arange(-reach, reach) + (0.5 if factor % 2 == 0 else 0.0)
         offsets = offsets[offsets.abs() < support * factor]
         profile = weight(offsets.double() / factor)
@@ -282,7 +273,7 @@ class Downsample(Operator):
         return F.interpolate(y, scale_factor=self.factor, mode="bicubic", antialias=True)
 
     def admissible(self, image: Tensor) -> Tensor:
-        """The middle of the image, with sides that are multiples of the factor."""
+        """The centre of the image, with sides that are multiples of the factor."""
         height, width = (side - side % self.factor for side in image.shape[-2:])
         if min(height, width) == 0:
             raise ValueError(
@@ -292,7 +283,7 @@ class Downsample(Operator):
         top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
         return image[..., top : top + height, left : left + width]
 
-    def reach(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int] | None:
         pixels = math.ceil((self.profile.shape[0] - self.factor) / 2 / self.factor)
         return pixels, pixels
 
@@ -311,7 +302,7 @@ def _bicubic(t: Tensor) -> Tensor:
     return torch.where(t < 1, near, far)
 
 
-# Support on either side, in pixels of the small image, and weight at a distance of as many.
+# Support on either side, in pixels of the small image, and weight as a function of distance.
 RESAMPLING: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "lanczos2": (2, _lanczos(2)),
     "lanczos3": (3, _lanczos(3)),
@@ -321,19 +312,19 @@ RESAMPLING: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 
 
 class Mask(Operator):
-    """Keeps the known pixels and makes the others 0: inpainting.
+    """Keeps the known pixels and sets the others to 0: inpainting.
 
     Args:
-        mask: 1 or True where a pixel is known, 0 elsewhere: (H, W) or (1, 1, H, W), or
-            (1, C, H, W) to tell channels apart, or an image file in which white is known. It has
-            the image's size. A file is cut at half of its brightest value; one with many greys is
-            refused.
-        keep_fraction: Fraction of pixels in (0, 1] to keep, drawn at random, where there is no
-            mask: to simulate a measurement.
+        mask: 1 or True where a pixel is known, 0 elsewhere, of the image's size: (H, W),
+            (1, 1, H, W), or (1, C, H, W) for one mask per channel, or an image file in which white
+            is known. A file is thresholded at half of its brightest value, and refused if many of
+            its values are grey.
+        keep_fraction: Without a mask, fraction of pixels in (0, 1] to keep, drawn at random, to
+            simulate a measurement.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A mask of another size, of greys, or without a known pixel.
+        FileNotFoundError: There is no such file.
+        ValueError: The mask has another size, grey values, or no known pixel.
 
     >>> mask = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
     >>> Mask(mask)(torch.full((1, 1, 2, 2), 0.5)).flatten().tolist()
@@ -350,8 +341,8 @@ class Mask(Operator):
         super().__init__()
         if mask is None and keep_fraction is None:
             raise ValueError(
-                "Mask needs to know which pixels are known: give mask, an image in which white "
-                "is known, or keep_fraction to simulate missing pixels"
+                "Mask needs mask, an image in which known pixels are white, or keep_fraction to "
+                "simulate missing pixels"
             )
         if keep_fraction is not None and not 0 < keep_fraction <= 1:
             raise ValueError(f"keep_fraction must be in (0, 1], got {keep_fraction}; 0.5 is half")
@@ -372,8 +363,8 @@ class Mask(Operator):
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.mask is None:
             raise ValueError(
-                "keep_fraction simulates missing pixels; with a measurement give the mask: "
-                "--data.operator.mask mask.png, white where a pixel is known"
+                "keep_fraction simulates missing pixels; with a measurement give the mask "
+                "(operator.mask), an image in which known pixels are white"
             )
         channels, height, width = (1, 1, *measurement_shape)[-3:]
         if tuple(self.mask.shape) not in ((1, 1, height, width), (1, channels, height, width)):
@@ -384,7 +375,7 @@ class Mask(Operator):
         return measurement_shape
 
     def first_guess(self, y: Tensor) -> Tensor:
-        """The known pixels, and between them the mean of those around, coarse to fine."""
+        """The known pixels; missing ones are the mean of known pixels around, coarse to fine."""
         return y if self.mask is None else _fill(y, self.mask.to(y).expand_as(y))
 
     @property
@@ -392,7 +383,7 @@ class Mask(Operator):
         return self.mask
 
     def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> "Mask":
-        """Itself, or with a mask of `keep_fraction` of the pixels where it has none."""
+        """The operator itself, or without a mask one with `keep_fraction` of the pixels."""
         if self.mask is not None:
             return self
         assert self.keep_fraction is not None
@@ -400,7 +391,7 @@ class Mask(Operator):
         order = torch.randperm(height * width, generator=generator).view(1, 1, height, width)
         return Mask(order < max(1, round(self.keep_fraction * height * width)))
 
-    def reach(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int] | None:
         return 0, 0
 
     def cropped(self, region: Region) -> "Mask":
@@ -409,8 +400,8 @@ class Mask(Operator):
         mask = region.of(self.mask)
         if not mask.any():
             raise ValueError(
-                f"no pixel is known in the part {list(region)} [top, left, height, width] of the "
-                "image; take larger parts, or restore it whole"
+                f"no pixel is known in the region {list(region)} [top, left, height, width] of the "
+                "image; use larger tiles, or restore the image whole"
             )
         return Mask(mask)
 
@@ -425,20 +416,21 @@ class Radon(Operator):
 
     The geometry is that of `skimage.transform.radon`, whose values are divided here by the
     number of detectors: a projection is the mean along its ray, and the sinogram
-    (1, C, detectors, angles) stays in [0, 1] like the image.
+    (1, C, detectors, angles) is in [0, 1] like the image.
 
-    Written with torch's grid sampling for all angles at once: that keeps the angles on the
-    device and learnable. It takes about 12 bytes per angle and detector², 16 MB for 60 angles
-    and 128×128 pixels.
+    All angles are sampled at once with torch's grid sampling, so that the angles are on the device
+    and can be learned. It takes about 12 bytes per angle and detector², 16 MB for 60 angles and
+    128×128 pixels.
 
     Args:
-        angles: Angles in degrees, or a number of them to spread evenly over 180°.
-        circle: The object lies within the circle inscribed in the image, and there are as many
-            detectors as the image has rows, as tomographs record it. Otherwise the detectors
-            span the image's diagonal.
+        angles: Angles in degrees, or their number, spread evenly over 180°.
+        circle: Whether the object lies within the circle inscribed in the image, with as many
+            detectors as image rows, as tomographs record it. Otherwise the detectors span the
+            image's diagonal.
 
     Raises:
-        ValueError: No angles, an image that is not square, or a sinogram of other angles.
+        ValueError: There are no angles, the image is not square, or the sinogram has another
+            number of angles.
 
     >>> Radon(60)(torch.rand(1, 1, 33, 33)).shape
     torch.Size([1, 1, 47, 60])
@@ -465,15 +457,15 @@ class Radon(Operator):
         side = x.shape[-1]
         if x.shape[-2] != side:
             raise ValueError(
-                f"Radon needs a square image, got {x.shape[-2]}×{side}; pad it with zeros, as "
-                "Radon.admissible does"
+                f"Radon needs a square image, got {x.shape[-2]}×{side}; pad it with zeros "
+                "(Radon.admissible)"
             )
         if not self.circle:
             before = self._detectors(side) // 2 - side // 2
             after = self._detectors(side) - side - before
             x = F.pad(x, (before, after, before, after))
         size, count = x.shape[-1], self.angles.numel()
-        # Pixels' offsets from pixel size // 2, about which the image turns, in pixels.
+        # Offsets from pixel size // 2, the centre of rotation, in pixels.
         offsets = torch.arange(size, device=x.device) - size // 2
         turn = torch.deg2rad(self.angles)[:, None, None]
         cos, sin = turn.cos(), turn.sin()
@@ -488,12 +480,12 @@ class Radon(Operator):
         if count != self.angles.numel():
             raise ValueError(
                 f"the sinogram must be (detectors, angles) with {self.angles.numel()} angles, "
-                f"got {detectors}×{count}; give its angles, or transpose it"
+                f"got {detectors}×{count}; set angles to its angles, or transpose it"
             )
         side = detectors if self.circle else math.floor(detectors / math.sqrt(2))
         if detectors != self._detectors(side):
             raise ValueError(
-                f"no square image has a diagonal of {detectors} detectors; give circle=true if "
+                f"no square image has a diagonal of {detectors} detectors; set circle=true if "
                 "there are as many detectors as image rows, or pad the sinogram"
             )
         return (*leading, side, side)
@@ -507,7 +499,7 @@ class Radon(Operator):
         return torch.from_numpy(np.stack(images))[None].to(y)
 
     def admissible(self, image: Tensor) -> Tensor:
-        """The image in the middle of a square of zeros."""
+        """The image centred in a square of zeros."""
         height, width = image.shape[-2:]
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
@@ -521,11 +513,11 @@ class Radon(Operator):
 
 
 class Observed(Operator):
-    """Another operator, of whose measurement only a part was observed.
+    """Another operator, whose measurement was only partly observed.
 
     Args:
         operator: The operator.
-        mask: 1 where its measurement was observed, 0 elsewhere: (1, 1, H, W) of its size.
+        mask: 1 where its measurement was observed, 0 elsewhere, (1, 1, H, W).
     """
 
     mask: Tensor
@@ -544,7 +536,7 @@ class Observed(Operator):
         return self.operator.image_shape(measurement_shape)
 
     def first_guess(self, y: Tensor) -> Tensor:
-        """The operator's, where the unobserved values are the mean of those around."""
+        """The operator's first guess, with unobserved values filled from those around."""
         return self.operator.first_guess(_fill(y, self.mask.expand_as(y)))
 
     @property
@@ -557,7 +549,7 @@ class Observed(Operator):
 
 
 class Physics(Protocol):
-    """A linear operator of deepinv, or anything alike."""
+    """A linear operator with an adjoint, such as deepinv's."""
 
     def A(self, x: Tensor) -> Tensor: ...
 
@@ -565,13 +557,13 @@ class Physics(Protocol):
 
 
 class Adapted(Operator):
-    """Any object with `A(x)` and its adjoint `A_adjoint(y)`, as deepinv's operators have.
+    """Adapts any object with `A(x)` and its adjoint `A_adjoint(y)`, such as deepinv's operators.
 
-    Gradients reach the image through `A_adjoint`, so A may be computed by anything, but learns
-    nothing. `as_operator` makes it where such an object is given.
+    Gradients reach the image through `A_adjoint`, so A need not be differentiable, and its own
+    parameters get no gradient. `as_operator` applies it where such an object is given.
     """
 
-    keeps_units = False  # as far as is known
+    keeps_units = False  # not known
 
     def __init__(self, physics: Physics) -> None:
         super().__init__()
@@ -590,7 +582,7 @@ class Adapted(Operator):
 
     @torch.no_grad()
     def first_guess(self, y: Tensor) -> Tensor:
-        """Aᵀ y, scaled to explain y best: a step of steepest descent from 0."""
+        """Aᵀ y, scaled to fit y best: one step of steepest descent from 0."""
         back = self.adjoint(y)
         explained = self(back)
         return back * ((explained * y).sum() / explained.square().sum().clamp(min=1e-20))
@@ -608,10 +600,10 @@ class _ByAdjoint(torch.autograd.Function):
 
 
 def as_operator(operator: Operator | Physics | None) -> Operator:
-    """The operator itself, one that adapts an object with `A` and `A_adjoint`, or the identity.
+    """Convert to an `Operator`: objects with `A` and `A_adjoint` are adapted, None is the identity.
 
     Raises:
-        ValueError: It is nothing of the kind.
+        ValueError: It is neither.
     """
     if operator is None:
         return Identity()
@@ -626,7 +618,7 @@ def as_operator(operator: Operator | Physics | None) -> Operator:
 
 
 def _keep(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """A parameter to learn, or else a buffer; not saved, for the settings give it."""
+    """Register a parameter, or else a buffer, which is not saved: the settings define it."""
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     else:
@@ -636,7 +628,7 @@ def _keep(module: nn.Module, name: str, value: Tensor | None) -> None:
 def _check_size(size: int) -> None:
     if size < 1 or size % 2 == 0:
         raise ValueError(
-            f"the blur kernel's size must be odd and at least 1, got {size}; take {abs(size) | 1}"
+            f"the blur kernel's size must be odd and at least 1, got {size}; use {abs(size) | 1}"
         )
 
 
@@ -651,8 +643,8 @@ def _check_kernel(kernel: Tensor) -> None:
         )
     if not kernel.isfinite().all() or not kernel.sum() > 0:
         raise ValueError(
-            f"the blur kernel must be finite with a sum above 0, got {float(kernel.sum()):g}; "
-            "give its weights as they are, not as differences"
+            f"the blur kernel must be finite with a positive sum, got {float(kernel.sum()):g}; "
+            "check the file and its values"
         )
 
 
@@ -665,27 +657,27 @@ def _check_mask(mask: Tensor) -> None:
     if grey.any():
         raise ValueError(
             f"mask must be 1 where a pixel is known and 0 elsewhere, got {int(grey.sum())} other "
-            "values; compare it with a threshold first"
+            "values; threshold it first"
         )
     if not mask.any():
-        raise ValueError("mask has no known pixel; white (1) is known, so invert it")
+        raise ValueError("mask has no known pixel; known pixels are white (1): invert it")
 
 
 def _read_mask(path: str | os.PathLike) -> Tensor:
-    picture = read_image(path, [0, 1])[0]  # whatever its depth; 1 may be white, or 255
+    picture = read_image(path, [0, 1])[0]  # for any bit depth; white may be 1 or 255
     picture = picture / picture.max().clamp(min=1e-6)
     grey = float(((picture > 0.1) & (picture < 0.9)).float().mean())
     if grey > MOST_GREY:
         raise ValueError(
-            f"expected a mask of black and white, white where a pixel is known, but {grey:.0%} "
-            f"of {path} is grey; cut it at a threshold"
+            f"expected a black-and-white mask with known pixels white, but {grey:.0%} of {path} "
+            "is grey; threshold it"
         )
     known = picture > 0.5
     return known[:, :1] if (known == known[:, :1]).all() else known
 
 
 def _fill(y: Tensor, known: Tensor) -> Tensor:
-    """y where `known` is 1; elsewhere the mean of the known pixels at the finest scale with any."""
+    """y where `known` is 1; elsewhere the mean of known pixels at the finest scale that has any."""
     if known.bool().all() or y.shape[-2:] == (1, 1):
         return y
     counts = F.avg_pool2d(known, 2, ceil_mode=True)

@@ -1,4 +1,4 @@
-"""The inverse problem: what was measured, how, and how noisily."""
+"""The inverse problem: measurement, forward operator and noise model."""
 
 import math
 from typing import Any
@@ -9,30 +9,32 @@ from torch import Tensor, nn
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
 from deepred_pl.operators import Observed, Operator, Physics, as_operator
-from deepred_pl.tiles import Region
+from deepred_pl.tiles import Region, Tiling, cut
 
-LEAST_VARIANCE = 1e-10  # no value is free of rounding
+LEAST_VARIANCE = 1e-10  # every value has been rounded
 
 
 class InverseProblem(nn.Module):
     """y = A x + noise, for one image x.
 
     Args:
-        y: The measurement; for an image (1, C, H, W), float, in [0, 1] but for noise. What the
-            operator does not observe is set to 0.
+        y: The measurement; for an image (1, C, H, W), float, in [0, 1] up to noise. Values that the
+            operator does not observe are set to 0.
         operator: A (see `deepred_pl.operators`), or an object with `A` and `A_adjoint`; None is
             the identity.
-        noise: The noise model; None means the mean squared residual as data term. What it
-            leaves open (sigma=None) is estimated from y.
-        ground_truth: The true x where it is known, of the image's shape. It reaches the
-            metrics and nothing else, and is not saved with the problem.
-        metric_on: What PSNR and SSIM of colour images compare: "rgb", or "luminance".
+        noise: The noise model; None means the mean squared residual as data term. Parameters left
+            open (sigma=None) are estimated from y.
+        ground_truth: The true x if it is known, of the image's shape. It is only used by metrics,
+            and not saved with the problem.
+        metric_on: Whether PSNR and SSIM of colour images compare "rgb" or "luminance".
+        clipped_to: The range (low, high) to which the measurement was clipped, infinite if it was
+            not; None finds out from y.
 
     Attributes:
         image_shape: (1, C, H, W) of x.
 
     Raises:
-        ValueError: y or ground_truth is not a finite float tensor of a fitting shape.
+        ValueError: y or ground_truth is not a finite float tensor of a suitable shape.
 
     >>> problem = InverseProblem(torch.rand(1, 3, 33, 47))
     >>> problem.image_shape
@@ -51,6 +53,7 @@ class InverseProblem(nn.Module):
         noise: NoiseModel | None = None,
         ground_truth: Tensor | None = None,
         metric_on: MetricOn = "rgb",
+        clipped_to: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         _check("y", y)
@@ -59,7 +62,8 @@ class InverseProblem(nn.Module):
         if len(self.image_shape) != 4:
             raise ValueError(
                 f"y must be the measurement of an image (1, C, H, W), got {tuple(y.shape)}, which "
-                f"{type(self.operator).__name__} takes of {self.image_shape}; add the missing axes"
+                f"{type(self.operator).__name__} measures of {self.image_shape}; add the missing "
+                "axes"
             )
         observed = self.operator.observed
         if observed is not None:
@@ -67,24 +71,26 @@ class InverseProblem(nn.Module):
         self.noise = None if noise is None else noise.fitted(y)
         if observed is not None and self.noise is not noise:
             raise ValueError(
-                "noise cannot be estimated where values are missing; give noise.sigma, or no noise"
+                "noise cannot be estimated if values are missing; set noise.sigma, or no noise"
             )
         self.metric_on = metric_on
         if ground_truth is not None:
             _check("ground_truth", ground_truth)
             if tuple(ground_truth.shape) != self.image_shape:
                 raise ValueError(
-                    f"ground_truth must be {self.image_shape} like the image behind the "
-                    f"measurement, got {tuple(ground_truth.shape)}; give two files of one scene"
+                    f"ground_truth must be {self.image_shape} like the measured image, got "
+                    f"{tuple(ground_truth.shape)}; give two files of the same scene"
                 )
-        # A measurement that keeps to [0, 1] was clipped; counts and speckle are never below 0.
-        black = y.new_zeros(())
-        noisy_black = self.noise is not None and bool(self.noise.variance(black) > 0)
-        low_is_cut = noisy_black and bool(y.min() >= 0)
-        self._limits = (0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf)
+        self.clipped_to = self._clipping(y) if clipped_to is None else clipped_to
         self.register_buffer("y", y.detach().clone().float())
         truth = None if ground_truth is None else ground_truth.detach().clone().float()
         self.register_buffer("ground_truth", truth, persistent=False)
+
+    def _clipping(self, y: Tensor) -> tuple[float, float]:
+        # A measurement within [0, 1] was clipped; counts and speckle are never negative anyway.
+        noisy_black = self.noise is not None and bool(self.noise.variance(y.new_zeros(())) > 0)
+        low_is_cut = noisy_black and bool(y.min() >= 0)
+        return 0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf
 
     def data_term(self, out: Tensor) -> Tensor:
         """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W)."""
@@ -93,7 +99,7 @@ class InverseProblem(nn.Module):
         return self.noise.data_term(self.operator(out), self.y, self.operator.observed)
 
     def residual(self, out: Tensor) -> Tensor:
-        """mean((A out − y)²) over the observed values, 0-dim: σ² in expectation at the true x."""
+        """mean((A out − y)²) over the observed values, 0-dim; σ² in expectation at the true x."""
         return mean_over((self.operator(out) - self.y).square(), self.operator.observed)
 
     def noise_variance(self) -> Tensor | None:
@@ -103,18 +109,17 @@ class InverseProblem(nn.Module):
         return self.noise.mean_variance(self.y, self.operator.observed)
 
     def expected_residual(self, out: Tensor) -> Tensor | None:
-        """What `residual` is in expectation if `out` is the true x, 0-dim; None without a noise
-        model.
+        """The expectation of `residual` if `out` is the true x, 0-dim; None without a noise model.
 
-        The noise's mean variance, but for measurements clipped to [0, 1]: there the noise near
-        black and white is cut off, as that of normal distributions of the same variance (σ = 25
-        loses a tenth on an ordinary photograph).
+        This is the noise's mean variance, except for measurements clipped to [0, 1]: clipping
+        reduces the noise near black and white, computed here for normal distributions of the same
+        variance (at σ = 25 by a tenth on an ordinary photograph).
         """
         if self.noise is None:
             return None
         clean = self.operator(out)
         variance = self.noise.variance(clean).clamp(min=LEAST_VARIANCE).expand_as(clean)
-        low, high = self._limits
+        low, high = self.clipped_to
         if math.isfinite(low) or math.isfinite(high):
             variance = _clipped_second_moment(clean, variance, low, high)
         return mean_over(variance, self.operator.observed)
@@ -125,23 +130,21 @@ class InverseProblem(nn.Module):
         return self.operator.first_guess(self.y).clamp(0, 1)
 
     def as_image(self) -> Tensor:
-        """The measurement to look at, (1, C, H, W) in [0, 1]: itself if it is such an image,
-        else the first guess."""
+        """The measurement if it is an image, else the first guess, (1, C, H, W) in [0, 1]."""
         is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
         return self.y.clamp(0, 1) if is_one else self.first_guess()
 
     def part(self, region: Region) -> "InverseProblem":
-        """The problem of a region of the image; the noise is what it is for the whole.
+        """The problem of a region of the image, with the same noise.
 
-        Values of the measurement beside a cut that depend on the image beyond it count as not
+        Values of the measurement next to a cut that depend on the image beyond it count as not
         observed.
 
         Raises:
-            ValueError: The region is not within the image, the operator cannot be cut, or noise
-                that depends on the light has none to be known by.
+            ValueError: The region is not within the image, the operator cannot be cut, or the
+                region is black, so that signal-dependent noise has no strength there.
         """
-        operator, factor = self.operator.cropped(region), self.operator.factor
-        rows, columns = self.operator.reach()
+        (rows, columns), factor = self._reach(), self.operator.factor
         height, width = self.image_shape[-2:]
         region.check(height, width, factor)
         measured = Region(*(side // factor for side in region))
@@ -151,33 +154,67 @@ class InverseProblem(nn.Module):
         if top >= bottom or left >= right:
             raise ValueError(
                 f"a part of {region.height}×{region.width} pixels is smaller than what "
-                f"{self.operator} mixes; take a larger one"
+                f"{self.operator} mixes; use a larger one"
             )
+        operator, y = self.operator.cropped(region), measured.of(self.y)
         observed = self.y.new_zeros(1, 1, measured.height, measured.width)
         observed[..., top:bottom, left:right] = 1
         if not observed.all():
             operator = Observed(operator, observed)
-        truth = None if self.ground_truth is None else region.of(self.ground_truth)
-        part = InverseProblem(measured.of(self.y), operator, None, truth, self.metric_on)
-        # Neither is to be found out anew: a part may lack what was clipped, or be mostly black.
-        part.noise, part._limits = self.noise, self._limits
-        variance = part.noise_variance()
-        if variance is not None and not variance > 0:
+        if self.noise is not None and not self.noise.mean_variance(y, operator.observed) > 0:
             raise ValueError(
-                f"the part {list(region)} [top, left, height, width] of the image is all black, so "
-                f"{self.noise} has no strength there; take larger parts, or restore it whole"
+                f"the region {list(region)} [top, left, height, width] of the image is black, so "
+                f"{self.noise} has no strength there; use larger tiles, or restore the image whole"
             )
-        return part
+        truth = None if self.ground_truth is None else region.of(self.ground_truth)
+        # What was clipped is known from the whole; a part may lack it.
+        return InverseProblem(y, operator, self.noise, truth, self.metric_on, self.clipped_to)
+
+    def split(self, tile: int, overlap: int | None = None) -> tuple[Tiling, list["InverseProblem"]]:
+        """Cut the image into tiles, each a problem of its own; `tiles.blend` joins the results.
+
+        Args:
+            tile: Side of a tile in pixels.
+            overlap: Pixels that tiles share; None is an eighth of a tile, and twice the margin
+                that the operator mixes.
+
+        Raises:
+            ValueError: The operator cannot be cut, the overlap is too small, or one of the tiles is
+                refused by `part`.
+        """
+        (rows, columns), factor = self._reach(), self.operator.factor
+        # The measurement in this margin depends on the image beyond the cut, and is left out.
+        margin = rows * factor, columns * factor
+        least = 2 * max(margin) + factor if max(margin) else 0
+        if overlap is None:
+            overlap = tile // 8 + 2 * max(margin)
+        elif overlap < least:
+            raise ValueError(
+                f"tiles measured by {self.operator} must share at least {least} pixels, got "
+                f"overlap={overlap}; leave it out"
+            )
+        height, width = self.image_shape[-2:]
+        regions = cut(height, width, tile, overlap, factor)
+        return Tiling(regions, overlap, margin), [self.part(region) for region in regions]
+
+    def _reach(self) -> tuple[int, int]:
+        reach = self.operator.reach()
+        if reach is None:
+            raise ValueError(
+                f"{self.operator} mixes the whole image, which cannot be cut into parts; restore "
+                "it whole, or give a blur another boundary than 'circular'"
+            )
+        return reach
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # A fit continued on another measurement would go on without a word to a wrong picture.
+        # A fit resumed on another measurement would silently converge to a wrong image.
         saved = state_dict.get(prefix + "y")
         if saved is not None and (
             saved.shape != self.y.shape or not torch.allclose(saved.to(self.y), self.y, atol=1e-4)
         ):
             raise ValueError(
                 f"the checkpoint's measurement, {tuple(saved.shape)}, is not this problem's, "
-                f"{tuple(self.y.shape)}; resume with the image, noise and data seed it began with"
+                f"{tuple(self.y.shape)}; resume with the same image, noise and data seed"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -1,4 +1,4 @@
-"""Cut a large image into tiles, and blend what was restored of each."""
+"""Cut an image into tiles, and blend the restored tiles."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ class Region(NamedTuple):
 
     @classmethod
     def middle(cls, height: int, width: int, side: int) -> "Region":
-        """The side × side pixels in the middle of height × width, or as many as there are."""
+        """The central side × side pixels of height × width, or fewer in a smaller image."""
         rows, columns = min(side, height), min(side, width)
         return cls((height - rows) // 2, (width - columns) // 2, rows, columns)
 
@@ -33,7 +33,7 @@ class Region(NamedTuple):
         """Refuse a region that is not within height × width pixels.
 
         Raises:
-            ValueError: It is not, or its sides and corner are no multiples of `multiple`.
+            ValueError: It is not, or its corner and sides are not multiples of `multiple`.
         """
         within = min(self.top, self.left) >= 0 and min(self.height, self.width) > 0
         if not (within and self.top + self.height <= height and self.left + self.width <= width):
@@ -54,7 +54,7 @@ class Tiling(NamedTuple):
     Attributes:
         regions: The tiles, which cover the image.
         overlap: Pixels that neighbours share.
-        margin: Rows and columns beside a cut that are not to be used.
+        margin: Rows and columns next to a cut that are not used.
     """
 
     regions: Sequence[Region]
@@ -63,10 +63,10 @@ class Tiling(NamedTuple):
 
 
 def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> list[Region]:
-    """Tiles that cover an image of height × width pixels, row by row.
+    """Cover an image of height × width pixels with tiles, row by row.
 
-    All are of one size, tile × tile or the image's side where that is smaller, and spread evenly,
-    so that neighbours share at least `overlap` pixels (less by `multiple`, at most).
+    All have one size, tile × tile or the image's side if that is smaller, and are spread evenly, so
+    that neighbours share at least `overlap` pixels (up to `multiple` fewer).
 
     Args:
         height: Rows of the image.
@@ -98,15 +98,15 @@ def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int
     count = math.ceil((side - overlap) / (tile - overlap))
     starts = [i * (side - tile) / (count - 1) for i in range(count)]
     aligned = dict.fromkeys(round(start / multiple) * multiple for start in starts)
-    return [(start, tile) for start in aligned]  # each once, where they are less than that apart
+    return [(start, tile) for start in aligned]  # without duplicates
 
 
 def blend(images: Iterable[Tensor], tiling: Tiling) -> Tensor:
-    """The image (1, C, H, W) of its tiles (1, C, H', W').
+    """Blend tiles (1, C, H', W') into an image (1, C, H, W).
 
-    Their weights fade out towards their cuts: 0 in the margin, d pixels behind it
-    sin²(π/2 · (d + ½) / (overlap − 2 margin)), and 1 where that ends. Those of two tiles that share
-    `overlap` pixels add up to 1; where more is shared, they are divided by their sum.
+    A tile's weight is 0 in the margin of its cuts, sin²(π/2 · (d + ½) / (overlap − 2 margin)) at d
+    pixels from the margin, and 1 further inside. The weights of two tiles that share `overlap`
+    pixels add up to 1; where more is shared, they are normalized.
     """
     regions, overlap, margin = tiling
     height = max(region.top + region.height for region in regions)
@@ -125,7 +125,7 @@ def blend(images: Iterable[Tensor], tiling: Tiling) -> Tensor:
 
 
 def _fade(start: int, length: int, side: int, overlap: int, margin: int) -> Tensor:
-    """The weights along one side of a tile; the image's borders are no cuts."""
+    """The weights along one side of a tile; the image's borders are not cuts."""
     ramp_length = max(1, overlap - 2 * margin)
     d = (torch.arange(length) + 0.5 - margin).clamp(0, ramp_length)
     ramp = torch.sin(math.pi / 2 * d / ramp_length).square()

@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor, nn
 
-from deepred_pl import InverseProblem, jobs
+from deepred_pl import InverseProblem
+from deepred_pl.batch import jobs
 from deepred_pl.callbacks import LastCheckpoint
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise

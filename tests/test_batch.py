@@ -27,12 +27,13 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deepred_pl import workers
-from deepred_pl.batch import main
+from deepred_pl.batch import workers
+from deepred_pl.batch.main import main
+from deepred_pl.batch.plan import find_images
+from deepred_pl.cli import RestorationCLI
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, read_image, write_image
-from deepred_pl.plan import find_images
-from deepred_pl.run import RestorationCLI, restore
+from deepred_pl.restore import restore
 from tests.helpers import picture, result_of, run_here
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +155,7 @@ def test_a_batch_that_was_killed_goes_on(batch, tmp_path, monkeypatch):
 
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     assert batch(*common, settings=[], out="undisturbed")[0] == 0
-    call = [sys.executable, "-c", "from deepred_pl.batch import main; main()"]
+    call = [sys.executable, "-c", "from deepred_pl.batch.main import main; main()"]
     process = subprocess.Popen([*call, *common, "--out", str(out)], start_new_session=True)
     deadline = time.monotonic() + 120
 
@@ -206,7 +207,7 @@ class Deadly(Denoiser):
 
 def test_a_batch_that_is_told_to_stop_saves_its_fits(tmp_path):
     images = save_crops(tmp_path / "crops", 2)
-    call = [sys.executable, "-c", "from deepred_pl.batch import main; main()"]
+    call = [sys.executable, "-c", "from deepred_pl.batch.main import main; main()"]
     settings = [*TINY, "--trainer.max_steps=100000", "--checkpoint.every_n_steps=50000"]
     options = ["--images", str(images), "--workers", "2", "--threads", "1"]
     out = tmp_path / "out"
@@ -224,7 +225,7 @@ def test_a_batch_that_is_told_to_stop_saves_its_fits(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped; the same command goes on from here" in told
+    assert "stopped; repeat the command to resume" in told
     for i in range(2):
         saved = torch.load(out / f"crop{i}/checkpoints/last.ckpt", weights_only=True)
         assert 0 < saved["global_step"] < 50000  # none was due yet
@@ -232,7 +233,7 @@ def test_a_batch_that_is_told_to_stop_saves_its_fits(tmp_path):
 
 @pytest.mark.parametrize("name", ["sample:../../outside", "sample:.."])
 def test_names_stay_inside_the_output(tmp_path, name):
-    with pytest.raises(SystemExit, match="names that a directory can have"):
+    with pytest.raises(SystemExit, match="names valid for a directory"):
         main([*TINY, "--ground_truth", name, "--out", str(tmp_path / "out" / "a" / "b")])
     assert not (tmp_path / "out" / "outside").exists()
 
@@ -249,7 +250,7 @@ def test_a_killed_worker_takes_nothing_with_it(tmp_path, capfd, monkeypatch):
     assert stop.value.code == 1
     errors = {row["image"]: row["error"] for row in rows(tmp_path / "out")}
     assert errors["crop0"] == errors["crop1"] == ""  # killed once, and never
-    assert "its process was killed, again and again" in errors["always"]
+    assert "its process was killed repeatedly" in errors["always"]
     assert (tmp_path / "crop0").exists()
     assert "2 of 3 restored" in capfd.readouterr().err
 
@@ -405,7 +406,7 @@ def test_a_changed_setting_is_refused_unless_it_may_overwrite(
     run = tmp_path / "out" / "crop0" / ("dip" if method else "")
     first = (run / "result.json").read_bytes()
     said = refused(*args, "--model.input_scale=0.5")
-    assert "model.input_scale was 1.0, and is 0.5 now" in said and "--overwrite" in said
+    assert "model.input_scale was 1.0, and is now 0.5" in said and "--overwrite" in said
     assert (run / "result.json").read_bytes() == first
     assert batch(*args, "--model.input_scale=0.5", "--overwrite")[0] == 0
     assert "input_scale: 0.5" in (run / "config.yaml").read_text()
@@ -425,16 +426,16 @@ def test_tiles_or_restarts_that_were_begun_are_not_forgotten(batch, refused, cro
 
     args = ["--images", crops / "crop0.png"]
     monkeypatch.setattr(workers, "on_this_machine", killed)
-    assert "stopped; the same command goes on" in batch(*args, "--restarts", 2)[1]
+    assert "stopped; repeat the command" in batch(*args, "--restarts", 2)[1]
     monkeypatch.setattr(workers, "on_this_machine", run_here)
-    assert "restart was mean, and is None now" in refused(*args)
+    assert "restart was mean, and is now None" in refused(*args)
     assert batch(*args, "--restarts", 2)[0] == 0
 
 
 def test_shards_are_merged_by_a_last_call(batch, crops, tmp_path):
     for i in (2, 1):
         status, said = batch("--images", crops, "--restarts", 2, "--shard", f"{i}/2")
-        assert status == 0 and f"part {i} of 2: 3 of 3 fits are done" in said
+        assert status == 0 and f"part {i} of 2: 3 of 3 fits done" in said
     assert not (tmp_path / "out" / "results.csv").exists()
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("restart_*/result.json")}
     assert len(made) == 6
@@ -482,7 +483,7 @@ def test_one_image_needs_nothing_else(batch, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg", "photo.restored.png"]
     assert Image.open(tmp_path / "photo.restored.png").size == (64, 48)
     again = batch(photo, settings=few, out=None)
-    assert again[1].startswith("deepred-batch: error: ") and "is there already" in again[1]
+    assert again[1].startswith("deepred-batch: error: ") and "exists already" in again[1]
     assert batch(photo, "--overwrite", settings=few, out=None)[0] == 0
 
 
@@ -586,29 +587,32 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "empty"), "found nothing: empty"),
         (("--images", "nowhere/*.png"), "found nothing: nowhere"),
         (("--images", "crops", "other/crop0.tif"), "different names.*crop0.png and .*crop0.tif"),
-        (("--images", "crops", "--ground_truth", "crops"), "expected one of an IMAGE, --images"),
-        ((), "expected one of an IMAGE"),
+        (("--images", "crops", "--ground_truth", "crops"), "expected one of IMAGE, --images"),
+        ((), "expected one of IMAGE"),
         (("--images", "crops", "--model.lam=0"), "lam .* must be > 0, got 0"),
         (("--images", "crops", "--model.lamb=1"), "lamb"),
         (("--images", "crops", "--config", "nothing"), "shipped configuration, found no nothing"),
         (("--images", "crops", "--method", "nothing"), "found no methods/nothing"),
         (("--images", "crops", "--method", "dip", "--method", "dip"), "different names, got dip"),
-        (("--images", "crops", "--shard", "3/2"), "--shard I/N with 1 <= I <= N, as 3/8, got 3/2"),
+        (
+            ("--images", "crops", "--shard", "3/2"),
+            "--shard I/N with 1 <= I <= N, such as 3/8, got 3/2",
+        ),
         (("--images", "crops", "--shard", "0/2"), "--shard I/N"),
         (("--images", "crops", "--tile", "32", "--overlap", "32"), "less than --tile 32, got 32"),
         (("--images", "crops", "--tile", "4", "--overlap", "1"), "tiles of at least 5 pixels"),
-        (("--images", "crops", "--data.measurement=a.png"), "batch's own to set; use --images"),
+        (("--images", "crops", "--data.measurement=a.png"), "is set by the batch; use --images"),
         (("--images", "crops", "--trainer.default_root_dir", "a"), "use --out"),
-        (("--images", "crops", "--data.noise.sigma"), "expected a value behind --data.noise.sigma"),
-        (("--images", "crops", "--gpus", "0.5"), "--gpus is for --ray"),
-        (("--images", "crops", "--overlap", "8"), "--overlap is that of tiles"),
-        (("--images", "crops", "--shard", "1/2", "--overwrite"), "give it without --shard"),
+        (("--images", "crops", "--data.noise.sigma"), "expected a value after --data.noise.sigma"),
+        (("--images", "crops", "--gpus", "0.5"), "--gpus requires --ray"),
+        (("--images", "crops", "--overlap", "8"), "--overlap applies to tiles"),
+        (("--images", "crops", "--shard", "1/2", "--overwrite"), "use it without --shard"),
         (("--images", "crops", "--workers", "0"), "whole number of at least 1, got 0"),
         (("--images", "crops", "--worker", "2"), "unrecognized arguments: --worker"),
-        (("--images", "crops", "--trainer.devices=2"), "batch's own to set"),
+        (("--images", "crops", "--trainer.devices=2"), "is set by the batch"),
         (
             ("--images", "crops", "--config", "truth.yaml"),
-            "data.ground_truth=a.png, and each image",
+            "data.ground_truth=a.png, but each image",
         ),
         (
             ("--images", "crops", "--ray", "nowhere:1"),
@@ -645,7 +649,7 @@ def test_what_cannot_be_cut_is_refused(refused, crops, task, said):
 
 def test_a_directory_that_cannot_be_written_is_refused(refused, crops, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "choose another by --out" in refused("--images", crops, out="file/out")
+    assert "choose another with --out" in refused("--images", crops, out="file/out")
 
 
 def test_ray_that_is_missing_names_the_extra(refused, crops, monkeypatch):

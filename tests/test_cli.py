@@ -12,10 +12,9 @@ import yaml
 from PIL import Image
 
 from deepred_pl import REDUpdate
-from deepred_pl.cli import main
+from deepred_pl.cli import RestorationCLI, main
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.images import ImageFormat, read_image, write_image
-from deepred_pl.run import RestorationCLI
 from tests.helpers import picture, result_of
 
 ROOT = Path(__file__).parents[1]
@@ -251,7 +250,7 @@ def test_a_wrong_term_or_callback_is_told_without_the_parsers_trials(refused, ph
 def test_two_callbacks_that_choose_the_image_are_refused(refused, photo):
     stacked = ("--config", "methods/dip_sgld", "--config", "methods/auto_stop")
     said = refused("--config", DENOISING, *stacked, data__ground_truth=photo)
-    assert "expected AutoStop or Langevin, got both" in said
+    assert "one callback that chooses the returned image, got Langevin and AutoStop" in said
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -364,7 +363,7 @@ def test_the_shipped_settings_are_the_released_ones():
     assert cli.datamodule.noise.sigma == 25
     red = next(c for c in cli.trainer.callbacks if isinstance(c, REDUpdate))
     assert isinstance(red.denoiser, NonLocalMeans) and red.denoiser.sigma == 3
-    assert (red.every_n_steps, red.x_update) == (10, "fixed_point")
+    assert (red.schedule.every_n_steps, red.x_update) == (10, "fixed_point")
 
 
 def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
@@ -426,7 +425,7 @@ def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused,
     again = ["--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"]
     longer = deepred(*again, tiny=False, trainer__max_steps=6)
     assert result_of(longer)["steps"] == 6
-    assert "no step was left to make: the fit is at step 4 of 4" in refused(*again, tiny=False)
+    assert "no step is left: the fit is at step 4 of 4" in refused(*again, tiny=False)
     assert "lam=0.02, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
     assert "is not this problem's" in refused(*again, "--data.seed=1", tiny=False)
 
@@ -495,8 +494,8 @@ def test_help_names_the_networks_there_are(capsys, monkeypatch):
         ({"data__noise__sigma": 256}, "sigma must be in (0, 255]"),
         ({"data__noise__sigma": "null"}, "to simulate a measurement"),
         ({"data__ground_truth": "sample:nothing"}, "expected one of the samples"),
-        ({"model__lam": 0}, "DeepImagePrior, or --config configs/methods/dip.yaml"),
-        ({"model__mu": -1}, "DeepImagePrior, or --config configs/methods/dip.yaml"),
+        ({"model__lam": 0}, "use DeepImagePrior (methods/dip)"),
+        ({"model__mu": -1}, "use DeepImagePrior (methods/dip)"),
         ({"red__every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"red__inner_iterations": 0}, "inner_iterations must be at least 1"),
         ({"red__denoiser": "Unknown"}, "Expected a path but Unknown"),
@@ -504,12 +503,12 @@ def test_help_names_the_networks_there_are(capsys, monkeypatch):
         ({"checkpoint__every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"trainer__precision": "bf16-true"}, "bf16-mixed"),
         ({"trainer__max_steps": -1}, "max_steps"),
-        ({"trainer__devices": 2}, "expected one device, got 2; give devices=1"),
+        ({"trainer__devices": 2}, "expected devices=1, got 2"),
         ({"trainer__accumulate_grad_batches": 2}, "expected accumulate_grad_batches=1, got 2"),
         ({"panels__every_n_steps": -1}, "every_n_steps must be at least 0"),
         ({"model__lamda": 1}, "Option 'lamda' is not accepted"),
         ({"data__intensity_range": "[5, 1]"}, "two finite numbers"),
-        ({"data__operator": "Mask"}, "which pixels are known"),
+        ({"data__operator": "Mask"}, "image in which known pixels are white"),
         ({"data__operator": "Downsample", "data__operator__factor": 1}, "at least 2"),
         ({"data__operator": "Radon", "data__operator__angles": "[]"}, "at least one angle"),
         ({"data__operator": "Radon", "data__measurement": "sample"}, "found none at sample"),
@@ -574,7 +573,7 @@ def test_a_file_that_is_no_checkpoint_gets_one_clear_line(refused, tmp_path):
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_there_is_nothing_to_score_or_write_without_a_checkpoint(refused, command):
     said = refused("--config", QUICKSTART, command=command)
-    assert "nothing is restored yet" in said and "--ckpt_path" in said
+    assert "nothing is restored yet" in said and "ckpt_path" in said
 
 
 def test_a_checkpoint_of_another_network_gets_one_line_of_bearable_length(deepred, refused, photo):

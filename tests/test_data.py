@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from deepred_pl import RestorationDataModule
-from deepred_pl.data import SAMPLES
 from deepred_pl.noise import GaussianNoise, PoissonNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
+from deepred_pl.sources import SAMPLES
 
 
 def set_up(**settings) -> RestorationDataModule:
@@ -82,9 +82,9 @@ def test_a_crop_takes_the_transparency_with_it(tmp_path):
 
 
 def test_a_crop_of_a_measurement_or_of_nothing_is_refused(photo):
-    with pytest.raises(ValueError, match="there is a measurement; give region="):
+    with pytest.raises(ValueError, match="there is a measurement; set region"):
         set_up(measurement=photo, crop=20)
-    with pytest.raises(ValueError, match="crop must be at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="crop must be at least 1, got 0"):
         RestorationDataModule(ground_truth=photo, crop=0)
 
 

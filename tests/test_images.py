@@ -10,7 +10,6 @@ import skimage.data
 import tifffile
 import torch
 from PIL import Image, ImageCms
-from PIL.PngImagePlugin import PngInfo
 
 from deepred_pl.images import (
     ImageFormat,
@@ -176,14 +175,14 @@ def test_depths_between_are_refused(tmp_path, bits):
     tifffile.imwrite(tmp_path / "odd.tif", values(np.uint16, 8, 16))
     with tifffile.TiffFile(tmp_path / "odd.tif", mode="r+b") as file:
         file.pages[0].tags[258].overwrite(bits)
-    with pytest.raises(ValueError, match=f"{bits} bits a value are not supported"):
+    with pytest.raises(ValueError, match=f"{bits} bits per value are not supported"):
         read_image(tmp_path / "odd.tif")
 
 
 def test_volumes_are_refused(tmp_path):
     volume = values(np.uint8, 16, 16, 16)
     tifffile.imwrite(tmp_path / "volume.tif", volume, volumetric=True, tile=(16, 16, 16))
-    with pytest.raises(ValueError, match="a volume, 16 deep"):
+    with pytest.raises(ValueError, match="a volume of depth 16"):
         read_image(tmp_path / "volume.tif")
 
 
@@ -230,7 +229,7 @@ def write_bomb(path):
 def test_bombs_are_refused_before_they_are_decoded(tmp_path, name):
     write_bomb(tmp_path / name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*(bomb|not as many values)"):
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: .*(bomb|greater than file size)"):
         read_image(tmp_path / name)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kB
 
@@ -240,8 +239,8 @@ def test_what_the_memory_does_not_hold_is_refused(tmp_path, monkeypatch, suffix)
     path = tmp_path / f"image{suffix}"
     write_image(path, torch.rand(1, 3, 200, 300))
     free = path.stat().st_size + 10_000  # enough to read the file alone
-    monkeypatch.setattr("deepred_pl.images.free_memory", lambda device: free)
-    with pytest.raises(ValueError, match=r"reading it takes \d MB of memory, and \d MB are free"):
+    monkeypatch.setattr("deepred_pl.memory.free_memory", lambda device: free)
+    with pytest.raises(ValueError, match=r"reading it needs about .* of memory, but only"):
         read_image(path)
 
 
@@ -333,10 +332,10 @@ def test_a_page_of_a_tiff_is_chosen(tmp_path):
     for n, page in enumerate(pages):
         image, image_format = read_image(path, page=n)
         np.testing.assert_array_equal(to_array(image, image_format)[..., 0], page)
-    with pytest.raises(ValueError, match=r"3 pages; choose one by --data\.page 0 to 2"):
+    with pytest.raises(ValueError, match=r"3 pages; set page to one of 0 to 2"):
         read_image(path)
     for page in (3, -1):
-        with pytest.raises(ValueError, match=rf"no page {page}; choose --data\.page 0 to 2"):
+        with pytest.raises(ValueError, match=rf"no page {page}; set page to one of 0 to 2"):
             read_image(path, page=page)
 
 
@@ -425,7 +424,7 @@ def test_any_integers_are_read_in_a_range_and_written_back(tmp_path, dtype):
     low = 0 if dtype[0] == "u" else -100
     array = RNG.integers(low, 101, (5, 7), dtype=dtype)
     tifffile.imwrite(tmp_path / "image.tif", array)
-    with pytest.raises(ValueError, match=rf"got {dtype} .*--data\.intensity_range minmax"):
+    with pytest.raises(ValueError, match=rf"got {dtype} .*intensity_range to minmax"):
         read_image(tmp_path / "image.tif")
     for intensity_range in ("minmax", "percentile", (low, 100)):
         image, image_format = read_image(tmp_path / "image.tif", intensity_range)
@@ -638,8 +637,8 @@ def test_a_profile_for_other_colours_is_dropped(tmp_path, suffix):
     assert read_image(tmp_path / f"cmyk.{suffix}")[1].icc_profile is None
 
 
-@pytest.mark.parametrize(("unit", "per_inch"), [("inch", 1), ("centimeter", 2.54)])
-def test_resolution_and_texts_of_a_tiff_are_kept(tmp_path, unit, per_inch):
+@pytest.mark.parametrize("unit", ["inch", "centimeter"])
+def test_the_pixel_size_of_a_tiff_is_kept(tmp_path, unit):
     array = values(np.uint16, 5, 7, 3)
     tifffile.imwrite(
         tmp_path / "image.tif",
@@ -647,47 +646,11 @@ def test_resolution_and_texts_of_a_tiff_are_kept(tmp_path, unit, per_inch):
         photometric="rgb",
         resolution=(300, 150.5),
         resolutionunit=unit,
-        description="a cell, 20 µm".encode(),
-        datetime="2024:05:06 07:08:09",
-        extratags=[(315, "s", 0, "Ada", True), (33432, "s", 0, "© Ada Ω".encode(), True)],
-        metadata=None,
     )
     image, image_format = read_image(tmp_path / "image.tif")
     assert image_format.resolution == (300, 150.5, unit)
-    for name in ("back.tif", "back.png"):
-        write_image(tmp_path / name, image, image_format)
-    with tifffile.TiffFile(tmp_path / "back.tif") as file:
-        page = file.pages[0]
-        assert page.resolution == (300, 150.5)
-        assert page.resolutionunit == tifffile.RESUNIT[unit.upper()]
-        assert page.description == "a cell, 20 µm"
-        assert page.tags["DateTime"].value == "2024:05:06 07:08:09"
-        assert page.tags["Artist"].value == "Ada"
-        assert page.tags["Copyright"].value == "© Ada Ω"
-    info = checked(tmp_path / "back.png").info
-    assert info["dpi"] == pytest.approx((300 * per_inch, 150.5 * per_inch), rel=1e-4)
-    assert info["Description"] == "a cell, 20 µm" and info["Author"] == "Ada"
-    assert info["Creation Time"] == "2024:05:06 07:08:09" and info["Copyright"] == "© Ada Ω"
-    assert read_image(tmp_path / "back.png")[1].texts == image_format.texts
-
-
-def test_resolution_and_texts_of_a_png_are_kept(tmp_path):
-    texts = PngInfo()
-    texts.add_text("Description", "a house")
-    picture = Image.fromarray(values(np.uint8, 5, 7))
-    picture.save(tmp_path / "image.png", dpi=(300, 150), pnginfo=texts)
-    write_image(tmp_path / "back.png", *read_image(tmp_path / "image.png"))
-    info, was = checked(tmp_path / "back.png").info, checked(tmp_path / "image.png").info
-    assert info["dpi"] == was["dpi"] and info["Description"] == "a house"
-
-
-def test_what_a_tiff_says_of_its_pages_is_not_kept(tmp_path):
-    pages = values(np.uint8, 3, 5, 7)
-    for name, options in [("imagej", {"imagej": True}), ("ome", {"ome": True}), ("shaped", {})]:
-        tifffile.imwrite(tmp_path / f"{name}.tif", pages, photometric="minisblack", **options)
-        image, image_format = read_image(tmp_path / f"{name}.tif", page=0)
-        assert "Description" not in image_format.texts
-        np.testing.assert_array_equal(to_array(image, image_format)[..., 0], pages[0])
+    write_image(tmp_path / "back.tif", image, image_format)
+    assert read_image(tmp_path / "back.tif")[1].resolution == (300, 150.5, unit)
 
 
 TURNED = {  # EXIF orientation: how NumPy makes the picture upright
@@ -730,6 +693,6 @@ def test_orientation_is_applied_once(tmp_path, source, orientation):
         if back is not None:
             assert back.getexif().get(274, 1) == 1
             assert back.size == upright.shape[1::-1]
-            if not source.endswith("16"):
+            if path.suffix == name[4:] == ".tif" and source != "tif16":
                 dpi = (300, 150) if orientation < 5 else (150, 300)
                 assert back.info["dpi"] == pytest.approx(dpi, rel=1e-3)

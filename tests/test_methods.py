@@ -11,10 +11,10 @@ from skimage.restoration import denoise_nl_means
 from deepred_pl import DeepRED, InverseProblem, REDUpdate
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.metrics import psnr
-from deepred_pl.model import WarmupCosine
 from deepred_pl.networks import ImageParameter
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Identity
+from deepred_pl.optim import WarmupCosine
 
 
 def nlm(image, sigma):

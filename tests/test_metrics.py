@@ -80,5 +80,5 @@ def test_ssim_is_nan_below_its_window():
 def test_what_is_scored():
     assert [scored_on(c) for c in (1, 3, 5)] == ["grey", "rgb", "channels"]
     assert [scored_on(c, "luminance") for c in (1, 3, 5)] == ["grey", "luminance", "channels"]
-    with pytest.raises(RuntimeError, match="one shape"):
+    with pytest.raises(RuntimeError, match="the same shape"):
         psnr(picture(3), picture(1), "luminance")

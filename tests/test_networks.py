@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepred_pl import DeepImagePrior, InverseProblem, convolution
+from deepred_pl import DeepImagePrior, InverseProblem, fast_conv
+from deepred_pl.denoisers.bm3d import deblur
 from deepred_pl.metrics import psnr
 from deepred_pl.networks import (
-    BM3DDeblurring,
     DeepDecoder,
     ImageParameter,
     MeasurementNet,
@@ -49,9 +49,9 @@ def reference(net: SkipNet, z: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("reformulated", [True, False])
 @pytest.mark.parametrize("size", [(16, 24), (33, 47)])
 def test_skipnet_is_the_published_network(monkeypatch, reformulated, size):
-    if reformulated and not convolution.multiplies_sparse():
+    if reformulated and not fast_conv.multiplies_sparse():
         pytest.skip("this torch has no sparse products")
-    monkeypatch.setattr(convolution, "pays_off", lambda x: reformulated)  # whatever the size
+    monkeypatch.setattr(fast_conv, "pays_off", lambda x: reformulated)  # whatever the size
     torch.manual_seed(0)
     net = SkipNet(3, width=6, skip_width=4, scales=3).double()
     z = torch.rand(1, 32, *size, dtype=torch.float64)
@@ -178,13 +178,13 @@ def test_bm3d_deblurring_undoes_a_blur_of_any_shape(channels):
     truth, noise = picture(channels, 49, 64), GaussianNoise(2**0.5)
     y = noise.sample(Blur(kernel)(truth), torch.Generator().manual_seed(0))
     problem = InverseProblem(y, Blur(kernel), noise, truth)
-    net = BM3DDeblurring(channels)
+    net = ImageParameter(channels, start=deblur)
     deblurred = net(net.prepare(problem))
     assert deblurred.min() >= 0 and deblurred.max() <= 1
     assert psnr(deblurred, truth) > psnr(y, truth) + 8
 
 
-def test_bm3d_deblurring_takes_nothing_but_a_circular_blur_with_noise():
+def test_bm3d_deblurring_needs_a_circular_blur_and_noise():
     y = picture(1, 33, 47)
     blur = Blur.uniform(3)
     for problem in (
@@ -193,7 +193,7 @@ def test_bm3d_deblurring_takes_nothing_but_a_circular_blur_with_noise():
         InverseProblem(y, blur),
     ):
         with pytest.raises(ValueError, match="needs a Blur with a circular boundary and a noise"):
-            BM3DDeblurring(1).prepare(problem)
+            deblur(problem)
 
 
 def test_measurement_net_is_fed_the_measurement():

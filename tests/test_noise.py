@@ -154,7 +154,7 @@ def test_sigma_is_estimated_from_the_measurement(channels, sigma):
 
 
 def test_sigma_is_not_estimated_where_pixels_are_missing():
-    with pytest.raises(ValueError, match="where values are missing"):
+    with pytest.raises(ValueError, match="if values are missing"):
         InverseProblem(picture(), Mask(picture(1) > 0.4), GaussianNoise(None))
 
 

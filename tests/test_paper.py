@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -12,7 +11,9 @@ import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from deepred_pl import datasets, workers
+from deepred_pl import sources
+from deepred_pl.batch import workers
+from deepred_pl.cli import CONFIGS, settings_of
 from deepred_pl.cli import main as deepred
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.denoisers import BM3D, NonLocalMeans
@@ -21,7 +22,6 @@ from deepred_pl.noise import GaussianNoise
 from tests.benchmarks import paper
 from tests.helpers import picture, result_of, run_here
 
-ROOT = Path(__file__).parents[1] / "configs" / "paper"
 TINY = {
     "trainer": {"max_steps": 4, "log_every_n_steps": 2, "accelerator": "cpu"},
     "model": {
@@ -41,15 +41,15 @@ def tiny(tmp_path):
 def sets(tmp_path, monkeypatch):
     """Two small images in the place of each set."""
     rows = ["folder,file,sha256,repository,commit,path"]
-    for folder in datasets.FOLDERS.values():
+    for folder in sources.FOLDERS.values():
         (tmp_path / folder).mkdir()
         for name, image in {"head": picture(3, 40, 52), "tail": picture(1, 44, 40)}.items():
             path = tmp_path / folder / f"{name}.png"
             write_image(path, image)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             rows.append(f"{folder},{name}.png,{digest},someone/images,0123abc,{name}.png")
-    (tmp_path / "datasets.csv").write_text("\n".join(rows) + "\n")
-    monkeypatch.setattr(datasets, "TABLE", tmp_path / "datasets.csv")
+    (tmp_path / "sources.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(sources, "TABLE", tmp_path / "sources.csv")
     monkeypatch.setenv("DEEPRED_DATA", str(tmp_path))
 
 
@@ -88,13 +88,17 @@ def flat(settings, prefix=""):
     return found
 
 
+def configs(name):
+    return [word for config in paper.TABLES[name].configs for word in ("--config", config)]
+
+
 @pytest.mark.parametrize(("task", "method"), OVERLAYS)
 def test_every_method_of_a_table_runs_behind_its_task(tmp_path, tiny, task, method):
     image = tmp_path / "image.png"
     write_image(image, picture(3, 48, 56))
     deepred(
         [
-            *("fit", "--config", f"paper/{task}", "--config", "paper/quick", "--config", str(tiny)),
+            *("fit", *configs(task), "--config", "paper/quick", "--config", str(tiny)),
             *("--config", method, f"--data.ground_truth={image}", "--data.crop=40"),
             *(f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"),
             # Of methods that have their own, too: few steps, with one round of x and u.
@@ -104,16 +108,16 @@ def test_every_method_of_a_table_runs_behind_its_task(tmp_path, tiny, task, meth
     run = tmp_path / "lightning_logs" / "version_0"
     psnr = result_of(run)["psnr"]
     assert psnr["restored"] > psnr["measurement"] - 3  # a flat, black or mirrored picture is below
-    said = flat(yaml.safe_load((ROOT.parent / f"{method}.yaml").read_text()))
+    said = flat(yaml.safe_load((CONFIGS / f"{method}.yaml").read_text()))
     for name in ("trainer.max_steps", "red.every_n_steps"):
         said.pop(name, None)
     settings = flat(yaml.safe_load((run / "config.yaml").read_text()))
     assert {name: settings[name] for name in said} == said  # none is lost between the others
 
 
-@pytest.mark.parametrize("name", ["denoising", "sr4", "sr8", "deblur_uniform", "deblur_gaussian"])
+@pytest.mark.parametrize("name", paper.TABLES)
 def test_the_tasks_have_the_released_settings(name):
-    settings = yaml.safe_load((ROOT / f"{name}.yaml").read_text())
+    settings = settings_of(configs(name))
     model, red = settings["model"]["init_args"], settings["red"]
     steps = settings["trainer"]["max_steps"]
     of_model = [model[key] for key in ("lam", "mu", "input_noise_std", "result")]
@@ -140,7 +144,7 @@ def test_a_denoiser_alone_is_the_denoised_measurement(tmp_path, method, denoiser
     options = ["--data.as_floats=true", "--trainer.enable_progress_bar=false"]
     deepred(
         [
-            *("fit", "--config", "paper/denoising", "--config", f"paper/denoising/{method}"),
+            *("fit", *configs("denoising"), "--config", f"paper/denoising/{method}"),
             *(f"--data.ground_truth={image}", f"--trainer.default_root_dir={tmp_path}", *options),
         ]
     )
@@ -153,7 +157,14 @@ def test_a_denoiser_alone_is_the_denoised_measurement(tmp_path, method, denoiser
 def test_a_table_is_made_and_made_again(tmp_path, sets, fitted, tiny, monkeypatch):
     few = {m: paper.TABLES["sr4"].methods[m] for m in ("dip", "deepred")}
     table = paper.Table(
-        "Small", "set5", "super_resolution", "bicubic", few, 3, {("set5", "mean"): 30.0}
+        "Small",
+        paper.TABLES["sr4"].configs,
+        "set5",
+        "super_resolution",
+        "bicubic",
+        few,
+        3,
+        {("set5", "mean"): 30.0},
     )
     monkeypatch.setitem(paper.TABLES, "sr4", table)
     command = ["sr4", "--quick", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"]
@@ -191,7 +202,7 @@ def test_dip_is_read_where_its_release_stops_and_at_its_best(tmp_path):
             writer.add_scalar("curves/psnr_average", psnr, step - 1)  # as Lightning counts
     row = {"image": "head", "method": "dip", "directory": "head/dip", "steps": "40"}
     row |= {"psnr_measurement": "15.5", "psnr_restored": "25.0", "seconds": "8"}
-    table = paper.Table("", "set5", "", "noisy", {"dip": "DIP"}, dip_steps=30)
+    table = paper.Table("", (), "set5", "", "noisy", {"dip": "DIP"}, dip_steps=30)
     columns, scores = paper.columns_of(table, [row], tmp_path)
     assert columns == ["noisy", "DIP", "DIP, best*"]
     assert scores == {
@@ -212,7 +223,7 @@ def test_dip_is_read_where_its_release_stops_and_at_its_best(tmp_path):
 def test_published_figures_are_in_a_column_of_their_own():
     scores = {(i, c): paper.Score(20.0 + len(i), 5, 1.0) for i in ("a", "bb") for c in ("y", "m")}
     published = {("set5", "a"): 31.5, ("set5", "mean"): 30.72, ("set14", "mean"): 27.63}
-    table = paper.Table("", "set5", "", "y", {"m": "m"}, published=published)
+    table = paper.Table("", (), "set5", "", "y", {"m": "m"}, published=published)
     of_paper = paper.of_paper(table, "set5")
     lines = paper.markdown(["a", "bb"], ["y", "m"], scores, of_paper)
     assert lines[2:5] == [

@@ -10,7 +10,7 @@ from deepred_pl.callbacks import LastCheckpoint
 from deepred_pl.cli import main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
-from deepred_pl.model import WarmupCosine
+from deepred_pl.optim import WarmupCosine
 from tests.helpers import Cut, Scissors, TinyNet, noisy_problem, picture, smooth
 
 ROOT = Path(__file__).parents[1]

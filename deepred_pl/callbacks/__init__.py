@@ -1,12 +1,13 @@
-"""Lightning callbacks: updates, watchers, and what a run leaves behind."""
+"""Lightning callbacks: the RED updates, monitoring, and the results of a run."""
 
+from deepred_pl.callbacks.bar import RestorationBar
+from deepred_pl.callbacks.base import RestorationCallback
 from deepred_pl.callbacks.checkpoint import LastCheckpoint
 from deepred_pl.callbacks.guard import CollapseGuard
 from deepred_pl.callbacks.langevin import Langevin
-from deepred_pl.callbacks.memory import KeepMemory
-from deepred_pl.callbacks.monitor import Monitor, RestorationBar
+from deepred_pl.callbacks.monitor import Monitor
 from deepred_pl.callbacks.panels import Panels
-from deepred_pl.callbacks.preflight import Preflight
+from deepred_pl.callbacks.preflight import KeepMemory, Preflight
 from deepred_pl.callbacks.red import REDUpdate
 from deepred_pl.callbacks.stopping import AutoStop
 from deepred_pl.callbacks.writer import Writer
@@ -22,5 +23,6 @@ __all__ = [
     "Preflight",
     "REDUpdate",
     "RestorationBar",
+    "RestorationCallback",
     "Writer",
 ]

@@ -1,4 +1,4 @@
-"""An entry of TensorBoard's HParams page."""
+"""Log a fit to TensorBoard's HParams page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from deepred_pl.callbacks.langevin import Langevin
-from deepred_pl.callbacks.red import REDUpdate, name_of
+from deepred_pl.callbacks.base import name_of
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.networks import ImageParameter
 
@@ -15,58 +14,62 @@ from deepred_pl.networks import ImageParameter
 def log_hyperparameters(
     model: DeepImagePrior, trainer: Trainer, result: Mapping[str, Any], labels: Mapping[str, str]
 ) -> None:
-    """Log what tells methods apart beside what they came to, to every TensorBoard logger.
+    """Log the settings that distinguish methods, and the final scores, to TensorBoard loggers.
 
     Args:
         model: The fitted module.
         trainer: Its trainer.
         result: The contents of `result.json`.
-        labels: Further columns, or other values of these.
+        labels: Additional columns, or other values of the columns.
     """
     final = {name: result[name]["restored"] for name in ("psnr", "ssim")}
     final |= {name: result[name] for name in ("residual_to_sigma", "steps", "seconds")}
     known = {f"final/{name}": float(v) for name, v in final.items() if v is not None}
-    columns = {**describe(model, trainer), **labels}
+    columns = {**describe(model, trainer, result), **labels}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(columns, known, trainer.global_step)
 
 
-def describe(model: DeepImagePrior, trainer: Trainer) -> dict[str, str | float]:
-    """The settings that tell methods and problems apart, by short names, as plain values.
+def describe(
+    model: DeepImagePrior, trainer: Trainer, result: Mapping[str, Any]
+) -> dict[str, str | float]:
+    """The settings that distinguish methods and problems, by short names, as plain values.
 
-    Every fit has all of them, as TensorBoard shows those alone that its first run has; where one
-    means nothing it is "none" or 0. It shows the first few by the alphabet: numbers come behind.
+    Every fit has all of them, because TensorBoard only shows the columns of its first run; those
+    that do not apply are "none" or 0. It shows the alphabetically first ones, so that numbers are
+    named to come last.
     """
     problem, network = model.problem, model.network
     assert problem is not None and network is not None
-    updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate) and not c.submodule]
-    update = updates[0] if updates and isinstance(model, DeepRED) else None
-    method = ["DeepRED" if isinstance(model, DeepRED) else "DIP"]
-    if update is not None and update.x_update == "pnp":
-        method = ["Plug-and-Play"]
-    elif update is not None and isinstance(network, ImageParameter):
-        method = ["RED"]
-    method += (
-        [] if model.regularizer is None else [name_of(model.regularizer).removesuffix("Penalty")]
-    )
-    method += [name_of(c) for c in trainer.callbacks if isinstance(c, Langevin)]
-    sigma = getattr(update and update.denoiser, "sigma", None)
+    red = isinstance(model, DeepRED)
     group = trainer.optimizers[0].param_groups[0]
     return {
-        "denoiser": "none" if update is None else name_of(update.denoiser),
+        "denoiser": result.get("denoiser", "none"),
         "image": getattr(trainer.datamodule, "name", None) or "unnamed",
-        "method": " + ".join(method),
+        "method": _method(model, result),
         "network": name_of(network),
         "noise": "none" if problem.noise is None else name_of(problem.noise),
         "operator": name_of(problem.operator),
-        "set/denoiser_sigma": float(sigma) if isinstance(sigma, int | float) else 0,
+        "set/denoiser_sigma": float(result.get("denoiser_sigma") or 0),
         "set/input_noise_std": model.input_noise_std,
-        "set/k": 0 if update is None else update.every_n_steps * update.rounds_per_denoising,
-        "set/lam": model.initial_lam if isinstance(model, DeepRED) else 0,
+        "set/k": result.get("k", 0),
+        "set/lam": model.initial_lam if red else 0,
         "set/lr": group.get("initial_lr", group["lr"]),
-        "set/mu": model.initial_mu if isinstance(model, DeepRED) else 0,
+        "set/mu": model.initial_mu if red else 0,
         "set/seed": model.seed,
-        "weighting": model.weighting if isinstance(model, DeepRED) else "none",
-        "x_update": "none" if update is None else update.x_update,
+        "weighting": model.weighting if red else "none",
+        "x_update": result.get("x_update", "none"),
     }
+
+
+def _method(model: DeepImagePrior, result: Mapping[str, Any]) -> str:
+    if result.get("x_update") == "pnp":
+        name = "Plug-and-Play"
+    elif isinstance(model, DeepRED):
+        name = "RED" if isinstance(model.network, ImageParameter) else "DeepRED"
+    else:
+        name = "DIP"
+    terms = [] if model.regularizer is None else [name_of(model.regularizer)]
+    samplers = ["Langevin"] if "samples" in result else []
+    return " + ".join([name, *(t.removesuffix("Penalty") for t in terms), *samplers])

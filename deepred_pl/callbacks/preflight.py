@@ -1,4 +1,4 @@
-"""Before a fit: what time and memory it will take."""
+"""Estimate the time and memory of a fit before it starts, and keep its memory between steps."""
 
 import time
 import weakref
@@ -13,76 +13,118 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepred_pl.memory import as_text, free_memory
+from deepred_pl.callbacks.base import RestorationCallback
+from deepred_pl.memory import as_text, check_memory, free_memory, give_memory_back, keep_memory
 from deepred_pl.model import DeepImagePrior, DeepRED
 
-PART = 128  # pixels of a side; the memory of a step is in proportion to the pixels
-TRIES = 3  # steps timed, of which the first are slower
-LONGEST = 3.0  # seconds; then no further try
+PART = 128  # pixels of a side; the memory of a step is proportional to the pixels
+TRIES = 3  # steps timed; the first is slower
+LONGEST = 3.0  # seconds of timing, after which no further step is timed
+KEPT = 2.5  # times a step's memory: kept memory is fragmented; 1.9 was measured at 1024×1024
 
 
-class Preflight(Callback):
-    """Says before a fit what time and memory it will take, and refuses what cannot fit.
+class Preflight(RestorationCallback):
+    """Reports the expected time and memory of a fit, and refuses what exceeds the free memory.
 
-    The memory is measured on a part of the image, of 128×128 pixels, to within about 10 %; the
-    time on a few θ-steps that leave θ where it is. A denoiser slower than its round adds to the
-    time; what it, the operator and a regularizer need is not in the memory.
+    It acts on a restoration that is trained itself, not on children. The memory is measured on a
+    part of the image of 128×128 pixels, to within about 10 %; the time on a few θ-steps that leave
+    θ unchanged. A denoiser slower than its round adds to the time; the memory does not include the
+    denoiser, the operator and a regularizer.
 
     Raises:
         ValueError: A θ-step needs more memory than is free.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
-        needed, free = self._memory(pl_module, trainer)
+        needed = _check_fit(pl_module, trainer)
         if pl_module.compiled:
-            rank_zero_info("compiling the network: a minute or two")
+            rank_zero_info("Compiling the network, which takes a minute or two.")
         with trainer.precision_plugin.forward_context(), _forked(pl_module.device):
             seconds = step_seconds(pl_module)
         steps = trainer.max_steps - (pl_module.step if trainer.ckpt_path else 0)
-        told = f"expected: {seconds:.2g} s a θ-step"
+        text = f"Expected: {seconds:.2g} s per θ-step"
         if trainer.max_steps > 0:
-            told += f", {_duration(steps * seconds)} for {steps}"
+            text += f", {_duration(steps * seconds)} for {steps}"
         if isinstance(pl_module, DeepRED):
-            told += ", and what a slow denoiser adds"
-        rank_zero_info(f"{told}; {as_text(needed)} of the {as_text(free)} of memory that are free")
+            text += ", plus what a slow denoiser adds"
+        free = as_text(free_memory(pl_module.device))
+        rank_zero_info(f"{text}; {as_text(needed)} of memory, {free} are free.")
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        """Refuse what cannot fit; called before the fit, where the module is on its device already.
+        """Refuse what exceeds the free memory, if the module is already on its device.
 
         Raises:
             ValueError: A θ-step needs more memory than is free.
         """
         if not trainer.fast_dev_run and model.device.type == trainer.strategy.root_device.type:
-            self._memory(model, trainer)
+            _check_fit(model, trainer)
 
-    def _memory(self, model: DeepImagePrior, trainer: Trainer) -> tuple[int, int]:
-        """Bytes that a θ-step takes and that are free."""
-        needed, free = fit_memory(model, trainer), free_memory(model.device)
-        if needed > free:
-            height, width = model.average.shape[-2:]
-            raise ValueError(
-                f"a θ-step on {height}×{width} pixels needs about {as_text(needed)} of memory, "
-                f"and {as_text(free)} are free; restore a part of the image, or take a smaller "
-                "network (fewer channels: --model.network.init_args.width)"
-            )
-        return needed, free
+
+class KeepMemory(Callback):
+    """Keeps the memory that a θ-step frees for the next step, on Linux, while a fit runs.
+
+    Every step allocates the same large blocks. glibc returns such blocks to the kernel at once,
+    which clears every page when they are allocated again: with the full network at 256×256 on two
+    cores, this takes from a twentieth to a third of a step's time, depending on the machine. At the
+    end of the fit free memory is returned, and malloc gets glibc's initial thresholds.
+
+    Kept blocks take about twice the memory of a step, so that nothing is kept for a restoration if
+    less than 2.5 times a step's memory is free. If malloc is not glibc's, and on a GPU, whose
+    memory torch keeps anyway, the callback does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._keeping = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keeping = pl_module.device.type == "cpu"
+        if self._keeping and isinstance(pl_module, DeepImagePrior):
+            self._keeping = KEPT * fit_memory(pl_module, trainer) < free_memory(pl_module.device)
+        if self._keeping:
+            keep_memory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._keeping:
+            self._keeping = False
+            give_memory_back()
+
+
+def _check_fit(model: DeepImagePrior, trainer: Trainer) -> int:
+    """The bytes that a θ-step needs, if they are free."""
+    needed = fit_memory(model, trainer)
+    height, width = model.average.shape[-2:]
+    check_memory(
+        needed,
+        f"a θ-step on {height}×{width} pixels",
+        "restore a part of the image, or use a smaller network (model.network.width)",
+        model.device,
+    )
+    return needed
 
 
 def fit_memory(model: DeepImagePrior, trainer: Trainer) -> int:
-    """Bytes that a θ-step takes at the trainer's precision."""
+    """Bytes that a θ-step needs at the trainer's precision."""
     with trainer.precision_plugin.forward_context(), _forked(model.device):
         return step_memory(model)
 
 
 def _forked(device: torch.device) -> AbstractContextManager:
-    """Within, random numbers are drawn that nobody misses afterwards."""
+    """A context whose random numbers do not affect the process's generators."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def step_seconds(model: DeepImagePrior) -> float:
-    """Seconds of one θ-step without the optimizer; θ stays where it is."""
+    """Seconds of one θ-step without the optimizer; θ is unchanged."""
     assert model.network is not None
     if model.compiled:
         _step(model, model.network, model.z)
@@ -96,9 +138,9 @@ def step_seconds(model: DeepImagePrior) -> float:
 
 
 def step_memory(model: DeepImagePrior) -> int:
-    """Bytes that a θ-step takes, with its gradients and the moments of Adam.
+    """Bytes that a θ-step needs, with gradients and Adam's moments.
 
-    Networks whose z has the image's size run on a part of it; others have small ones.
+    Networks whose z has the image's size are run on a part of it; others have a small z.
     """
     assert model.network is not None
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -108,7 +150,7 @@ def step_memory(model: DeepImagePrior) -> int:
         z = z[..., :side, :side].contiguous(memory_format=torch.channels_last)
         scale = model.z.numel() / z.numel()
     with LiveBytes() as live:
-        _step(model, model.network.forward, z)  # forward alone is never compiled
+        _step(model, model.network.forward, z)  # forward itself is not compiled
     return int(scale * live.most) + 3 * parameters
 
 
@@ -119,7 +161,7 @@ def _step(model: DeepImagePrior, network: Callable[[Tensor], Tensor], z: Tensor)
             loss = model.loss(out)
         if model.regularizer is not None:
             loss = loss + model.regularizer(out, model)
-    else:  # a part, which has no measurement, or what the first step will refuse
+    else:  # a part, which has no measurement, or a shape that the first step refuses
         loss = out.square().mean()
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.autograd.grad(loss, trained, allow_unused=True)
@@ -128,7 +170,7 @@ def _step(model: DeepImagePrior, network: Callable[[Tensor], Tensor], z: Tensor)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within; `most` is the largest count."""
+    """Counts the bytes of the tensors created in its context; `most` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()

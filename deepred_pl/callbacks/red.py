@@ -1,87 +1,103 @@
-"""The RED x-update and the u-update, with the denoiser in the background."""
+"""The x-update of RED and the u-update, with the denoiser running in the background."""
 
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl import admm
 from deepred_pl.background import Background
+from deepred_pl.callbacks.base import RestorationCallback, name_of
+from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.denoisers import Denoiser
-from deepred_pl.model import DeepImagePrior, DeepRED, check_averaging, find_restoration
+from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.trainer import check_averaging
 
-ABANDONED = 1.0  # seconds that a job may still take when its fit fails or is told to stop
-LAST_JOB = 60.0  # seconds that a job of a fit that has ended may still take
+ABANDONED = 1.0  # seconds that a running job is waited for when its fit fails or is stopped
+LAST_JOB = 60.0  # seconds that a running job is waited for when its fit has ended
+
+XUpdate = Literal["fixed_point", "gradient", "mixed", "pnp"]
 
 
-class REDUpdate(Callback):
-    """Updates x, then u, every k θ-steps, while the denoiser works beside them.
+class Schedule(NamedTuple):
+    """When rounds of x- and u-update end, in θ-steps.
+
+    Attributes:
+        every_n_steps: θ-steps per round.
+        rounds_per_denoising: Rounds per denoiser call.
+    """
+
+    every_n_steps: int
+    rounds_per_denoising: int
+
+    @property
+    def period(self) -> int:
+        """θ-steps per denoiser call."""
+        return self.every_n_steps * self.rounds_per_denoising
+
+    def ends_round(self, before: int, step: int) -> bool:
+        """Whether a round ends after step `before`, and at `step` at the latest."""
+        return step // self.every_n_steps > before // self.every_n_steps
+
+    def denoises(self, before: int, step: int) -> bool:
+        """Whether such a round also has a denoised image to collect."""
+        return step // self.period > before // self.period
+
+
+class REDUpdate(RestorationCallback):
+    """Updates x, then u, every k θ-steps, while the denoiser runs in the background.
 
     The paper's Figure 1 (arXiv:1903.10176). A round ends every `every_n_steps` θ-steps: the
-    denoised image is collected, x and u are updated, and the new x is handed to the denoiser,
-    which has the whole next round for it. So round r uses f(x_{r−1}), the paper's iteration.
-    The schedule is fixed and waits for the denoiser, so the result does not depend on timing.
+    denoised image is collected, x and u are updated, and the new x is submitted to the denoiser,
+    which has the whole next round for it. Round r thus uses f(x_{r−1}), the paper's iteration. The
+    fit waits for the denoiser at the end of a round, so that the result does not depend on timing;
+    choose k large enough for a slow denoiser.
 
-    With `wait_for_denoiser` off, a round whose denoiser is not ready goes on with the f(x) it has,
-    and the next round looks again. A slow denoiser then holds up the end of the fit, which waits
-    for the call that is running, and a roll-back of `CollapseGuard`, but nothing else. The result
-    depends on the machine and its load, so no two runs are equal.
+    With `rounds_per_denoising` > 1 the rounds in between reuse f(x), and a denoising round submits
+    x before its update: every_n_steps=1, rounds_per_denoising=10 is the released schedule.
 
-    With `rounds_per_denoising` > 1 the rounds in between reuse f(x), and a denoiser round hands
-    over x before its update: every_n_steps=1, rounds_per_denoising=10 is the released schedule.
+    With `inner_iterations` J > 1 there are J x-updates per round: J − 1 in the background, with
+    v = T_θ(z) + u of the round's start and a denoiser call after each, and the last at the end of
+    the round with the current v. With `rounds_per_denoising` > 1, x has changed meanwhile: the
+    inner x is then only used for f(x), and the last update starts from the current x.
 
-    With `inner_iterations` J > 1 the x-update is made J times: J − 1 times in the background,
-    with v = T_θ(z) + u of the round's start and a denoiser call after each, and the last time
-    at the round's end with the v of that moment, so that x never lags behind T_θ(z) by a whole
-    round; J = 1 is the same rule, not another. With `rounds_per_denoising` > 1 x has moved on
-    meanwhile: the inner x serves f(x) alone, and the update goes out from the current x.
+    A fit whose denoiser fails ends between two θ-steps, after the other callbacks of the step; a
+    checkpoint that they save resumes with the round that failed.
 
-    A fit that ends because its denoiser failed does so between two θ-steps, after the other
-    callbacks have had their turn; a checkpoint that they save then goes on with the round that
-    is due.
-
-    On a plain `DeepImagePrior` the callback does nothing.
+    For a plain `DeepImagePrior` the callback does nothing.
 
     Args:
         denoiser: f, a callable from (1, C, H, W) to (1, C, H, W) in [0, 1]; see
-            `deepred_pl.denoisers`. It is called on a thread on which torch uses one core, one
-            call at a time.
+            `deepred_pl.denoisers`. It is called on a thread on which torch uses one core, one call
+            at a time.
         every_n_steps: θ-steps per round of x- and u-update, at least 1.
         rounds_per_denoising: Rounds per denoiser call, at least 1.
-        x_update: "fixed_point", "gradient" (steepest descent), "mixed": fixed point in the
-            first half of the trainer's max_steps, then gradient (so a fit resumed with more
-            steps is not the longer fit), or "pnp": Plug-and-Play, x ← f(v), with the
-            v = T_θ(z) + u of the round's start, for the denoiser needs the round.
-        step_size: Of the gradient step, in (0, 2), in units of 1 / (λ + μ).
+        x_update: "fixed_point", "gradient" (steepest descent), "mixed": fixed point in the first
+            half of the trainer's max_steps, then gradient (so that a fit resumed with more steps
+            differs from the longer fit), or "pnp": Plug-and-Play, x ← f(v), with the v = T_θ(z) + u
+            of the round's start, because the denoiser takes a round.
+        step_size: Step of the gradient update, in (0, 2), in units of 1 / (λ + μ).
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
-        wait_for_denoiser: Wait at a round's end until the denoiser is ready, for reproducible
-            results; or go on with the last denoised image.
-        timeout: Seconds that the denoising of a round may take, > 0. One that takes longer is
-            found where the fit waits for it, or at the next round, and ends the fit; None waits
-            however long it takes.
-        retries: How often a denoiser that raised, or returned NaN or another shape, is asked once
-            more for the same image, at least 0.
+        timeout: Seconds for the denoising of a round, > 0. If it takes longer, the fit ends; None
+            waits indefinitely.
+        retries: How often a denoiser that raised an exception, or returned NaN or another shape, is
+            called again for the same image, at least 0.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
 
     Attributes:
         wait_seconds: Seconds the fit has waited for the denoiser.
         busy_seconds: Seconds the denoiser has worked.
-        denoised_step: The step whose x (with "pnp" v) the latest f(x) was made of.
-        waiting: Whether the fit waits for the denoiser at this moment; a round has then changed
-            nothing yet.
-        failed: Whether the fit is about to end, for the denoiser failed.
 
     Raises:
-        ValueError: An argument out of range, or no DeepRED where `submodule` says.
-        RuntimeError: The denoiser raised, or returned NaN or another shape, at the last of its
-            retries too; the message names it and the step.
-        TimeoutError: The denoiser took longer than `timeout`. The thread is abandoned, for none can
-            be ended from outside; `deepred` ends with it.
+        ValueError: An argument is out of range, or there is no DeepRED at `submodule`.
+        RuntimeError: The denoiser failed in all of its retries; the message names it and the step.
+        TimeoutError: The denoiser took longer than `timeout`. Its thread cannot be ended from
+            outside and is abandoned; `deepred` ends with it.
     """
 
     def __init__(
@@ -89,144 +105,129 @@ class REDUpdate(Callback):
         denoiser: Denoiser | Callable[[Tensor], Tensor],
         every_n_steps: int = 10,
         rounds_per_denoising: int = 1,
-        x_update: Literal["fixed_point", "gradient", "mixed", "pnp"] = "fixed_point",
+        x_update: XUpdate = "fixed_point",
         step_size: float = 0.5,
         inner_iterations: int = 1,
-        wait_for_denoiser: bool = True,
         timeout: float | None = 3600.0,
         retries: int = 1,
         submodule: str = "",
     ) -> None:
-        counts = {
-            "every_n_steps": every_n_steps,
-            "rounds_per_denoising": rounds_per_denoising,
-            "inner_iterations": inner_iterations,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if retries < 0:
-            raise ValueError(f"retries must be at least 0, got {retries}")
+        super().__init__(submodule)
+        check_at_least(
+            1,
+            every_n_steps=every_n_steps,
+            rounds_per_denoising=rounds_per_denoising,
+            inner_iterations=inner_iterations,
+        )
+        check_at_least(0, retries=retries)
         if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be > 0 seconds, got {timeout}; null sets none")
+            raise ValueError(f"timeout must be > 0 seconds, got {timeout}; null disables it")
         if not 0 < step_size < 2:
-            raise ValueError(f"step_size must be in (0, 2), got {step_size}; beyond it diverges")
-        if x_update not in ("fixed_point", "gradient", "mixed", "pnp"):
-            raise ValueError(
-                f"x_update must be 'fixed_point', 'gradient', 'mixed' or 'pnp', got {x_update!r}"
-            )
+            raise ValueError(f"step_size must be in (0, 2), got {step_size}; beyond, it diverges")
+        check_choice("x_update", x_update, XUpdate)
         if x_update == "pnp" and (rounds_per_denoising, inner_iterations) != (1, 1):
             raise ValueError(
-                "x_update='pnp' is one denoiser call a round: expected rounds_per_denoising and "
+                "x_update='pnp' has one denoiser call per round: expected rounds_per_denoising and "
                 f"inner_iterations of 1, got {rounds_per_denoising} and {inner_iterations}"
             )
         if not callable(denoiser):
             raise ValueError(f"denoiser must be callable, image to image, got {denoiser!r}")
         self.denoiser = denoiser
-        self.every_n_steps = every_n_steps
-        self.rounds_per_denoising = rounds_per_denoising
+        self.schedule = Schedule(every_n_steps, rounds_per_denoising)
         self.x_update = x_update
         self.step_size = step_size
         self.inner_iterations = inner_iterations
-        self.wait_for_denoiser = wait_for_denoiser
         self.timeout = timeout
         self.retries = retries
-        self.submodule = submodule
-        self.denoised_step = 0
-        self.waiting = False
-        self._submitted_step: int | None = None  # not known yet
-        self._overdue = False  # a round went on without its denoiser
-        self._model: DeepRED | None = None
+        self._red: DeepRED | None = None  # the restoration, unless it is a plain DeepImagePrior
         self._background: Background | None = None
-        self._rounds = 0  # rounds made
-        self._round_failed = False  # in the part of this fit that ended
+        self._reset()
+
+    def _reset(self) -> None:
+        self._updated_step: int | None = None  # the step of the latest round; None: not known yet
+        self._submitted_step: int | None = None  # the step of the snapshot being denoised
         self._failure: BaseException | None = None  # of this round, raised before the next step
-        self._waited_before = self._busy_before = 0.0  # in the parts of this fit that ended
+        self._waited = self._worked = 0.0  # seconds in the earlier parts of this fit
 
     @property
-    def wait_seconds(self) -> float:
-        running = 0.0 if self._background is None else self._background.wait_seconds
-        return self._waited_before + running
-
-    @property
-    def busy_seconds(self) -> float:
-        running = 0.0 if self._background is None else self._background.busy_seconds
-        return self._busy_before + running
+    def period(self) -> int | None:
+        return self.schedule.period
 
     @property
     def failed(self) -> bool:
         return self._failure is not None
 
-    # Lightning's hooks
+    @property
+    def wait_seconds(self) -> float:
+        return self._waited + (self._background.wait_seconds if self._background else 0.0)
 
     @property
-    def state_key(self) -> str:
-        return self._generate_state_key(submodule=self.submodule)
+    def busy_seconds(self) -> float:
+        return self._worked + (self._background.busy_seconds if self._background else 0.0)
+
+    def summary(self) -> dict[str, Any]:
+        if self._red is None:
+            return {}
+        sigma = getattr(self.denoiser, "sigma", None)
+        return {
+            "denoiser": name_of(self.denoiser),
+            "denoiser_sigma": sigma if isinstance(sigma, int | float) else None,
+            "denoiser_wait_seconds": round(self.wait_seconds, 3),
+            "denoiser_busy_seconds": round(self.busy_seconds, 3),
+            "x_update": self.x_update,
+            "k": self.schedule.period,
+        }
+
+    # Lightning's hooks
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "updated_step": self._updated_step,
+            "submitted_step": self._submitted_step,
             "wait_seconds": self.wait_seconds,
             "busy_seconds": self.busy_seconds,
-            "denoised_step": self.denoised_step,
-            "submitted_step": self._submitted_step,
-            "overdue": self._overdue,
-            "round_failed": self._failure is not None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._waited_before = state_dict["wait_seconds"]
-        self._busy_before = state_dict.get("busy_seconds", 0.0)
-        self.denoised_step = state_dict["denoised_step"]
+        if state_dict.get("overdue") or state_dict.get("round_failed"):
+            raise ValueError(
+                "the checkpoint was saved by an earlier version while the denoiser had failed or "
+                "was not waited for, which cannot be resumed; start without a checkpoint"
+            )
+        self._updated_step = state_dict.get("updated_step")
         self._submitted_step = state_dict["submitted_step"]
-        self._overdue = state_dict["overdue"]
-        self._round_failed = state_dict.get("round_failed", False)
+        self._waited, self._worked = state_dict["wait_seconds"], state_dict["busy_seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._waited_before = self._busy_before = 0.0
-        self.denoised_step = 0
-        self._submitted_step, self._overdue = None, False
-        self._round_failed, self._failure = False, None
+        self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = find_restoration(pl_module, self.submodule)
-        if not isinstance(model, DeepRED):
-            return
-        self.check(model, trainer)
-        self._model = model
-        self._model.driven = True
+        super().on_fit_start(trainer, pl_module)
+        if isinstance(self.model, DeepRED):
+            self._red = self.model
+            self._red.driven = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._model is not None:
-            self._background = Background(self._model.x.device)
-            self._rounds = self._model.step // self.every_n_steps
-            if self._submitted_step is None:
-                period = self.every_n_steps * self.rounds_per_denoising
-                self._submitted_step = self._model.step - self._model.step % period
-                self.denoised_step = self._submitted_step  # f(x) is that of an earlier fit
-            self._start_job(self._model, trainer)
-            self._rounds -= self._round_failed
+        if (model := self._red) is None:
+            return
+        self._background = Background(model.x.device)
+        if self._updated_step is None:
+            self._updated_step = model.step
+        if self._submitted_step is None:
+            self._submitted_step = model.step - model.step % self.schedule.period
+        self._start_job(model, trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any
     ) -> None:
-        if self._round_failed and self._model is not None:  # of the fit that goes on here
-            self._round_failed = False
-            self._round(self._model, trainer)
-        if self._failure is not None:
-            raise self._failure
+        self._update(trainer)  # only of a resumed fit whose last round had failed
+        self._raise_failure()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if self._model is not None and self._model.step // self.every_n_steps > self._rounds:
-            try:
-                self._round(self._model, trainer)
-            except BaseException as error:
-                if self._model.step // self.every_n_steps == self._rounds:
-                    raise
-                self._failure = error  # nothing has changed; other callbacks have their turn first
+        self._update(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._failure is not None:
-            raise self._failure
+        self._raise_failure()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -234,14 +235,15 @@ class REDUpdate(Callback):
         self._close(timeout=ABANDONED)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # When the results are written. Torch aborts a process that ends while it computes.
+        # After the results are written. Torch aborts a process that ends while it computes.
         self._close(timeout=LAST_JOB)
+        super().teardown(trainer, pl_module, stage)
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
         """Refuse what cannot be fitted; called before the fit.
 
         Raises:
-            ValueError: The denoiser cannot take the model's images, or a setting cannot be.
+            ValueError: The denoiser does not accept the model's images, or a setting is impossible.
         """
         if not isinstance(model, DeepRED):
             return
@@ -249,70 +251,63 @@ class REDUpdate(Callback):
         if self.x_update == "mixed" and trainer.max_steps < 1:
             raise ValueError(
                 "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="
-                f"{trainer.max_steps}; give it max_steps"
+                f"{trainer.max_steps}; set it"
             )
         if isinstance(self.denoiser, Denoiser):
             self.denoiser.check(model.x.to(trainer.strategy.root_device))
 
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Discard the running job; the next denoising starts from the restored snapshot."""
+        if self._background is not None and self._background.busy:
+            with suppress(RuntimeError):  # its result, or error, is not needed
+                self._result()
+
     # The updates
 
-    def discard(self) -> None:
-        """Forget the job, before the model goes back to an earlier state.
+    def _update(self, trainer: Trainer) -> None:
+        """Make the round that is due, if any; keep the error of a denoiser that failed."""
+        model = self._red
+        if model is None or self.failed:
+            return
+        if not self.schedule.ends_round(self._updated_step or 0, model.step):
+            return
+        try:
+            x, f_x = self._collect(model, trainer)
+        except BaseException as error:
+            self._failure = error  # nothing has changed, and other callbacks finish the step first
+        else:
+            self._round(model, x, f_x, trainer)
 
-        The next denoiser round makes one of the snapshot that the model then has.
-        """
-        if self._background is not None and self._background.busy:
-            with suppress(RuntimeError):  # nobody wants its result, or its error
-                self._collect()
-        self._overdue = False
+    def _collect(self, model: DeepRED, trainer: Trainer) -> tuple[Tensor, Tensor]:
+        """Where the x-update starts, and the denoised image it uses."""
+        if not self.schedule.denoises(self._updated_step or 0, model.step):
+            return model.x, model.f_x
+        assert self._background is not None
+        if not self._background.busy:  # it was discarded, or a batch makes several steps
+            self._start_job(model, trainer)
+        x, f_x = self._result()
+        model.prior = admm.red_prior(x, f_x)
+        # With J = 1 the same x; otherwise the last inner one, unless x has been updated since.
+        return (x if self.schedule.rounds_per_denoising == 1 else model.x), f_x
 
     @torch.no_grad()
-    def _round(self, model: DeepRED, trainer: Trainer) -> None:
-        rounds = model.step // self.every_n_steps
-        denoised = rounds // self.rounds_per_denoising > self._rounds // self.rounds_per_denoising
-        reusing = self.rounds_per_denoising > 1
-        x = model.x
-        assert self._background is not None
-        if denoised and not self._background.busy:  # it was discarded, or _submit took it for
-            self._start_job(model, trainer)  # beyond max_steps, where a batch makes several steps
-        moved_on = reusing or self._overdue  # x, since it was handed over
-        if not self.wait_for_denoiser:
-            due = denoised or self._overdue
-            ready = self._background.done or self._background.overdue(self.timeout)
-            denoised = due and ready
-            self._overdue = due and not denoised
-            if self.x_update == "pnp" and not denoised:
-                self._rounds = rounds
-                return  # x and u come from one v, and that of f(x) is past
-        if denoised:
-            denoised_x, model.f_x = self._collect()
-            self._rounds = rounds
-            self._overdue = False
-            self.denoised_step = self._submitted_step or 0
-            model.prior = admm.red_prior(denoised_x, model.f_x)
-            if not moved_on:
-                x = denoised_x  # the same x, or with J > 1 the last inner iterate
-            if reusing:
-                self._submit(model, trainer)
-        self._rounds = rounds
-        # Plug-and-Play takes the v that was denoised, for x and u must come from one v.
+    def _round(self, model: DeepRED, x: Tensor, f_x: Tensor, trainer: Trainer) -> None:
+        """One round: the x-update, the u-update, and the next x to the denoiser."""
+        before, self._updated_step = self._updated_step or 0, model.step
+        denoised = self.schedule.denoises(before, model.step)
+        reuses = self.schedule.rounds_per_denoising > 1
+        model.f_x = f_x
+        # For Plug-and-Play the v that was denoised, because x and u must come from the same v.
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
-        model.x = self._update_at(model.step, trainer)(x, model.f_x, v, model.lam, model.mu)
+        if denoised and reuses:  # the released order
+            self._submit(model, trainer)
+        model.x = self._x_update(model.step, trainer)(x, f_x, v, model.lam, model.mu)
         model.u = admm.dual_update(v, model.x)
         model.update_weighting()
-        if denoised and not reusing:
+        if denoised and not reuses:
             self._submit(model, trainer)
 
-    def _collect(self) -> tuple[Tensor, Tensor]:
-        """The job's last inner x and its f(x)."""
-        assert self._background is not None
-        self.waiting = True
-        try:
-            return self._background.result(self.timeout)
-        finally:
-            self.waiting = False
-
-    def _update_at(self, step: int, trainer: Trainer) -> admm.XUpdate:
+    def _x_update(self, step: int, trainer: Trainer) -> admm.XUpdate:
         second_half = 2 * step > _last_step(trainer)
         if self.x_update == "pnp":
             return admm.plug_and_play
@@ -320,27 +315,29 @@ class REDUpdate(Callback):
             return partial(admm.gradient_step, step_size=self.step_size)
         return admm.fixed_point
 
+    # The job in the background
+
     def _submit(self, model: DeepRED, trainer: Trainer) -> None:
-        # Clones, as loading a checkpoint writes into buffers; contiguous, as loaded buffers are,
-        # for the memory layout decides the last bits of a sum.
+        """Take a snapshot of x, v, λ and μ, and start to denoise it."""
+        # Clones, because loading a checkpoint writes into buffers; contiguous like loaded buffers,
+        # because the memory layout determines the last bits of a sum.
         model.x_pending = model.x.clone(memory_format=torch.contiguous_format)
         model.v_pending = (model.out + model.u).contiguous()
         model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
         self._submitted_step = model.step
-        period = self.every_n_steps * self.rounds_per_denoising
-        collected_at = (model.step // period + 1) * period
+        collected_at = (model.step // self.schedule.period + 1) * self.schedule.period
         if trainer.max_steps < 1 or collected_at <= _last_step(trainer):
-            self._start_job(model, trainer)  # else a resumed fit starts it
+            self._start_job(model, trainer)  # otherwise a resumed fit starts it
 
     def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
-        """Denoise the pending snapshot; a resumed fit starts the job it was saved with."""
+        """Denoise the snapshot, which a resumed fit has from its checkpoint."""
         pnp, step = self.x_update == "pnp", self._submitted_step
         assert self._background is not None and step is not None
         self._background.submit(
             f"denoiser {name_of(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
             partial(_denoise, self.denoiser, self.retries),
-            self._update_at(step, trainer),
+            self._x_update(step, trainer),
             model.v_pending if pnp else model.x_pending,
             model.v_pending,
             model.lam_pending,
@@ -348,46 +345,33 @@ class REDUpdate(Callback):
             self.inner_iterations,
         )
 
+    def _result(self) -> tuple[Tensor, Tensor]:
+        """Wait for the job's last inner x and its f(x)."""
+        assert self._background is not None
+        self.waiting = True
+        try:
+            return self._background.result(self.timeout)
+        finally:
+            self.waiting = False
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def _close(self, timeout: float | None) -> None:
         if self._background is not None:
             self._background.close(timeout)
-            self._waited_before += self._background.wait_seconds
-            self._busy_before += self._background.busy_seconds
+            self._waited += self._background.wait_seconds
+            self._worked += self._background.busy_seconds
             self._background = None
-        if self._model is not None:
-            self._model.driven = False
-            self._model = None
+        if self._red is not None:
+            self._red.driven = False
+            self._red = None
 
 
 def _last_step(trainer: Trainer) -> int:
-    """The model's last step; of a parent's accumulated steps several make one of Lightning's."""
+    """The last θ-step; a parent that accumulates gradients makes several per Lightning step."""
     return trainer.max_steps * trainer.accumulate_grad_batches
-
-
-def staleness(trainer: Trainer, model: DeepRED, submodule: str = "") -> int | None:
-    """θ-steps since the x of the latest f(x); None where the fit waits for its denoiser."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, REDUpdate) and callback.submodule == submodule:
-            return None if callback.wait_for_denoiser else model.step - callback.denoised_step
-    return None
-
-
-def denoiser_seconds(trainer: Trainer, submodule: str | None = None) -> tuple[float, float]:
-    """Seconds the trainer's fit has waited for denoisers, and that they have worked; for one
-    submodule's, or for all."""
-    updates = [c for c in trainer.callbacks if isinstance(c, REDUpdate)]
-    updates = [c for c in updates if submodule in (None, c.submodule)]
-    return sum(c.wait_seconds for c in updates), sum(c.busy_seconds for c in updates)
-
-
-def waits_for_denoiser(trainer: Trainer) -> bool:
-    """Whether the trainer's fit is at a round's end, and waits there."""
-    return any(c.waiting for c in trainer.callbacks if isinstance(c, REDUpdate))
-
-
-def a_round_failed(trainer: Trainer) -> bool:
-    """Whether the trainer's fit is about to end, for a denoiser failed."""
-    return any(c.failed for c in trainer.callbacks if isinstance(c, REDUpdate))
 
 
 def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, x: Tensor) -> Tensor:
@@ -396,7 +380,7 @@ def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, x: Tensor) -> T
             return _denoise_once(denoiser, x)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
-            rank_zero_info(f"denoiser {name_of(denoiser)} failed, and is asked once more: {reason}")
+            rank_zero_info(f"Denoiser {name_of(denoiser)} failed; retrying: {reason}")
     return _denoise_once(denoiser, x)
 
 
@@ -408,10 +392,5 @@ def _denoise_once(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise ValueError(f"it must return a tensor of {tuple(x.shape)} like its input, got {got}")
     if not f_x.isfinite().all():
         raise ValueError("it must return finite values, got NaN or infinity")
-    # A copy: the denoiser may use its memory again, or have made an inference tensor.
+    # A copy: the denoiser may reuse its memory, or return an inference tensor.
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(f_x)
-
-
-def name_of(part: object) -> str:
-    """What a part is called: a function by its name, an object by its class."""
-    return getattr(part, "__name__", type(part).__name__)

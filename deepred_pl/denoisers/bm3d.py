@@ -1,5 +1,6 @@
 """BM3D."""
 
+import math
 import threading
 from importlib.util import find_spec
 from typing import Literal
@@ -8,33 +9,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepred_pl.denoisers.denoiser import Denoiser, each_channel, grey_levels, through_numpy
+from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl.denoisers.denoiser import GreyLevelDenoiser, each_channel, through_numpy
+from deepred_pl.operators import Blur
+from deepred_pl.problem import InverseProblem
 
-# Blocks are 8×8: smaller images are refused by the package, and 8×8 itself crashes the process.
+Profile = Literal["np", "lc", "high"]
+Backend = Literal["auto", "bm3d", "triton"]
+
+# Blocks are 8×8: the package refuses smaller images, and 8×8 crashes the process.
 LEAST_SIDE = 16
 
-# Its C library keeps one thread pool for the process and is not re-entrant.
+# Its C library has one thread pool per process and is not re-entrant.
 _LOCK = threading.Lock()
 
-# Weights of the opponent colour space that colour BM3D works in, one row a channel.
+# Weights of the opponent colour space of colour BM3D, one row per channel.
 _OPPONENT = np.array([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 0, -1 / 2], [1 / 4, -1 / 2, 1 / 4]])
 _COLOURS = _OPPONENT, np.linalg.inv(_OPPONENT)  # there and back
 
 
-class BM3D(Denoiser):
+class BM3D(GreyLevelDenoiser):
     """Block-matching and 3D filtering (Dabov et al. 2007), by the packages `bm3d` or `bm3d-triton`.
 
-    Colour images are matched on luminance, by `bm3d-triton` on each channel of the same opponent
-    colours; other channel counts are denoised one by one. The denoiser of the paper's
+    Colour images are matched on luminance, with `bm3d-triton` on each channel of the same opponent
+    colours; with other numbers of channels each is denoised separately. The denoiser of the paper's
     super-resolution. **Licence: the `bm3d` package is free for non-commercial use only.**
 
     Args:
-        sigma: Noise level it is told, in grey levels of an 8-bit image, in (0, 255].
-        profile: Of `bm3d`: "np", the package's default, "lc", about a third of its time, or "high".
-        threads: Of `bm3d`: the cores it uses; 0 are all. Only with one thread are two runs equal.
-        backend: "bm3d", on the CPU; "triton", on an NVIDIA GPU (the extra `gpu`), where sums in any
-            order make no two results quite equal; "auto": triton for images on a GPU where it is
-            installed, otherwise bm3d.
+        sigma: Assumed noise level in grey levels of an 8-bit image, in (0, 255].
+        profile: Of `bm3d`: "np", the package's default, "lc", which takes about a third of the
+            time, or "high".
+        threads: Of `bm3d`: number of cores; 0 uses all. Only one thread is reproducible.
+        backend: "bm3d", on the CPU; "triton", on an NVIDIA GPU (the extra `gpu`), where the order
+            of sums varies, so that results are not reproducible to the last bit; "auto": triton for
+            images on a GPU if it is installed, otherwise bm3d.
 
     Raises:
         ValueError: sigma outside (0, 255], an unknown profile or backend, or threads below 0.
@@ -43,21 +51,17 @@ class BM3D(Denoiser):
     def __init__(
         self,
         sigma: float = 5.0,
-        profile: Literal["np", "lc", "high"] = "np",
+        profile: Profile = "np",
         threads: int = 0,
-        backend: Literal["auto", "bm3d", "triton"] = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        if profile not in ("np", "lc", "high"):
-            raise ValueError(f"profile must be 'np', 'lc' or 'high', got {profile!r}")
-        if threads < 0:
-            raise ValueError(f"threads must be at least 0, which are all cores, got {threads}")
-        if backend not in ("auto", "bm3d", "triton"):
-            raise ValueError(f"backend must be 'auto', 'bm3d' or 'triton', got {backend!r}")
-        self.sigma = sigma
+        super().__init__(sigma)
+        check_choice("profile", profile, Profile)
+        check_choice("backend", backend, Backend)
+        check_at_least(0, threads=threads)
         self.profile = profile
         self.threads = threads
         self.backend = backend
-        self._level = grey_levels(sigma)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._on_gpu(x):
@@ -65,12 +69,12 @@ class BM3D(Denoiser):
         return through_numpy(self._denoise, x)
 
     def check(self, x: Tensor) -> None:
-        """Refuse what the chosen backend cannot take; x is (1, C, H, W)."""
+        """Refuse images that the backend cannot process; x is (1, C, H, W)."""
         if self.backend == "triton" and not (x.is_cuda and find_spec("bm3d_triton")):
             raise ValueError(
                 "backend='triton' needs an NVIDIA GPU and the package bm3d-triton, got an image on "
                 f"{x.device.type} and {'' if find_spec('bm3d_triton') else 'no '}bm3d-triton; "
-                "install the extra gpu (pip install '.[gpu]'), or take backend='bm3d'"
+                "install the extra gpu (pip install '.[gpu]'), or set backend='bm3d'"
             )
 
     def _on_gpu(self, x: Tensor) -> bool:
@@ -82,13 +86,13 @@ class BM3D(Denoiser):
         from bm3d_triton import denoise
 
         if x.shape[1] != 3:
-            return denoise(x.float(), self._level, clamp=False).to(x.dtype)
+            return denoise(x.float(), self.level, clamp=False).to(x.dtype)
         there, back = (torch.from_numpy(m).to(x.device, torch.float32) for m in _COLOURS)
         channels = torch.einsum("oc,nchw->nohw", there, x.float())
-        channels[:, 1:] += 0.5  # the package clips to [0, 1]
+        channels[:, 1:] += 0.5  # because the package clips to [0, 1]
         denoised = [
             denoise(channels[:, i : i + 1], level, clamp=False)
-            for i, level in enumerate(np.linalg.norm(_OPPONENT, axis=1) * self._level)
+            for i, level in enumerate(np.linalg.norm(_OPPONENT, axis=1) * self.level)
         ]
         channels = torch.cat(denoised, dim=1)
         channels[:, 1:] -= 0.5
@@ -104,7 +108,7 @@ class BM3D(Denoiser):
             denoised = self._run("bm3d_rgb", padded)
         elif np.ptp(padded, axis=-1).max() < 1e-6:  # grey stored as RGB
             denoised = self._grey(padded[..., 0])[..., None].repeat(3, axis=-1)
-        else:  # colour BM3D divides by the range of each opponent channel, and one has none
+        else:  # colour BM3D divides by the range of each opponent channel, and one is constant
             denoised = each_channel(self._grey, padded)
         return denoised[:height, :width]
 
@@ -112,44 +116,49 @@ class BM3D(Denoiser):
         return self._run("bm3d", channel)
 
     def _run(self, function: str, image: np.ndarray) -> np.ndarray:
-        import bm3d  # only where it is chosen, for its licence
+        import bm3d  # only when chosen, because of its licence
 
         profiles = {"np": bm3d.BM3DProfile, "lc": bm3d.BM3DProfileLC, "high": bm3d.BM3DProfileHigh}
         profile = profiles[self.profile]()
         profile.num_threads = self.threads
         with _LOCK:
-            return getattr(bm3d, function)(image, self._level, profile=profile)
+            return getattr(bm3d, function)(image, self.level, profile=profile)
 
 
-def deblur(y: Tensor, kernel: Tensor, sigma: float) -> Tensor:
-    """BM3D deblurring (Dabov et al. 2008), by the package `bm3d`, each channel by itself.
+def deblur(problem: InverseProblem) -> Tensor:
+    """BM3D deblurring (Dabov et al. 2008), by the package `bm3d`, each channel separately.
 
-    A regularized inverse of the blur, whose coloured noise BM3D takes away, in two stages; on one
-    thread, so that two runs are equal. **Licence: the `bm3d` package is free for non-commercial
-    use only.**
+    A regularized inverse of the blur, whose coloured noise BM3D removes, in two stages; on one
+    thread, so that runs are reproducible. To compare with, as `ImageParameter(start=deblur)`.
+    **Licence: the `bm3d` package is free for non-commercial use only.**
 
     Args:
-        y: The blurred image (1, C, H, W), convolved circularly, of at least `LEAST_SIDE` pixels.
-        kernel: (rows, columns), both odd, its centre in the middle.
-        sigma: Standard deviation of the noise, in grey levels of an 8-bit image, in (0, 255].
+        problem: A circular `Blur` of an image of at least `LEAST_SIDE` pixels a side, and a noise
+            model, whose mean variance is taken as that of white noise.
 
     Returns:
-        The deblurred image (1, C, H, W), not clipped.
+        The deblurred image (1, C, H, W) in [0, 1].
 
     Raises:
-        ValueError: A smaller image, or sigma outside (0, 255].
+        ValueError: Another operator, no noise model, or a smaller image.
     """
     import bm3d
 
+    operator, variance, y = problem.operator, problem.noise_variance(), problem.y
+    if not isinstance(operator, Blur) or operator.boundary != "circular" or variance is None:
+        raise ValueError(
+            "BM3D's deblurring needs a Blur with a circular boundary and a noise model, got "
+            f"{operator} and {problem.noise}; use another method"
+        )
     if min(y.shape[-2:]) < LEAST_SIDE:
         raise ValueError(
-            f"BM3D's deblurring needs images of at least {LEAST_SIDE} pixels a side, got "
-            f"{y.shape[-2]}×{y.shape[-1]}; take a larger part"
+            f"BM3D's deblurring needs images of at least {LEAST_SIDE}×{LEAST_SIDE} pixels, got "
+            f"{y.shape[-2]}×{y.shape[-1]}; use a larger part"
         )
-    # bm4d 4.2.5 calls what NumPy 2.4 took away. It stays, for other threads may be in there.
+    # bm4d 4.2.5 calls numpy.trapz, which NumPy 2.4 removed. Not undone: other threads may call it.
     if not hasattr(np, "trapz"):
         np.trapz = np.trapezoid  # type: ignore[attr-defined]
-    level, psf = grey_levels(sigma), kernel.double().cpu().numpy()
+    level, psf = math.sqrt(float(variance)), operator.kernel.double().cpu().numpy()
     profile = bm3d.BM3DProfile()
     profile.num_threads = 1
 
@@ -157,4 +166,4 @@ def deblur(y: Tensor, kernel: Tensor, sigma: float) -> Tensor:
         with _LOCK:
             return bm3d.bm3d_deblurring(values[..., None], level, psf, profile)
 
-    return through_numpy(lambda image: each_channel(channel, image), y)
+    return through_numpy(lambda image: each_channel(channel, image), y).clamp(0, 1)

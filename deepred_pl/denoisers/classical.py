@@ -1,4 +1,4 @@
-"""Classical denoisers, a few lines each."""
+"""Classical denoisers by scikit-image."""
 
 from functools import partial
 
@@ -7,27 +7,31 @@ from skimage.filters import median
 from skimage.restoration import denoise_bilateral, denoise_wavelet
 from torch import Tensor
 
-from deepred_pl.denoisers.denoiser import Denoiser, each_channel, grey_levels, through_numpy
+from deepred_pl.checks import check_positive
+from deepred_pl.denoisers.denoiser import (
+    Denoiser,
+    GreyLevelDenoiser,
+    each_channel,
+    through_numpy,
+)
 
 
-class Wavelet(Denoiser):
-    """Wavelet shrinkage (BayesShrink, Chang et al. 2000), by scikit-image.
-
-    Each channel by itself, so that any number of channels works.
+class Wavelet(GreyLevelDenoiser):
+    """Wavelet shrinkage (BayesShrink, Chang et al. 2000) of each channel, by scikit-image.
 
     Args:
-        sigma: Noise level it is told, in grey levels of an 8-bit image, in (0, 255].
+        sigma: Assumed noise level in grey levels of an 8-bit image, in (0, 255].
 
     Raises:
         ValueError: sigma outside (0, 255].
     """
 
     def __init__(self, sigma: float = 3.0) -> None:
-        self.sigma = sigma
-        self._denoise = partial(denoise_wavelet, sigma=grey_levels(sigma), rescale_sigma=True)
+        super().__init__(sigma)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return through_numpy(partial(each_channel, self._denoise), x)
+        denoise = partial(denoise_wavelet, sigma=self.level, rescale_sigma=True)
+        return through_numpy(partial(each_channel, denoise), x)
 
 
 class Median(Denoiser):
@@ -50,12 +54,12 @@ class Median(Denoiser):
         return through_numpy(partial(each_channel, self._denoise), x)
 
 
-class Bilateral(Denoiser):
+class Bilateral(GreyLevelDenoiser):
     """The bilateral filter on all channels together (Tomasi & Manduchi 1998), by scikit-image.
 
     Args:
-        sigma: How different values may be to be averaged, in grey levels of an 8-bit image, in
-            (0, 255]; a few times the noise level.
+        sigma: Standard deviation of the weights over differences of values, in grey levels of an
+            8-bit image, in (0, 255]; a few times the noise level.
         width: Standard deviation of the spatial weights in pixels, > 0.
 
     Raises:
@@ -63,23 +67,21 @@ class Bilateral(Denoiser):
     """
 
     def __init__(self, sigma: float = 9.0, width: float = 1.5) -> None:
-        if not width > 0:
-            raise ValueError(f"width must be > 0 pixels, got {width}")
-        self.sigma = sigma
+        check_positive("width", width)
+        super().__init__(sigma)
         self.width = width
-        self._level = grey_levels(sigma)
 
     def __call__(self, x: Tensor) -> Tensor:
         return through_numpy(self._denoise, x)
 
     def _denoise(self, image: np.ndarray) -> np.ndarray:
-        # Its default border is black, which darkens the image's own.
+        # Its default border is black, which would darken the image's border.
         denoise = partial(
             denoise_bilateral,
-            sigma_color=self._level,
+            sigma_color=self.level,
             sigma_spatial=self.width,
             mode="symmetric",
         )
         if image.shape[-1] == 3:
             return denoise(image, channel_axis=-1)
-        return each_channel(denoise, image)  # it knows grey and RGB alone
+        return each_channel(denoise, image)  # it supports only grey and RGB

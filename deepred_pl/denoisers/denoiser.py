@@ -1,4 +1,4 @@
-"""What the ready-made denoisers have in common."""
+"""Base classes and helpers of the denoisers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+
+from deepred_pl.checks import check_grey_levels
 
 
 class Denoiser(ABC):
@@ -26,6 +28,38 @@ class Denoiser(ABC):
         """
 
 
+class GreyLevelDenoiser(Denoiser):
+    """A denoiser with a noise level, which may be changed at any time.
+
+    Args:
+        sigma: Assumed noise level in grey levels of an 8-bit image, in (0, 255].
+
+    Raises:
+        ValueError: sigma outside (0, 255].
+    """
+
+    _sigma: float | None = None  # only of networks that take no noise level
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise level in grey levels of an 8-bit image."""
+        return self._sigma
+
+    @sigma.setter
+    def sigma(self, sigma: float) -> None:
+        check_grey_levels("denoiser sigma", sigma, "3 means 3/255")
+        self._sigma = sigma
+
+    @property
+    def level(self) -> float:
+        """The noise level on the [0, 1] scale."""
+        assert self._sigma is not None
+        return self._sigma / 255
+
+
 def through_numpy(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Tensor:
     """Apply `function`, (H, W, C) to (H, W, C) in float64, to an image (1, C, H, W)."""
     if x.ndim != 4 or x.shape[0] != 1:
@@ -39,7 +73,7 @@ def through_numpy(function: Callable[[np.ndarray], np.ndarray], x: Tensor) -> Te
 def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x.cpu()
-    # Through pinned memory: a copy to any other is staged by the driver, a piece at a time.
+    # Through pinned memory: other copies are staged by the driver piece by piece.
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
     torch.cuda.current_stream(x.device).synchronize()
@@ -47,20 +81,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def each_channel(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
-    """Apply `function`, (H, W) to (H, W), to every channel of an image (H, W, C)."""
+    """Apply `function`, (H, W) to (H, W), to each channel of an image (H, W, C)."""
     channels = np.moveaxis(image, -1, 0)
     # scikit-image's non-local means drops an axis of one pixel.
     return np.stack([function(c).reshape(c.shape) for c in channels], axis=-1)
-
-
-def grey_levels(sigma: float) -> float:
-    """A denoiser's sigma from grey levels of an 8-bit image to the [0, 1] scale.
-
-    Raises:
-        ValueError: sigma outside (0, 255].
-    """
-    if not 0 < sigma <= 255:
-        raise ValueError(
-            f"denoiser sigma must be in (0, 255] grey levels, got {sigma}; give 3 for 3/255"
-        )
-    return sigma / 255

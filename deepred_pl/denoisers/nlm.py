@@ -4,31 +4,33 @@ import math
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from deepred_pl.denoisers.denoiser import Denoiser, each_channel, grey_levels, through_numpy
+from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl.denoisers.denoiser import GreyLevelDenoiser, each_channel, through_numpy
+
+Backend = Literal["auto", "skimage", "torch"]
 
 FARTHEST = 5.0  # scikit-image drops patches beyond this squared distance in units of h²
-# Values of a strip of the image with all its shifts along one row: on a CPU they stay in its cache,
-# on a GPU few calls matter more.
+# Values of a strip of the image with all its shifts along one row: small enough for a CPU's cache;
+# on a GPU, few calls matter more.
 AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 
 
-class NonLocalMeans(Denoiser):
-    """Non-local means on each channel (Buades et al. 2005).
+class NonLocalMeans(GreyLevelDenoiser):
+    """Non-local means of each channel (Buades et al. 2005).
 
-    The denoiser of the paper's denoising and deblurring; its cut-off distance is h = 0.6 σ in
-    fast mode and 0.8 σ in slow mode.
+    The denoiser of the paper's denoising and deblurring; the cut-off distance is h = 0.6 σ in fast
+    mode and 0.8 σ in slow mode.
 
     Args:
-        sigma: Noise level it is told, in grey levels of an 8-bit image, in (0, 255].
-        patch_size: Side of the patches compared, in pixels; even ones count as the next odd one.
-        patch_distance: How far patches are searched for, in pixels.
-        fast: Weigh all pixels of a patch alike, by integral images.
-        backend: "skimage", on the CPU; "torch", the same on the image's own device, in fast mode;
+        sigma: Assumed noise level in grey levels of an 8-bit image, in (0, 255].
+        patch_size: Side of the patches compared, in pixels; even sizes count as the next odd one.
+        patch_distance: Search distance for patches, in pixels.
+        fast: Weight all pixels of a patch equally, with integral images.
+        backend: "skimage", on the CPU; "torch", the same on the image's device, in fast mode;
             "auto": torch for images on a GPU in fast mode, otherwise skimage, which is faster on a
             CPU.
 
@@ -46,57 +48,48 @@ class NonLocalMeans(Denoiser):
         patch_size: int = 5,
         patch_distance: int = 6,
         fast: bool = True,
-        backend: Literal["auto", "skimage", "torch"] = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        if min(patch_size, patch_distance) < 1:
-            raise ValueError(
-                f"patch_size and patch_distance must be at least 1, got {patch_size} and "
-                f"{patch_distance}"
-            )
-        if backend not in ("auto", "skimage", "torch"):
-            raise ValueError(f"backend must be 'auto', 'skimage' or 'torch', got {backend!r}")
+        super().__init__(sigma)
+        check_at_least(1, patch_size=patch_size, patch_distance=patch_distance)
+        check_choice("backend", backend, Backend)
         if backend == "torch" and not fast:
-            raise ValueError("backend='torch' is the fast mode alone; give fast=True, or 'skimage'")
-        level = grey_levels(sigma)
-        h = (0.6 if fast else 0.8) * level
-        self.sigma = sigma
+            raise ValueError("backend='torch' has only the fast mode; set fast=True, or 'skimage'")
+        self.patch_size = patch_size
+        self.patch_distance = patch_distance
         self.fast = fast
         self.backend = backend
-        self._denoise_channel = partial(
-            denoise_nl_means,
-            patch_size=patch_size,
-            patch_distance=patch_distance,
-            h=h,
-            sigma=level,
-            fast_mode=fast,
-        )
-        self._denoise_tensor = partial(
-            nl_means, patch_size=patch_size, patch_distance=patch_distance, h=h, sigma=level
-        )
 
     def __call__(self, x: Tensor) -> Tensor:
+        size, reach = self.patch_size, self.patch_distance
+        h = (0.6 if self.fast else 0.8) * self.level
         if self.backend == "torch" or (self.backend == "auto" and self.fast and x.is_cuda):
-            return self._denoise_tensor(x)
-        return through_numpy(self._denoise, x)
-
-    def _denoise(self, image: np.ndarray) -> np.ndarray:
-        return each_channel(self._denoise_channel, image)
+            return nl_means(x, size, reach, h, self.level)
+        denoise = partial(
+            denoise_nl_means,
+            patch_size=size,
+            patch_distance=reach,
+            h=h,
+            sigma=self.level,
+            fast_mode=self.fast,
+        )
+        return through_numpy(partial(each_channel, denoise), x)
 
 
 @torch.no_grad()
 def nl_means(x: Tensor, patch_size: int, patch_distance: int, h: float, sigma: float) -> Tensor:
-    """Non-local means of each channel, as scikit-image's fast mode computes it, in torch.
+    """Non-local means of each channel in torch, equal to scikit-image's fast mode.
 
-    A pixel becomes the mean of the pixels around it, weighed by exp(−d²/h²), and by 0 where d² is
-    beyond `FARTHEST` h². d² is the sum of the squared differences of their patches, less 2σ² for
-    each, over the number of pixels in a patch; as there, the patch's first row and column are left
-    out of the sum and not of the number. The image goes on as its reflection. All shifts along one
-    row are taken at once, in strips, so that the memory does not grow with the image's height.
+    A pixel becomes the mean of the pixels around it, weighted by exp(−d²/h²), or by 0 where d²
+    exceeds `FARTHEST` h². d² is the sum of the squared differences of their patches, less 2σ² each,
+    divided by the number of pixels in a patch; as in scikit-image, the patch's first row and column
+    are left out of the sum but not of the number. The image is reflected at its borders. All shifts
+    along one row are computed at once, in strips, so that memory does not grow with the height.
 
     Args:
         x: (1, C, H, W), on any device.
         patch_size: Side of the patches, in pixels.
-        patch_distance: Reach of the search, in pixels.
+        patch_distance: Search distance, in pixels.
         h: Cut-off distance, on x's scale.
         sigma: Standard deviation of the noise, on x's scale.
     """
@@ -133,7 +126,7 @@ def _part(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor
 
 
 def _sums(x: Tensor, dim: int, count: int) -> Tensor:
-    """The sums of `count` neighbours along an axis; zeros where `count` is 0."""
+    """The sums of `count` neighbours along an axis; zeros if `count` is 0."""
     places = x.shape[dim] - count + 1
     if count == 0:
         return x.new_zeros(()).expand(*x.shape[:dim], places, *x.shape[dim + 1 :]).clone()
@@ -146,8 +139,8 @@ def _sums(x: Tensor, dim: int, count: int) -> Tensor:
 def _exponential(distance: Tensor) -> Tensor:
     """exp(−distance), 0 beyond `FARTHEST`, with scikit-image's approximation.
 
-    Between powers of two it is linear, shifted for the least squared error (Schraudolph 1999, A
-    Fast, Compact Approximation of the Exponential Function); up to 4 % off.
+    It is linear between powers of two, shifted for the least squared error (Schraudolph 1999, A
+    Fast, Compact Approximation of the Exponential Function), with errors up to 4 %.
     """
     power = distance.mul(-1 / math.log(2)).sub_(60801 / 2**20)
     whole = power.floor()
@@ -156,7 +149,7 @@ def _exponential(distance: Tensor) -> Tensor:
 
 
 def _reflected(x: Tensor, dim: int, by: int) -> Tensor:
-    """x continued on both sides by its reflection, as often as it takes."""
+    """x extended on both sides by repeated reflection."""
     size = x.shape[dim]
     period = max(1, 2 * (size - 1))
     index = torch.arange(-by, size + by, device=x.device).remainder(period)

@@ -1,10 +1,11 @@
-"""Total variation."""
+"""Total-variation denoising."""
 
 from functools import partial
 
 from skimage.restoration import denoise_tv_chambolle
 from torch import Tensor
 
+from deepred_pl.checks import check_positive
 from deepred_pl.denoisers.denoiser import Denoiser, through_numpy
 
 
@@ -15,7 +16,7 @@ class TotalVariation(Denoiser):
         weight: Strength, > 0, on the scale of images in [0, 1]; 0.1 is strong.
 
     Raises:
-        ValueError: weight not above 0.
+        ValueError: weight is not positive.
 
     >>> import torch
     >>> TotalVariation(weight=0.1)(torch.rand(1, 3, 33, 47)).shape
@@ -23,8 +24,7 @@ class TotalVariation(Denoiser):
     """
 
     def __init__(self, weight: float = 0.1) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight must be > 0, got {weight}; 0.1 is strong, 0.02 is mild")
+        check_positive("weight", weight, "0.1 is strong, 0.02 is weak")
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:

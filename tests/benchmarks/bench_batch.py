@@ -7,7 +7,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from deepred_pl.batch import main
+from deepred_pl.batch.main import main
 
 IMAGES, STEPS = 4, 200
 

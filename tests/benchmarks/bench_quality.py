@@ -6,7 +6,7 @@ from functools import partial
 from pytorch_lightning import Callback
 
 from deepred_pl import REDUpdate
-from deepred_pl.run import RestorationCLI
+from deepred_pl.cli import RestorationCLI
 from tests.benchmarks.bench_trainer import fit
 from tests.benchmarks.conftest import problem, psnr, synchronize
 from tests.benchmarks.textbook import Textbook

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deepred_pl.batch import main as deepred_batch
-from deepred_pl.settings import CONFIGS
+from deepred_pl.batch.main import main as deepred_batch
+from deepred_pl.cli import CONFIGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +51,7 @@ class Table:
 
     Attributes:
         title: What the images suffer from.
+        configs: The task, and the paper's overlay on it.
         set: The name of the paper's set.
         folder: Of the methods, in `configs/paper`.
         before: What is shown of the measurement.
@@ -60,6 +61,7 @@ class Table:
     """
 
     title: str
+    configs: tuple[str, ...]
     set: str
     folder: str
     before: str
@@ -75,6 +77,7 @@ DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": DIP, **DEEPRED}
 TABLES = {
     "denoising": Table(
         "Denoising, σ = 25",
+        ("denoising", "paper/denoising"),
         "cbm3d9",
         "denoising",
         "noisy",
@@ -83,6 +86,7 @@ TABLES = {
     ),
     "sr4": Table(
         "Super-resolution ×4",
+        ("super_resolution", "paper/sr4"),
         "set5",
         "super_resolution",
         "bicubic",
@@ -92,6 +96,7 @@ TABLES = {
     ),
     "sr8": Table(
         "Super-resolution ×8",
+        ("super_resolution", "paper/sr8"),
         "set5",
         "super_resolution",
         "bicubic",
@@ -101,6 +106,7 @@ TABLES = {
     ),
     "deblur_uniform": Table(
         "Deblurring, uniform 9×9, noise of σ = √2",
+        ("deblurring_uniform", "paper/deblurring"),
         "ncsr",
         "deblurring",
         "blurred",
@@ -109,6 +115,7 @@ TABLES = {
     ),
     "deblur_gaussian": Table(
         "Deblurring, Gaussian 25×25 of width 1.6, noise of σ = √2",
+        ("deblurring_gaussian", "paper/deblurring"),
         "ncsr",
         "deblurring",
         "blurred",
@@ -155,7 +162,7 @@ def run(
     task: str, truth: str, methods: Sequence[str], out: Path, quick: bool, options: Sequence[str]
 ) -> list[dict[str, str]]:
     """`deepred-batch`, and the rows of its `results.csv`; images that fail have no figures."""
-    configs = [f"paper/{task}", *(reductions(task) if quick else [])]
+    configs = [*TABLES[task].configs, *(reductions(task) if quick else [])]
     named = [word for config in configs for word in ("--config", config)]
     named += [word for method in methods for word in ("--method", method)]
     command = [*named, "--ground_truth", truth, "--out", str(out), *options]

@@ -176,12 +176,12 @@ def test_a_state_of_nan_is_refused(make_trainer):
     model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
     with torch.no_grad():
         poison(model)
-    with pytest.raises(RuntimeError, match="expected a finite state to go on from"):
+    with pytest.raises(RuntimeError, match="expected a finite state to continue from"):
         make_trainer(max_steps=5, callbacks=[CollapseGuard()]).fit(model)
 
 
 def test_nan_again_and_again_ends_the_run_with_a_clear_error(make_trainer):
-    with pytest.raises(RuntimeError, match=r"NaN at 4 looks in a row.*lower learning rate"):
+    with pytest.raises(RuntimeError, match=r"NaN in 4 checks in a row.*lower learning rate"):
         fit(make_trainer, at=range(60, STEPS), spoil=poison)
     # With good looks between them, NaN is survived as often as it comes.
     _, guard = fit(make_trainer, at=(42, 52, 62, 72, 82, 92), spoil=poison)

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning import Trainer
 
 from deepred_pl import DeepImagePrior
-from deepred_pl.callbacks import KeepMemory, memory
+from deepred_pl.callbacks import KeepMemory, preflight
 from tests.helpers import TinyNet, noisy_problem
 
 def resident():
@@ -45,15 +45,17 @@ def fit(kind):
     print("given", ask.during - resident())
 
 print("kept", freed_block())
+# First, while the heap is as it was: later, a gap in it could keep such a block by itself.
+preflight.free_memory, free = lambda device: 1, preflight.free_memory
+fit(DeepImagePrior)
+preflight.free_memory = free
 fit(DeepImagePrior)
 fit(Fail)
-memory.free_memory = lambda device: 1
-fit(DeepImagePrior)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
-def test_freed_memory_is_kept_during_a_fit_and_given_back_behind_it():
+def test_freed_memory_is_kept_during_a_fit_and_given_back_after_it():
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=Path(__file__).parents[2],
@@ -64,7 +66,7 @@ def test_freed_memory_is_kept_during_a_fit_and_given_back_behind_it():
     lines = run.stdout.splitlines()
     kept = [float(line.split()[1]) for line in lines if line.startswith("kept ")]
     given = [float(line.split()[1]) for line in lines if line.startswith("given ")]
-    without, during, during_failure, where_little_is_free = kept
+    without, where_little_is_free, during, during_failure = kept
     assert max(without, where_little_is_free) < 5
     assert min(during, during_failure) > 40
-    assert len(given) == 3 and min(given[:2]) > 40
+    assert len(given) == 3 and min(given[1:]) > 40

@@ -12,7 +12,6 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Monitor, RestorationBar
 from deepred_pl.callbacks.monitor import measure
-from deepred_pl.model import find_restoration
 from tests.helpers import TinyNet, noisy_problem, picture, smooth
 
 
@@ -156,7 +155,7 @@ def test_a_child_is_logged_under_its_name(make_trainer, tmp_path):
     trainer.fit(Parent())
     assert "restorations.1/gap" in trainer.callback_metrics
     with pytest.raises(ValueError, match=r"at submodule='restorations'.*\['restorations.0'"):
-        find_restoration(Parent(), "restorations")
+        Monitor("restorations").restoration(Parent())
 
 
 def test_the_bar_shows_psnr_and_gap_and_stops(make_trainer, capsys):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
+from deepred_pl import DeepImagePrior, DeepRED, REDUpdate, memory
 from deepred_pl.callbacks import Preflight, preflight
 from deepred_pl.networks import DeepDecoder, ImageParameter, SkipNet
 from tests.helpers import TinyNet, noisy_problem, smooth
@@ -90,7 +90,7 @@ def test_a_network_of_another_size_is_refused_by_its_first_step(make_trainer):
             super().__init__(32, channels, 2, stride=2)
 
     model = DeepImagePrior(network=Half, problem=noisy_problem(3, 9, 11))
-    with pytest.raises(ValueError, match=r"must give \(1, 3, 9, 11\)"):
+    with pytest.raises(ValueError, match=r"must return \(1, 3, 9, 11\)"):
         make_trainer(max_steps=1, callbacks=[Preflight()]).fit(model)
 
 
@@ -102,16 +102,16 @@ def test_every_network_is_measured_and_left_as_it_is(network, make_trainer, capl
     )
     caplog.set_level(logging.INFO)
     make_trainer(max_steps=3, callbacks=[REDUpdate(smooth), Preflight()]).fit(model)
-    told = [r.message for r in caplog.records if r.message.startswith("expected:")]
-    assert len(told) == 1 and "for 3, and" in told[0] and "memory" in told[0]
+    told = [r.message for r in caplog.records if r.message.startswith("Expected:")]
+    assert len(told) == 1 and "for 3, plus" in told[0] and "memory" in told[0]
     make_trainer(max_steps=3, callbacks=[REDUpdate(smooth)]).fit(plain)
     assert torch.equal(model.restored, plain.restored)
 
 
 def test_a_fit_that_cannot_fit_into_memory_is_refused(make_trainer, monkeypatch):
-    monkeypatch.setattr(preflight, "free_memory", lambda device: 1000)
     model = DeepImagePrior(network=TinyNet, problem=noisy_problem(3, 33, 47))
-    with pytest.raises(ValueError, match=r"33×47 pixels needs about .* take a smaller network"):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"33×47 pixels needs about .* use a smaller network"):
         make_trainer(max_steps=1, callbacks=[Preflight()]).fit(model)
     assert model.step == 0
     with pytest.raises(ValueError, match="needs about"):  # by the command line, before it writes

@@ -12,7 +12,6 @@ from pytorch_lightning import Callback, LightningModule
 from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate, RestorationDataModule
-from deepred_pl.callbacks import Monitor
 from deepred_pl.denoisers import Denoiser, NonLocalMeans
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Operator
@@ -189,82 +188,6 @@ def test_the_result_does_not_depend_on_the_denoisers_speed(make_trainer):
         waits.append(update.wait_seconds)
     assert_same_state(*models)
     assert waits[1] > waits[0]
-
-
-class Gate(Callback):
-    """Holds the denoiser back until a step, and from then on lets no round come before it."""
-
-    def __init__(self, update, opens_at):
-        self.update, self.opens_at = update, opens_at
-        self.opened = threading.Event()
-
-    def __call__(self, x):
-        assert self.opened.wait(20)
-        return smooth(x)
-
-    def on_train_batch_end(self, trainer, model, *args):
-        if model.step >= self.opens_at:
-            self.opened.set()
-            background = self.update._background
-            while background.busy and not background.done:
-                time.sleep(0.001)
-
-    def on_train_end(self, trainer, model):
-        self.opened.set()  # the fit's end waits for the denoiser
-
-
-@pytest.mark.parametrize("x_update", ["fixed_point", "gradient"])
-def test_a_fit_that_does_not_wait_goes_on_with_the_last_denoised_image(make_trainer, x_update):
-    problem = noisy_problem()
-    model = DeepRED(network=TinyNet, problem=problem, lam=0.5, mu=0.4)
-    update = REDUpdate(smooth, 4, x_update=x_update, step_size=0.7, wait_for_denoiser=False)
-    update.denoiser = gate = Gate(update, opens_at=13)
-    recorder = Recorder()
-    make_trainer(max_steps=22, callbacks=[gate, update, recorder]).fit(model)
-    x = f_x = handed_over = problem.y.double().numpy()
-    u = np.zeros_like(x)
-    for step, out in enumerate(recorder.outs, start=1):
-        if step % 4 == 0:
-            if step >= 16:  # the rounds at 4, 8 and 12 had to do without
-                f_x = smooth_numpy(handed_over)
-            v = out + u
-            if x_update == "fixed_point":
-                x = (0.5 * f_x + 0.4 * v) / 0.9
-            else:
-                x = x - 0.7 / 0.9 * (0.5 * (x - f_x) + 0.4 * (x - v))
-            x = np.clip(x, 0, 1)
-            u = v - x
-            if step >= 16:
-                handed_over = x
-        np.testing.assert_allclose(recorder.states[step - 1][0], x, atol=1e-5)
-        np.testing.assert_allclose(recorder.states[step - 1][1], u, atol=1e-5)
-    assert update.wait_seconds < 1
-    assert update.denoised_step == 16  # what the round at 20 took
-
-
-def test_plug_and_play_that_does_not_wait_keeps_x_and_u(make_trainer):
-    problem = noisy_problem()
-    model = DeepRED(network=TinyNet, problem=problem, lam=0.5, mu=0.4)
-    update = REDUpdate(smooth, 4, x_update="pnp", wait_for_denoiser=False)
-    update.denoiser = gate = Gate(update, opens_at=9)
-    recorder = Recorder()
-    make_trainer(max_steps=13, callbacks=[gate, update, recorder]).fit(model)
-    y = problem.y.double().numpy()
-    np.testing.assert_allclose(recorder.states[10][0], y, atol=1e-6)
-    np.testing.assert_allclose(recorder.states[12][0], smooth_numpy(y), atol=1e-5)
-    np.testing.assert_allclose(recorder.states[12][1], y - smooth_numpy(y), atol=1e-5)
-
-
-def test_staleness_is_logged_where_a_fit_does_not_wait(make_trainer):
-    for wait in (True, False):
-        model = DeepRED(network=TinyNet, problem=noisy_problem())
-        update = REDUpdate(smooth, 4, wait_for_denoiser=wait)
-        update.denoiser = gate = Gate(update, opens_at=9 if not wait else 0)
-        callbacks = [gate, update, Monitor()]
-        trainer = make_trainer(max_steps=8, callbacks=callbacks, log_every_n_steps=2)
-        trainer.fit(model)
-        assert ("curves/staleness" in trainer.callback_metrics) == (not wait)
-    assert trainer.callback_metrics["curves/staleness"] == 8
 
 
 def test_a_denoiser_may_write_into_its_input(make_trainer):

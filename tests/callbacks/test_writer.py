@@ -14,8 +14,8 @@ from deepred_pl import (
     RestorationDataModule,
 )
 from deepred_pl.callbacks import LastCheckpoint, Writer
-from deepred_pl.callbacks.writer import compare, hint, score
 from deepred_pl.noise import GaussianNoise
+from deepred_pl.report import compare, diagnosis, score
 from tests.helpers import TinyNet, noisy_problem, picture, result_of, smooth
 
 
@@ -91,7 +91,7 @@ def test_what_is_missing_is_told_where_it_is_more_than_the_noise(missing, told):
     result = score(problem, restored)
     expected = (1 + missing**2) ** 0.5
     assert result["residual_to_sigma"] == pytest.approx(expected, rel=0.01)
-    assert ("the fit was too short" in hint(result)) == told
+    assert ("the fit was too short" in diagnosis(result)) == told
     assert score(InverseProblem(y), restored)["residual_to_sigma"] is None
 
 

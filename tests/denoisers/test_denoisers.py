@@ -189,6 +189,16 @@ def test_bm3d_survives_colours_without_contrast():
     assert BM3D(10)(x).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [NonLocalMeans, Wavelet, Bilateral])
+def test_a_changed_sigma_takes_effect(kind):
+    x, denoiser = picture(1, 33, 47), kind(3)
+    denoiser.sigma = 60
+    assert torch.equal(denoiser(x), kind(60)(x))
+    assert not torch.equal(denoiser(x), kind(3)(x))
+    with pytest.raises(ValueError, match="grey levels"):
+        denoiser.sigma = 300
+
+
 @pytest.mark.parametrize("kind", [NonLocalMeans, BM3D, Wavelet, Bilateral])
 @pytest.mark.parametrize("sigma", [0, -3, 256, float("nan")])
 def test_impossible_sigma_is_refused(kind, sigma):
@@ -213,5 +223,5 @@ def test_other_impossible_settings_are_refused():
     for kind in (BM3D, NonLocalMeans):
         with pytest.raises(ValueError, match="backend must be"):
             kind(backend="cuda")
-    with pytest.raises(ValueError, match="fast mode alone"):
+    with pytest.raises(ValueError, match="only the fast mode"):
         NonLocalMeans(fast=False, backend="torch")

@@ -80,8 +80,11 @@ class Mean(nn.Module):
 @pytest.mark.parametrize(
     ("denoiser", "message"),
     [
-        (Learned(module=Half()), r"gives \(1, 1, 9, 11\) like its input, got \(1, 1, 5, 6\)"),
-        (Learned(module=Shrink()), r"takes \(x\) with x of 1 channels and 9×11 pixels; it failed"),
+        (Learned(module=Half()), r"returns \(1, 1, 9, 11\) like its input, got \(1, 1, 5, 6\)"),
+        (
+            Learned(module=Shrink()),
+            r"takes \(x\) with x of 1 channels and 9×11 pixels, but it",
+        ),
         (Learned(module=Told()), r"takes \(x\).*missing 1 required positional argument: 'sigma'"),
         (Learned(module=Half(), sigma=5), r"takes \(x, sigma\).*it failed"),
     ],
@@ -107,7 +110,7 @@ def test_a_module_that_gives_nan_is_found_before_the_fit(make_trainer):
 
 def test_a_misfit_in_the_number_of_channels_is_found_before_the_fit(make_trainer):
     model = DeepRED(network=TinyNet, problem=noisy_problem(3, 9, 11))
-    with pytest.raises(ValueError, match=r"gives \(1, 3, 9, 11\) like its input, got \(1, 1, 9"):
+    with pytest.raises(ValueError, match=r"returns \(1, 3, 9, 11\) like its input, got \(1, 1, 9"):
         make_trainer(max_steps=4, callbacks=[REDUpdate(Learned(module=Mean()))]).fit(model)
 
 

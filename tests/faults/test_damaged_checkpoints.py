@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
+from deepred_pl.cli import EXPECTED, RestorationCLI, reason
 from deepred_pl.images import write_image
-from deepred_pl.run import EXPECTED, RestorationCLI, reason
 from tests.faults import processes
 from tests.helpers import picture
 
@@ -56,7 +56,7 @@ def resume_them(connection, folder, seed, tries):
             restored = fit(folder, f"resumed_{i}", STEPS, "--ckpt_path", str(path)).restored
             what = "same" if torch.equal(restored, expected) else "another picture"
         except EXPECTED as error:
-            what = "refused" if "which is damaged or none" in reason(error) else str(error)
+            what = "refused" if "which is damaged or another" in reason(error) else str(error)
         except BaseException as error:
             what = f"{type(error).__name__}: {error}"
         connection.send(("resumed", what))

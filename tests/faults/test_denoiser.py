@@ -79,7 +79,7 @@ FAILURES = {
     gives_a_list: r"tensor of \(1, 3, 9, 11\) like its input, got list",
     exits: "SystemExit: of its own accord",
     ends_its_thread: "SystemExit",
-    hangs: "gave no answer in 2 s",
+    hangs: "did not finish in 2 s",
 }
 
 
@@ -137,7 +137,7 @@ def test_a_failure_in_the_last_round_repeats_one_step(fit, tmp_path):
 def test_a_failure_that_happens_once_is_tried_again(fit, caplog, failure):
     whole = fit("whole", smooth)
     assert_same_checkpoint(fit("again", Failing(failure, [3])), whole)
-    assert "denoiser Failing failed, and is asked once more" in caplog.text
+    assert "Denoiser Failing failed; retrying: " in caplog.text
 
 
 @pytest.mark.parametrize("retries", [0, 2])
@@ -146,7 +146,7 @@ def test_one_that_always_fails_is_asked_as_often_as_was_said(fit, caplog, retrie
     with pytest.raises(RuntimeError, match="no such patch"):
         fit("always", denoiser, retries=retries)
     assert denoiser.called == retries + 1
-    assert caplog.text.count("asked once more") == retries
+    assert caplog.text.count("retrying") == retries
 
 
 def test_a_hung_denoiser_does_not_hold_the_fit(fit):
@@ -154,18 +154,6 @@ def test_a_hung_denoiser_does_not_hold_the_fit(fit):
     with pytest.raises(TimeoutError):
         fit("hung", Failing(hangs, [2]), timeout=0.5, retries=0)
     assert time.perf_counter() - start < 20  # and not the 60 s that it hangs
-
-
-def test_one_that_hangs_is_found_where_a_fit_does_not_wait(make_trainer):
-    class Slow(REDUpdate):
-        def on_train_batch_start(self, *args):
-            super().on_train_batch_start(*args)
-            time.sleep(0.02)
-
-    settings = {"every_n_steps": K, "wait_for_denoiser": False, "timeout": 0.3, "retries": 0}
-    update = Slow(Failing(hangs, [2]), **settings)
-    with pytest.raises(TimeoutError, match="gave no answer"):
-        make_trainer(max_steps=500, callbacks=[update]).fit(new_model())
 
 
 def test_a_slow_one_within_its_time_is_left_alone(fit):

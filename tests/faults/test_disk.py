@@ -19,20 +19,18 @@ from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
 from tests.faults import processes
 from tests.faults.test_killed import VERSION, pixels
-from tests.helpers import picture, result_of
+from tests.helpers import picture
 
 ROUND = 5  # θ-steps
 
 
 class Spoiling(TotalVariation):
-    """A denoiser that spoils the disk `directory` at one call, and mends it at another."""
+    """A denoiser that spoils the disk `directory` at one of its calls."""
 
-    def __init__(
-        self, directory: str, how: str, at: int, until: int = 10**6, stopping: bool = False
-    ):
+    def __init__(self, directory: str, how: str, at: int, stopping: bool = False):
         super().__init__(0.02)
-        self.stopping = stopping
-        self.directory, self.how, self.at, self.until, self.calls = directory, how, at, until, 0
+        self.directory, self.how, self.at, self.stopping = directory, how, at, stopping
+        self.calls = 0
 
     def __call__(self, x):
         self.calls += 1
@@ -40,8 +38,6 @@ class Spoiling(TotalVariation):
             SPOIL[self.how](self.directory)
             if self.stopping:
                 os.kill(os.getpid(), signal.SIGTERM)
-        if self.calls == self.until:
-            MEND[self.how](self.directory)
         return super().__call__(x)
 
 
@@ -86,18 +82,19 @@ def disk(tmp_path):
 def fit(tmp_path, disk):
     write_image(tmp_path / "truth.png", picture(3, 37, 45))
 
-    def run(how, at, until=10**6, steps=60, stopping=False):
+    def run(how, at, stopping=False, logger=False, ckpt_path=None):
         """Exit status and output of a fit on the disk."""
-        settings = {"directory": str(disk), "how": how, "at": at, "until": until}
-        settings["stopping"] = stopping
+        settings = {"directory": str(disk), "how": how, "at": at, "stopping": stopping}
         denoiser = {"class_path": f"{__name__}.Spoiling", "init_args": settings}
         options = [
-            *("fit", "--config", "quickstart", "--trainer.max_steps", str(steps)),
+            *("fit", "--config", "quickstart", "--trainer.max_steps", "60"),
             *("--model.network.init_args.width", "4", "--model.network.init_args.scales", "3"),
             *("--data.ground_truth", str(tmp_path / "truth.png"), "--trainer.accelerator", "cpu"),
             *("--checkpoint.every_n_steps", "7", "--trainer.log_every_n_steps", "3"),
             *("--red.denoiser", json.dumps(denoiser), "--red.every_n_steps", str(ROUND)),
             *("--trainer.default_root_dir", str(disk)),
+            *([] if logger else ["--trainer.logger", "false"]),
+            *([] if ckpt_path is None else ["--ckpt_path", str(ckpt_path)]),
         ]
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
@@ -108,21 +105,22 @@ def fit(tmp_path, disk):
 
 
 @pytest.mark.parametrize("how", SPOIL)
-def test_a_disk_that_is_spoiled_for_a_while_costs_the_log_alone(fit, disk, how):
-    status, output = fit(how, at=3, until=9)
-    assert status == 0, output
-    assert output.count("no log in") == 1
-    assert f"no checkpoint {disk / VERSION / 'checkpoints/last.ckpt'} ({REASON[how]})" in output
-    assert "the one before stays" in output
+def test_a_spoiled_disk_ends_a_fit_that_resumes_to_the_same_picture(fit, disk, how):
+    status, output = fit(how, at=3, logger=True)
+    assert status == 1, output
+    *_, resuming, last = output.strip().splitlines()
+    last_saved = disk / VERSION / "checkpoints" / "last.ckpt"
+    assert resuming.endswith(f"--ckpt_path {last_saved}")
+    assert last.startswith("deepred: error: ") and REASON[how] in last
     assert "Traceback" not in output, output
-    run = disk / VERSION
-    assert result_of(run)["steps"] == 60
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
-    assert not list(run.rglob(".*")), "temporary files stay"
-    spoiled = pixels(run)
-    shutil.rmtree(run)
-    assert fit(how, at=10**6)[0] == 0
-    assert pixels(run) == spoiled
+    assert not (disk / VERSION / "result.json").exists()
+    assert torch.load(last_saved, weights_only=True)["global_step"] < 60
+    MEND[how](disk)
+    status, output = fit(how, at=10**6, ckpt_path=last_saved)
+    assert status == 0, output
+    shutil.rmtree(disk / VERSION)
+    assert fit(how, at=10**6, logger=True)[0] == 0
+    assert pixels(disk) == pixels(disk / VERSION)
 
 
 @pytest.mark.parametrize("how", SPOIL)
@@ -130,31 +128,32 @@ def test_a_fit_whose_disk_is_spoiled_at_its_end_leaves_its_picture_elsewhere(fit
     status, output = fit(how, at=10)
     assert status == 1, output
     *_, last = output.strip().splitlines()
-    assert last.startswith(f"deepred: error: expected to write {disk / VERSION / 'restored.png'}")
+    assert last.startswith(f"deepred: error: expected to write {disk / 'restored.png'}")
     assert REASON[how] in last
+    assert f"cannot save {disk / 'checkpoints/last.ckpt'} ({REASON[how]}); the previous" in output
     assert "Traceback" not in output, output
     elsewhere = Path(re.search(r"the restored image is at (\S+)", last)[1])
     assert Image.open(elsewhere).size == (45, 37)
     shutil.rmtree(elsewhere.parent)
     MEND[how](disk)
-    run = disk / VERSION
-    assert not (run / "result.json").exists()
-    last_saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert last_saved < 60  # so that it can go on, and write
+    assert not (disk / "result.json").exists()
+    assert not list(disk.rglob(".*")), "temporary files stay"
+    last_saved = torch.load(disk / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert last_saved < 60  # so that it can be resumed, and written
 
 
-def test_what_is_told_to_stop_on_a_full_disk_says_where_its_picture_is(fit, disk):
+def test_a_fit_stopped_on_a_full_disk_says_where_its_picture_is(fit, disk):
     status, output = fit("full", at=3, stopping=True)
     assert status == 128 + signal.SIGTERM, output
-    told = re.search(r"stopped at step \d+; the image as it is then: .* is at (\S+)", output)
-    assert Image.open(told[1]).size == (45, 37), output
-    shutil.rmtree(Path(told[1]).parent)
+    found = re.search(r"Stopped at step \d+; the image so far: .* is at (\S+)", output)
+    assert Image.open(found[1]).size == (45, 37), output
+    shutil.rmtree(Path(found[1]).parent)
 
 
-def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(fit, disk):
+def test_a_disk_that_is_full_from_the_start_is_reported_in_one_line(fit, disk):
     fill(disk)
     status, output = fit("full", at=10**6)
     assert status == 1
-    [line] = output.strip().splitlines()[2:]  # behind Lightning's two on the devices
+    [line] = output.strip().splitlines()[2:]  # after Lightning's two on the devices
     assert line.startswith("deepred: error: expected to write the run directory"), output
-    assert "No space left on device; choose another by --trainer.default_root_dir" in line
+    assert "No space left on device; choose another with --trainer.default_root_dir" in line

@@ -17,10 +17,9 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import LastCheckpoint
 from deepred_pl.callbacks.checkpoint import Stopped
-from deepred_pl.cli import main
+from deepred_pl.cli import RestorationCLI, main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
-from deepred_pl.run import RestorationCLI
 from tests.faults import processes
 from tests.faults.processes import CHECKPOINT, RESULTS, ROUND, STEP
 from tests.helpers import TinyNet, noisy_problem, picture, result_of, smooth
@@ -120,13 +119,13 @@ def test_a_fit_that_is_told_to_stop_says_how_to_go_on(options, tmp_path, chance,
     output, status = stopped(options, number, chance.randint(7, 60), "cut", tmp_path)
     assert status == 128 + number, output
     run = tmp_path / "cut" / VERSION
-    assert f"the image as it is then: {run / 'restored.png'}" in output
+    assert f"the image so far: {run / 'restored.png'}" in output
     assert not (run / "result.json").exists()
     assert_nothing_is_half_written(run)
-    at = int(output.split("stopped at step ")[1].split(";")[0])
+    at = int(output.split("Stopped at step ")[1].split(";")[0])
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == at
-    [told] = [line for line in output.splitlines() if line.startswith("to go on: ")]
-    go_on = shlex.split(told.removeprefix("to go on: "))
+    [told] = [line for line in output.splitlines() if line.startswith("To resume: ")]
+    go_on = shlex.split(told.removeprefix("To resume: "))
     assert go_on[0] == "deepred"
     steps = ["--trainer.max_steps", str(at + 20)]
     assert processes.run([*go_on[1:], *steps], tmp_path / "log")[0] == 0

@@ -1,4 +1,4 @@
-"""Convolutions for CPUs: the same functions as torch's, computed with less work.
+"""Convolutions for CPUs that compute the same functions as torch's with fewer operations.
 
 Images are (1, C, H, W) in channels_last, which is a matrix of pixels by channels in memory.
 """
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-SMALL = 2**15  # values; below, more calls cost more than fewer multiplications save
+SMALL = 2**15  # values; below, the overhead of more calls exceeds the savings
 
 
 def pays_off(x: Tensor) -> bool:
-    """Whether these functions are faster than torch's for x: large, in full precision, on a CPU."""
+    """Whether these functions are faster than torch's for x: large, full precision, on a CPU."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < SMALL:
         return False
     precise = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
@@ -26,7 +26,7 @@ def pays_off(x: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def multiplies_sparse() -> bool:
-    """Whether this torch has products with sparse matrices, which need MKL."""
+    """Whether this torch can multiply sparse matrices, which requires MKL."""
     try:
         _product(_sparse(torch.eye(2, device="cpu")), torch.ones(2, 2, device="cpu"))
     except RuntimeError:
@@ -34,11 +34,37 @@ def multiplies_sparse() -> bool:
     return True
 
 
+def join(skipped: Tensor, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
+    """The 3×3 convolution of batch_norm(cat(skipped, upsample(x))), up to a constant per channel.
+
+    The upsampled x is never computed. Only the scale of the batch normalization is applied: its
+    offset is constant, and the batch normalization after the convolution removes it.
+
+    Args:
+        skipped: (1, S, H, W).
+        x: (1, C, h, w).
+        norm: Batch normalization of S + C channels.
+        weight: (O, S + C, 3, 3).
+
+    Returns:
+        (1, O, H, W).
+    """
+    size, thin = (skipped.shape[2], skipped.shape[3]), skipped.shape[1]
+    mean, variance = upsampled_moments(x, size)
+    variance = torch.cat([skipped.var(dim=(0, 2, 3), correction=0), variance])
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    scale = scale + 0 * norm.bias  # so that its gradient is 0 and not None
+    weight = weight * scale[:, None, None]
+    x = conv2d_upsampled(x - mean[:, None, None], weight[:, thin:], size)
+    skipped = F.pad(skipped, (1, 1, 1, 1), mode="reflect")
+    return x + conv2d(skipped, weight[:, :thin])
+
+
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Convolution without padding, (1, C, H, W) to (1, O, ⌈(H − k + 1) / stride⌉, …).
 
-    Its gradient for the weight is one matrix product over all pixels: oneDNN's own is several
-    times slower in channels_last on CPUs without AVX-512.
+    The weight's gradient is one matrix product over all pixels: oneDNN's is several times slower in
+    channels_last on CPUs without AVX-512.
     """
     return _Convolution.apply(x, weight, stride)
 
@@ -82,7 +108,7 @@ def _patches(x: Tensor, kernel: int, stride: int, height: int, width: int) -> Te
     """The k×k neighbourhoods of x, (height · width, k · k · C), copied."""
     x = x.contiguous(memory_format=torch.channels_last)
     channels, row = x.shape[1], x.shape[1] * x.shape[3]
-    # In a row the k pixels of a neighbourhood lie side by side: k runs of k · C values.
+    # The k pixels of a row of a neighbourhood are contiguous: k runs of k · C values.
     runs = x.as_strided(
         (height, width, kernel, kernel * channels), (stride * row, stride * channels, row, 1)
     )
@@ -92,10 +118,9 @@ def _patches(x: Tensor, kernel: int, stride: int, height: int, width: int) -> Te
 def conv2d_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
     """`conv2d(reflection_pad(upsample(x)))`: (1, C, h, w) to (1, O, H, W) for a 3×3 weight.
 
-    Upsampling (bilinear, align_corners=False) and padding work on each channel alone, so they
-    change places with the mixing of channels, which then is done where there are fewer pixels:
-    at twice the size, with a quarter of the multiplications. What remains is sparse, a few
-    taps along each axis.
+    Upsampling (bilinear, align_corners=False) and padding act on each channel separately, so they
+    commute with the mixing of channels, which is then computed on fewer pixels: with a quarter of
+    the multiplications at a factor of two. The rest is sparse, a few taps along each axis.
 
     Args:
         x: (1, C, h, w).
@@ -145,7 +170,7 @@ class _UpsampledConvolution(torch.autograd.Function):
 
 def _product(sparse: Tensor, dense: Tensor) -> Tensor:
     """The matrix product of a sparse and a dense matrix."""
-    # Into memory of our own: `sparse @ dense` fills the result first and copies it last.
+    # With an output tensor: `sparse @ dense` fills the result first and copies it at the end.
     product = dense.new_empty(sparse.shape[0], dense.shape[1])
     return torch.addmm(product, sparse, dense, beta=0, out=product)
 
@@ -162,10 +187,8 @@ def _mixing(weight: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _spreading(low: int, high: int, dtype: torch.dtype) -> Tensor:
-    """(high, 3 · low), sparse: upsample low to high values, then take those before, at and behind.
-
-    Behind the ends the padding reflects.
-    """
+    """(high, 3 · low), sparse: upsample low to high values; then the previous, same and next one,
+    with reflection at the ends."""
     upsampling = _upsampling(low, high, dtype)
     here = torch.arange(high, device="cpu")
     taps = [(here + shift).abs() for shift in (-1, 0, 1)]
@@ -180,13 +203,13 @@ def _gathering(low: int, high: int, dtype: torch.dtype) -> Tensor:
 
 
 def _upsampling(low: int, high: int, dtype: torch.dtype) -> Tensor:
-    """(high, low), what `F.interpolate` does along one axis."""
+    """(high, low), the matrix of `F.interpolate` along one axis."""
     identity = torch.eye(low, dtype=dtype, device="cpu")[None, None]
     return F.interpolate(identity, (high, low), mode="bilinear", align_corners=False)[0, 0]
 
 
 def _sparse(matrix: Tensor) -> Tensor:
-    with warnings.catch_warnings():  # torch calls its sparse matrices a beta
+    with warnings.catch_warnings():  # torch warns that sparse matrices are in beta
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
         return matrix.to_sparse_csr()
 
@@ -223,7 +246,7 @@ class _UpsampledSquare(torch.autograd.Function):
 
 @lru_cache(maxsize=64)
 def _means(low: int, high: int, dtype: torch.dtype) -> Tensor:
-    """The weight of each of `low` values in the mean of the `high` upsampled ones, (low,)."""
+    """The weight of each of `low` values in the mean of the `high` upsampled values, (low,)."""
     return _upsampling(low, high, dtype).mean(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""What a batch comes to: images × methods × restarts × tiles, as jobs."""
+"""Expand a batch into jobs: images × methods × restarts × tiles."""
 
 import glob
 import hashlib
@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepred_pl.datasets import PREFIX, find_image, find_set
-from deepred_pl.jobs import ON_ANY_MACHINE, Job, datamodule
-from deepred_pl.operators import as_operator
-from deepred_pl.run import EXPECTED, RestorationCLI, settings_of, tiling_of
-from deepred_pl.settings import find_config
+from deepred_pl.batch.jobs import ON_ANY_MACHINE, Job, datamodule
+from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
+from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
-# What a fit has within a batch, whatever its settings.
+# Settings of every fit of a batch.
 WITHIN_A_BATCH = ("--trainer.enable_progress_bar=false", "--trainer.devices=1")
-AS_FLOATS = "--data.as_floats=true"  # for what is made of several images
-LOGGER = "deepred_pl.log.SteadyLogger"
+AS_FLOATS = "--data.as_floats=true"  # for images that are blended or averaged
 
 
 @dataclass(frozen=True)
@@ -29,10 +26,10 @@ class Source:
     """An image of a batch.
 
     Attributes:
-        name: What its run directory is called: the file's name without suffix.
+        name: The name of its run directory: the file's name without suffix.
         path: The file, or "sample:NAME".
         size: Bytes of the file.
-        digest: SHA-256 of the file, where there is one.
+        digest: SHA-256 of the file, if it is one.
     """
 
     name: str
@@ -43,18 +40,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is asked for.
+    """The specification of a batch.
 
     Attributes:
         sources: The images.
-        role: The setting that an image is.
+        role: The setting that each image is.
         out: The directory of all run directories.
         configs: Names of configurations, or files.
-        methods: Names of methods' overlays, or files; none: as the configurations say.
+        methods: Names of methods' overlays, or files; none uses the configurations' method.
         options: Other settings of every fit; "{name}" in their values is the image's name.
         restarts: Fits per image, which differ in `model.seed`.
         tile: Side of the tiles in pixels, or None.
-        overlap: Pixels that tiles share; None leaves it to `tiling_of`.
+        overlap: Pixels that tiles share; None as in `InverseProblem.split`.
         here: Whether the fits run on this machine.
     """
 
@@ -71,17 +68,17 @@ class Batch:
 
 
 def find_images(given: Sequence[str]) -> list[Source]:
-    """The images that files, folders, patterns, "sample:NAME" and "set:SET" come to.
+    """Find the images of files, folders, patterns, "sample:NAME" and "set:SET".
 
-    Of a folder that is what has an image's suffix, but for hidden files and NAME.restored.png.
+    Of a folder, these are files with an image's suffix, except hidden ones and NAME.restored.png.
 
     Raises:
-        ValueError: There are none, or two of one name, or an unknown set.
-        OSError: A set's image is neither there nor to be downloaded.
+        ValueError: There are none, or two of the same name, or an unknown set.
+        OSError: A set's image does not exist and cannot be downloaded.
     """
     named: dict[str, str] = {}
     for path in (path for text in given for path in _matches(text)):
-        name = path.removeprefix("sample:") if path.startswith("sample:") else Path(path).stem
+        name = path.removeprefix(SAMPLE) if path.startswith(SAMPLE) else name_of(path)
         if named.get(name, path) != path:
             raise ValueError(
                 "expected images of different names, as each has a directory of its name, got "
@@ -94,15 +91,15 @@ def find_images(given: Sequence[str]) -> list[Source]:
 def _source(name: str, path: str) -> Source:
     try:
         data = Path(path).read_bytes()
-    except OSError:  # a sample; or its fit will tell
+    except OSError:  # a sample; other errors are reported by its fit
         return Source(name, path)
     return Source(name, path, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _matches(text: str) -> list[str]:
-    if text.startswith("sample:"):
+    if text.startswith(SAMPLE):
         return [text]
-    if text.startswith(PREFIX):
+    if text.startswith(SET):
         return [str(path) for path in ([find_image(text)] if "/" in text else find_set(text))]
     if Path(text).is_dir():
         images = (p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES)
@@ -118,15 +115,15 @@ def _matches(text: str) -> list[str]:
 
 
 def plan(batch: Batch) -> list[Job]:
-    """The jobs, one per image and method, with its restarts and tiles as parts.
+    """The jobs, one per image and method, with restarts and tiles as parts.
 
     Raises:
-        ValueError: Settings that cannot be, or methods of one name.
+        ValueError: Impossible settings, or methods of the same name.
     """
     labels = [Path(method).stem for method in batch.methods]
     for name in [*labels, *(source.name for source in batch.sources)]:
         if name in (".", "..") or Path(name).name != name:  # run directories stay inside --out
-            raise ValueError(f"expected names that a directory can have, got {name!r}; rename it")
+            raise ValueError(f"expected names valid for a directory, got {name!r}; rename it")
     if len(set(labels)) < len(labels):
         raise ValueError(f"expected methods of different names, got {', '.join(labels)}")
     configs = [_config(name) for name in batch.configs]
@@ -145,19 +142,15 @@ def plan(batch: Batch) -> list[Job]:
 
 
 def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
-    """Refuse settings with which no image can be restored, or not each from its own file.
-
-    Raises:
-        ValueError: They are such.
-    """
+    """Refuse settings that no image can be restored with, or that are the same for all images."""
     truth = str(data.get("ground_truth", "{name}"))
     one_for_all = "{name}" not in truth and len(batch.sources) > 1
     twice = batch.role == "data.ground_truth" and "ground_truth" in data
     for name in ("measurement", "region", "ground_truth"):
         if name in data and (name != "ground_truth" or one_for_all or twice):
             raise ValueError(
-                f"the configuration has data.{name}={data[name]}, and each image of a batch its "
-                "own; leave it out, or use {name} in it"
+                f"the configuration has data.{name}={data[name]}, but each image of a batch has "
+                "its own; leave it out, or use {name} in it"
             )
     named = [option.replace("{name}", batch.sources[0].name) for option in options]
     try:
@@ -165,14 +158,13 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
     except EXPECTED:
         if named == list(options):
             raise
-        return  # that image's files may be the reason; its fit will tell
+        return  # that image's files may be the reason, which its fit reports
     if batch.tile is not None:
-        as_operator(cli.datamodule.operator).reach()
         smallest = getattr(cli.model.make_network(1), "smallest_side", 1)
         if batch.tile < smallest:
             raise ValueError(
                 f"expected tiles of at least {smallest} pixels for this network, got {batch.tile}; "
-                "take larger ones"
+                "use larger ones"
             )
 
 
@@ -198,7 +190,7 @@ def _job(
     options: Sequence[str],
     settings: dict[str, Any],
 ) -> Job:
-    """What an image comes to with one method."""
+    """The job of an image with one method."""
     options = _of_image(batch, source, options)
     directory = batch.out / source.name / label
     several = batch.restarts > 1
@@ -240,11 +232,7 @@ def _job(
 
 
 def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | None:
-    """How an image is cut; None where it is not, or cannot be read, which its fit will tell.
-
-    Raises:
-        ValueError: It cannot be cut so.
-    """
+    """How an image is cut; None if it is not, or cannot be read, which its fit reports."""
     if batch.tile is None:
         return None
     try:
@@ -252,13 +240,17 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         data.setup()
     except EXPECTED:
         return None
+    assert data.problem is not None
     try:
-        return tiling_of(data, batch.tile, batch.overlap)
+        tiling, _ = data.problem.split(batch.tile, batch.overlap)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+    return tiling
 
 
 def _logger(directory: Path) -> str:
     """The option that makes `directory` itself the run directory."""
     settings = {"save_dir": str(directory), "name": "", "version": "", "default_hp_metric": False}
-    return "--trainer.logger=" + json.dumps({"class_path": LOGGER, "init_args": settings})
+    return "--trainer.logger=" + json.dumps(
+        {"class_path": "TensorBoardLogger", "init_args": settings}
+    )

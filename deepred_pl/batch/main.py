@@ -1,4 +1,4 @@
-"""The `deepred-batch` command: many images, on this machine or on a Ray cluster."""
+"""The command line of `deepred-batch`, and the course of a batch."""
 
 import argparse
 import logging
@@ -16,28 +16,26 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from deepred_pl.bar import Bar, label
+from deepred_pl.batch.bar import Bar, label
+from deepred_pl.batch.jobs import Job, finish, progress_file
+from deepred_pl.batch.plan import Batch, Source, find_images, plan
+from deepred_pl.batch.tables import rows_of, summary, write_csv
+from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
-from deepred_pl.callbacks.progress import progress_file
-from deepred_pl.callbacks.writer import hint
-from deepred_pl.datasets import PREFIX
-from deepred_pl.directory import check_writable, last_checkpoint
-from deepred_pl.images import write_bytes
-from deepred_pl.jobs import Job, finish
-from deepred_pl.plan import Batch, Source, find_images, plan
-from deepred_pl.run import EXPECTED, reason
-from deepred_pl.tables import rows_of, summary, write_csv
-from deepred_pl.workers import Outcome, Where, start
+from deepred_pl.cli import EXPECTED, reason
+from deepred_pl.files import check_writable, last_checkpoint, write_bytes
+from deepred_pl.report import diagnosis
+from deepred_pl.sources import SET
 
-HINTS = 5  # at most, on images whose fit was too short
+DIAGNOSES = 5  # printed at most, for images whose fit was too short
 UNSEEN = "its result is not in DIR; on a cluster --out must be on storage that all nodes share"
 
 # Without --config: a photograph with noise of unknown strength.
 DEFAULT_CONFIGS = ["denoising", "methods/quick"]
 DEFAULT_OPTIONS = ("--data.noise.sigma=null",)
-DEFAULT_TILE = 128  # in as many steps a network learns a small image better than a large one
+DEFAULT_TILE = 128  # for a given number of steps, networks fit small images better
 
-# Settings of a single fit that a batch owns, and its own name for them.
+# Settings of a single fit that the batch sets, and its own options for them.
 OWNED = {
     "data.measurement": "--images",
     "data.region": "--tile",
@@ -46,34 +44,34 @@ OWNED = {
     "trainer.logger": "--out",
     "trainer.devices": "--workers or --gpus",
     "trainer.plugins": "--ray",
-    "trainer.enable_progress_bar": "none, for there is one over all fits",
-    "trainer.fast_dev_run": "`deepred fit` for that",
+    "trainer.enable_progress_bar": "none: there is one for all fits",
+    "trainer.fast_dev_run": "`deepred fit`",
 }
 
 ABOUT = """\
-Restore many images, one fit each, by the configurations of `deepred fit`.
+Restore many images, one fit each, with the configurations of `deepred fit`.
 
   deepred-batch photo.jpg
   deepred-batch --config denoising --config methods/quick --images FOLDER --out DIR
 
-The first writes photo.restored.png beside the photo. The second makes a run directory for each
-image in DIR, and results.csv and summary.md. The same command again goes on where it was stopped.
+The first writes photo.restored.png next to the photo. The second creates a run directory for each
+image in DIR, and results.csv and summary.md. Repeat the same command to resume it after a stop.
 """
 
 SETTINGS = """\
-Every other --section.key=value reaches each fit, as in `deepred fit`; {name} in its value is the
-image's name without suffix, as in --data.operator.mask 'masks/{name}.png'.
+Every other --section.key=value is passed to each fit, as in `deepred fit`; {name} in its value
+is the image's name without suffix, as in --data.operator.mask 'masks/{name}.png'.
 """
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `deepred-batch`; status 1 when an image failed, or by a mistake, told in one line.
+    """Run `deepred-batch`; exits with status 1 if an image failed, or with one line on a mistake.
 
     Ctrl-C and SIGTERM end it with status 130 and 143; its fits have ten seconds to save their
     checkpoints.
 
     Args:
-        args: Command-line arguments; None takes sys.argv.
+        args: Command-line arguments; None uses sys.argv.
     """
     handler = None
     if threading.current_thread() is threading.main_thread():
@@ -85,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"deepred-batch: error: {reason(error)}")
     except (KeyboardInterrupt, Stopped) as stop:
-        print("deepred-batch: stopped; the same command goes on from here", file=sys.stderr)
+        print("deepred-batch: stopped; repeat the command to resume", file=sys.stderr)
         sys.exit(stop.code if isinstance(stop, Stopped) else SIGNALLED + signal.SIGINT)
     finally:
         if handler is not None:
@@ -99,10 +97,10 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
-    """The command line; `options` are those of each fit.
+    """Parse the command line; `options` are those of each fit.
 
     Raises:
-        ValueError: Arguments that do not go together.
+        ValueError: Invalid or incompatible arguments.
     """
     own, options = _split(args)
     parser = _Parser(
@@ -113,7 +111,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("photos", nargs="*", metavar="IMAGE", help="images to restore; one alone needs no --out")
+    add("photos", nargs="*", metavar="IMAGE", help="images to restore; a single one needs no --out")
     add("--config", action="append", default=[], help="YAML file or shipped configuration")
     add(
         "--images",
@@ -128,9 +126,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="TRUTHS",
-        help="in place of --images: clean images, whose degradation is simulated, for scores; also "
-        "set:cbm3d9, set:set5, set:set14, set:ncsr and set:inpainting, the literature's, which are "
-        "in DEEPRED_DATA or downloaded; true images of --images are --data.ground_truth "
+        help="instead of --images: clean images, whose degradation is simulated, for scores; also "
+        "the published set:cbm3d9, set:set5, set:set14, set:ncsr and set:inpainting, in "
+        "DEEPRED_DATA or downloaded; for true images of --images use --data.ground_truth "
         "'FOLDER/{name}.png'",
     )
     add("--out", type=Path, metavar="DIR", help="where the run directories and tables go")
@@ -138,8 +136,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         "--method",
         action="append",
         default=[],
-        help="overlay of a method, as dip or paper/denoising/bm3d; several are compared on the "
-        "same data",
+        help="overlay of a method, such as dip or paper/denoising/bm3d; several are compared on "
+        "the same data",
     )
     add(
         "--restarts",
@@ -149,31 +147,31 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         help="fits per image, with seeds model.seed, model.seed + 1, ...; their mean is the "
         "result, their standard deviation uncertainty.png and .npy",
     )
-    add("--tile", type=_count, metavar="PIXELS", help="restore tiles of that side, and blend them")
+    add("--tile", type=_count, metavar="PIXELS", help="restore tiles of this side, and blend them")
     add(
         "--overlap",
         type=int,
         metavar="PIXELS",
-        help="that tiles share (default: an eighth of one, and what A mixes)",
+        help="shared by tiles (default: an eighth of a tile, plus what A mixes)",
     )
     add(
         "--workers",
         type=_count,
         metavar="N",
-        help="fits beside each other on this machine (default: what its cores, or GPUs, and its "
-        "memory take)",
+        help="parallel fits on this machine (default: as many as its cores, or GPUs, and its "
+        "memory allow)",
     )
     add(
         "--threads",
         type=_count,
         metavar="T",
-        help="CPU threads of a fit (default: the cores by the workers); another number changes the "
-        "last bits of the results",
+        help="CPU threads per fit (default: the cores divided by the workers); another number "
+        "changes the last bits of the results",
     )
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; `local` starts one here")
-    add("--gpus", type=float, metavar="G", help="with --ray: GPUs of a fit; 0.25 packs four on one")
+    add("--gpus", type=float, metavar="G", help="with --ray: GPUs per fit; 0.25 shares one by four")
     add("--shard", metavar="I/N", help="only the I-th of N parts of the fits (from 1), no tables")
-    add("--overwrite", action="store_true", help="begin anew where settings have changed")
+    add("--overwrite", action="store_true", help="restart fits whose settings have changed")
     arguments = parser.parse_args(own)
     arguments.options = tuple(options)
     _check(arguments)
@@ -181,14 +179,14 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Leaves it to `main` to tell a mistake."""
+    """Raises errors, which `main` reports."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The batch's own arguments, and settings of the fits: options with a dot in their name."""
+    """Separate the batch's arguments from settings of the fits: options with a dot in the name."""
     own, settings, rest = [], [], iter(args)
     for arg in rest:
         name, equals, _ = arg.partition("=")
@@ -199,17 +197,17 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             value = next(rest, None)
             if value is None:
-                raise ValueError(f"expected a value behind {arg}, got none")
+                raise ValueError(f"expected a value after {arg}, got none")
             settings.append(f"{arg}={value}")
     return own, settings
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Find arguments that do not go together, and fill in what follows from others."""
+    """Refuse incompatible arguments, and fill in defaults that depend on others."""
     given = [arguments.photos, arguments.images, arguments.ground_truth]
     if sum(map(bool, given)) != 1:
         raise ValueError(
-            "expected one of an IMAGE, --images and --ground_truth; give a file, as in "
+            "expected one of IMAGE, --images and --ground_truth; give a file, as in "
             "`deepred-batch photo.jpg`, or see `deepred-batch --help`"
         )
     owned = dict(OWNED)
@@ -219,19 +217,19 @@ def _check(arguments: argparse.Namespace) -> None:
         name = option[2:].partition("=")[0].rstrip("+")
         for mine, instead in owned.items():
             if name == mine or name.startswith(mine + "."):
-                raise ValueError(f"--{name} is the batch's own to set; use {instead}")
+                raise ValueError(f"--{name} is set by the batch; use {instead}")
     if not arguments.config:
         arguments.config = DEFAULT_CONFIGS
         arguments.options = DEFAULT_OPTIONS + arguments.options
         arguments.tile = arguments.tile or DEFAULT_TILE
     if arguments.ray is None and arguments.gpus is not None:
-        raise ValueError("--gpus is for --ray; on this machine --workers packs fits on its GPUs")
+        raise ValueError("--gpus requires --ray; on this machine use --workers to share its GPUs")
     if arguments.ray not in (None, "local") and arguments.workers is not None:
-        raise ValueError("--workers is for this machine; a cluster runs what its cores take")
+        raise ValueError("--workers is for this machine; a cluster runs as many as its cores allow")
     if arguments.shard is not None and arguments.overwrite:
-        raise ValueError("--overwrite would empty what other shards begin; give it without --shard")
+        raise ValueError("--overwrite would delete other shards' results; use it without --shard")
     if arguments.tile is None and arguments.overlap is not None:
-        raise ValueError("--overlap is that of tiles; give --tile too")
+        raise ValueError("--overlap applies to tiles; set --tile too")
     if arguments.overlap is not None and not 0 <= arguments.overlap < arguments.tile:
         raise ValueError(
             f"expected --overlap of at least 0 and less than --tile {arguments.tile}, got "
@@ -243,7 +241,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"expected --shard I/N with 1 <= I <= N, as 3/8, got {text}")
+        raise ValueError(f"expected --shard I/N with 1 <= I <= N, such as 3/8, got {text}")
     return int(index), int(count)
 
 
@@ -255,7 +253,7 @@ def _count(text: str) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks on the machine; fits keep theirs in `run.log`."""
+    """Suppress Lightning's messages about the machine; those of fits go to `run.log`."""
     log = logging.getLogger("pytorch_lightning")
     before = log.level
     log.setLevel(logging.WARNING)
@@ -267,16 +265,16 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def run(arguments: argparse.Namespace) -> int:
-    """Restore the images; the number of those that failed, with --shard of fits.
+    """Restore the images; return the number of images that failed, with --shard of fits.
 
     Raises:
-        ValueError: Settings or images that cannot be; nothing is begun.
+        ValueError: Invalid settings or images, before anything is written.
         OSError: The output directory cannot be written.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     sources = find_images(arguments.photos or arguments.images or arguments.ground_truth)
-    beside = arguments.out is None
-    out = _beside(sources, arguments) if beside else arguments.out.resolve()
+    single = arguments.out is None
+    out = _single_run(sources, arguments) if single else arguments.out.resolve()
     batch = Batch(
         sources=sources,
         role="data.ground_truth" if arguments.ground_truth else "data.measurement",
@@ -297,15 +295,17 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_shard(jobs, where, arguments.shard, console)
     failures = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
     rows = rows_of(jobs, failures, out)
-    hints = [
-        f"{r['directory']}: {hint(r)}" for r in rows if hint(r) and r["restart"] in (None, "mean")
+    diagnoses = [
+        f"{row['directory']}: {text}"
+        for row in rows
+        if (text := diagnosis(row)) and row["restart"] in (None, "mean")
     ]
-    for text in hints[:HINTS]:
+    for text in diagnoses[:DIAGNOSES]:
         console.print(text)
-    if len(hints) > HINTS:
-        console.print(f"and {len(hints) - HINTS} more: residual_to_sigma in the table")
-    if beside:
-        return _move_beside(sources[0], jobs[0], out, console)
+    if len(diagnoses) > DIAGNOSES:
+        console.print(f"and {len(diagnoses) - DIAGNOSES} more: see residual_to_sigma in the table")
+    if single:
+        return _move_next_to(sources[0], jobs[0], out, console)
     write_csv(out / "results.csv", rows)
     write_bytes(out / "summary.md", summary(rows).encode())
     failed = sum(job.result is None for job in jobs)
@@ -314,43 +314,43 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_shard(jobs: Sequence[Job], where: Where, shard: tuple[int, int], console: Console) -> int:
-    """Run a part of the fits, and make nothing of them; the number of those that failed."""
+    """Run a part of the fits without tables; return the number of fits that failed."""
     index, count = shard
     fits = [fit for job in jobs for fit in job.fits][index - 1 :: count]
     failures = _follow(jobs, fits, where, console, finishing=False)
-    done = f"{len(fits) - len(failures)} of {len(fits)} fits are done"
+    done = f"{len(fits) - len(failures)} of {len(fits)} fits done"
     console.print(f"part {index} of {count}: {done}")
     return len(failures)
 
 
-def _beside(sources: Sequence[Source], arguments: argparse.Namespace) -> Path:
-    """Where the run directory of a single image goes until its result lies beside it."""
+def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Path:
+    """The temporary run directory of a single image, whose result is moved next to it."""
     path = Path(sources[0].path)
     given = [*arguments.photos, *arguments.images]
-    of_set = any(name.startswith(PREFIX) for name in given)  # no place for results
+    of_set = any(name.startswith(SET) for name in given)  # not a place for results
     one_image = len(sources) == 1 and len(arguments.method) < 2 and arguments.restarts == 1
     if not one_image or of_set or arguments.ground_truth or arguments.shard is not None:
-        raise ValueError("expected --out DIR, where run directories and tables go; got none")
-    there = [p for s in (".png", ".tif") if (p := _restored_beside(path, s)).exists()]
+        raise ValueError("expected --out DIR for run directories and tables, got none")
+    there = [p for s in (".png", ".tif") if (p := _restored_path(path, s)).exists()]
     if there and not arguments.overwrite:
-        raise ValueError(f"{there[0]} is there already; give --overwrite, or --out DIR")
+        raise ValueError(f"{there[0]} exists already; use --overwrite, or --out DIR")
     return path.with_name(f"{path.stem}.restored.run")
 
 
-def _restored_beside(path: Path, suffix: str) -> Path:
+def _restored_path(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.stem}.restored{suffix}")
 
 
-def _move_beside(source: Source, job: Job, out: Path, console: Console) -> int:
-    """Move the restored image beside its original, and remove the rest."""
+def _move_next_to(source: Source, job: Job, out: Path, console: Console) -> int:
+    """Move the restored image next to its original, and remove the rest."""
     if job.result is None:
         if any(last_checkpoint(fit.directory).exists() for fit in job.fits):
-            console.print(f"what is done is in {out}; the same command goes on from there")
+            console.print(f"partial results are in {out}; repeat the command to resume")
         else:
             shutil.rmtree(out)
         return 1
     [restored] = job.directory.glob("restored.*")
-    target = _restored_beside(Path(source.path), restored.suffix)
+    target = _restored_path(Path(source.path), restored.suffix)
     os.replace(restored, target)
     shutil.rmtree(out)
     console.print(f"restored image: {target}")
@@ -358,17 +358,13 @@ def _move_beside(source: Source, job: Job, out: Path, console: Console) -> int:
 
 
 def _refuse_changes(jobs: Sequence[Job], overwrite: bool) -> None:
-    """Refuse jobs that were begun with other settings, or empty their directories.
-
-    Raises:
-        ValueError: There is one, and not to be overwritten.
-    """
+    """Refuse jobs that were started with other settings, or empty their directories."""
     changed = [(job, change) for job in jobs if (change := job.changed()) is not None]
     for job, change in changed:
         if not overwrite:
             raise ValueError(
-                f"{job.directory} was begun with other settings: {change}; give the same again, "
-                "another --out, or --overwrite to begin it anew"
+                f"{job.directory} was started with other settings: {change}; use the same, another "
+                "--out, or --overwrite to restart it"
             )
     for job, _ in changed:
         job.discard()
@@ -381,25 +377,25 @@ def _follow(
     console: Console,
     finishing: bool = True,
 ) -> dict[Path, str]:
-    """Run those of the fits that are not done, and make of them the jobs that they complete.
+    """Run the fits that are not done, and finish the jobs that they complete.
 
     Returns:
-        By run directory, why some failed.
+        The reasons of failures, by run directory.
     """
     failures: dict[Path, str] = {}
     left = [fit for fit in fits if fit.result is None]
     job_of = {fit.directory: job for job in jobs for fit in job.fits}
     open_fits = Counter(job_of[fit.directory].directory for fit in left)
     for job in {job_of[fit.directory].directory: job_of[fit.directory] for fit in left}.values():
-        job.begin_parents()
+        job.start_parents()
     for fit in left:
-        progress_file(fit.directory).unlink(missing_ok=True)  # of one that was killed
+        progress_file(fit.directory).unlink(missing_ok=True)  # left by a killed fit
 
     def finish_complete(job: Job) -> None:
         if finishing and not open_fits[job.directory] and all(fit.result for fit in job.fits):
             try:
                 finish(job)
-            except Exception as error:  # that image's alone
+            except Exception as error:  # other images are not affected
                 failures[job.directory] = reason(error)
                 console.print(f"{label(job)}: {failures[job.directory]}")
 
@@ -407,7 +403,7 @@ def _follow(
         finish_complete(job)
     with Bar(len(fits), left, console) as bar, ExitStack() as stack:
         outcomes: Iterable[Outcome | None] = ()
-        if left:  # closed whatever comes, which ends the processes
+        if left:  # closed in any case, which ends the processes
             running = start(left, where, len(job_of), console.print)
             outcomes = stack.enter_context(closing(running))
         for outcome in outcomes:
@@ -421,5 +417,5 @@ def _follow(
                 job = job_of[fit.directory]
                 open_fits[job.directory] -= 1
                 finish_complete(job)
-            bar.look()
+            bar.refresh()
     return failures

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepred_pl import datasets
-from deepred_pl.batch import main
+from deepred_pl import sources
+from deepred_pl.batch.main import main
+from deepred_pl.batch.plan import find_images
 from deepred_pl.data import RestorationDataModule
-from deepred_pl.datasets import find_image, find_set
 from deepred_pl.images import read_image
-from deepred_pl.plan import find_images
+from deepred_pl.sources import find_image, find_set
 
 CONTENT = b"not an image, but content to be told from other content" * 1000
 
@@ -53,7 +53,7 @@ def server(tmp_path, monkeypatch):
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}/{{repository}}/{{commit}}/{{path}}"
-    monkeypatch.setattr(datasets, "ADDRESS", address)
+    monkeypatch.setattr(sources, "ADDRESS", address)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -69,15 +69,15 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Rows of `datasets.csv` whose digests are of contents that a test can make."""
+    """Rows of `sources.csv` whose digests are of contents that a test can make."""
 
     def write(folder: str, **contents: bytes) -> None:
         rows = ["folder,file,sha256,repository,commit,path"]
         for name, content in contents.items():
             digest = hashlib.sha256(content).hexdigest()
             rows.append(f"{folder},{name}.png,{digest},someone/images,0123abc,{name}.png")
-        (tmp_path / "datasets.csv").write_text("\n".join(rows) + "\n")
-        monkeypatch.setattr(datasets, "TABLE", tmp_path / "datasets.csv")
+        (tmp_path / "sources.csv").write_text("\n".join(rows) + "\n")
+        monkeypatch.setattr(sources, "TABLE", tmp_path / "sources.csv")
 
     return write
 
@@ -94,21 +94,21 @@ def test_what_is_downloaded_is_the_file_and_is_not_downloaded_again(server, tabl
 def test_another_file_is_refused_and_leaves_nothing(server, table, tmp_path):
     table("set5", head=CONTENT)
     server.served["/someone/images/0123abc/head.png"] = CONTENT[:-1] + b"!"
-    with pytest.raises(OSError, match=r"(?s)SHA256 hash .*put the file by hand at .*head\.png"):
+    with pytest.raises(OSError, match=r"(?s)SHA256 hash .*save the file as .*head\.png"):
         find_image("set:set5/head")
     assert not any(p.is_file() for p in (tmp_path / "cache").rglob("*"))
 
 
 def test_a_missing_file_says_which_and_where_to_put_it(server, table):
     table("set5", head=CONTENT)
-    with pytest.raises(OSError, match=r"0123abc/head\.png, got 404 .*by hand at"):
+    with pytest.raises(OSError, match=r"0123abc/head\.png, got 404 .*save the file as"):
         find_image("set:set5/head")
 
 
 def test_an_interrupted_transfer_leaves_nothing_and_the_next_one_succeeds(server, table, tmp_path):
     table("set5", head=CONTENT)
     server.served["/someone/images/0123abc/head.png"] = (CONTENT[:1000], len(CONTENT))
-    with pytest.raises(OSError, match=r"head\.png, got IncompleteRead.*put the file by hand"):
+    with pytest.raises(OSError, match=r"head\.png, got IncompleteRead.*save the file as"):
         find_image("set:set5/head")
     assert not any(p.is_file() for p in (tmp_path / "cache").rglob("*"))
     server.served["/someone/images/0123abc/head.png"] = CONTENT
@@ -117,15 +117,15 @@ def test_an_interrupted_transfer_leaves_nothing_and_the_next_one_succeeds(server
 
 def test_without_a_network_it_says_how_to_place_the_file_by_hand(server, table, monkeypatch):
     table("set5", head=CONTENT)
-    monkeypatch.setattr(datasets, "ADDRESS", "http://127.0.0.1:9/{repository}/{commit}/{path}")
-    with pytest.raises(OSError, match="by hand at") as caught:
+    monkeypatch.setattr(sources, "ADDRESS", "http://127.0.0.1:9/{repository}/{commit}/{path}")
+    with pytest.raises(OSError, match="save the file as") as caught:
         find_image("set:set5/head")
     assert len(str(caught.value)) < 600 and "DEEPRED_DATA" in str(caught.value)
     assert "refused" in str(caught.value)  # the cause, and not what was tried
-    by_hand = Path(str(caught.value).split("by hand at ")[1])
+    by_hand = Path(str(caught.value).split("save the file as ")[1])
     by_hand.parent.mkdir(parents=True, exist_ok=True)
     by_hand.write_bytes(b"another")
-    with pytest.raises(ValueError, match=r"expected the published head\.png .*replace it by"):
+    with pytest.raises(ValueError, match=r"expected the published head\.png .*replace it with"):
         find_image("set:set5/head")
     by_hand.write_bytes(CONTENT)
     assert find_image("set:set5/head") == by_hand
@@ -180,7 +180,7 @@ def test_masks_are_no_images_of_their_set(table, tmp_path, monkeypatch):
 
 
 def test_the_shipped_table_names_each_file_once_by_commit_and_digest():
-    files = [file for name in datasets.FOLDERS for file in datasets._files(name)]
+    files = [file for name in sources.FOLDERS for file in sources._files(name)]
     assert len({(file.folder, file.file) for file in files}) == len(files) == 40
     assert all(len(file.sha256) == 64 and len(file.commit) == 40 for file in files)
 

@@ -8,11 +8,11 @@ import skimage.data
 import torch
 
 from deepred_pl import DeepRED, InverseProblem, REDUpdate, restore
+from deepred_pl.cli import settings_of
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
-from deepred_pl.run import settings_of
 from tests.helpers import picture
 
 TINY = {
@@ -119,7 +119,7 @@ def test_an_intensity_range_is_undone():
         (stored(np.float32) * np.nan, {}, "NaN"),
         (np.zeros((2, 3, 33, 47), np.uint8), {}, "one image"),
         (torch.zeros(2, 3, 33, 47), {}, "one image at a time"),
-        ("photo.png", {}, r"array or a tensor, got str; give numpy\.asarray"),
+        ("photo.png", {}, r"array or a tensor, got str; use numpy\.asarray"),
         (stored(np.uint8)[:20], {}, "at least 33×33 pixels"),
         (stored(np.uint8), {"task": "tomography"}, "with 60 angles"),
     ],

@@ -1,32 +1,37 @@
-"""The jobs of a batch: one fit each, and what is made of several fits of one image."""
+"""Jobs of a batch: single fits, and images combined from several fits."""
 
 import logging
+import math
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from deepred_pl.callbacks.progress import ProgressFile, progress_file
-from deepred_pl.callbacks.writer import Writer, compare, score, write_uncertainty
+from deepred_pl.callbacks import Writer
+from deepred_pl.callbacks.base import is_log_step, run_directory
+from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.data import RestorationDataModule
-from deepred_pl.directory import check_checkpoint, last_checkpoint, read_json, write_json
+from deepred_pl.files import last_checkpoint, load_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
 from deepred_pl.moments import RunningMoments
-from deepred_pl.run import RestorationCLI, reason
+from deepred_pl.report import compare, score, write_uncertainty
 from deepred_pl.tiles import Tiling, blend
 
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
-ON_ANY_MACHINE = ("--trainer.accelerator=cpu", "--trainer.precision=32")  # where none is fitted
+ON_ANY_MACHINE = ("--trainer.accelerator=cpu", "--trainer.precision=32")  # where nothing is fitted
 LABELS = ("image", "method")  # for TensorBoard's HParams page
 SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the fits of an image
+REPORTED = 1.0  # seconds between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,13 @@ class Job:
 
     Attributes:
         directory: The run directory.
-        options: The options of the command line that make the fit; of a job with parts, those
-            that read the image.
-        about: What `job.json` keeps in the run directory, and what must not have changed when a
-            batch goes on: "settings" and others. With them are labels for the tables.
-        parts: The jobs whose images this one is made of: tiles that are blended, or restarts that
-            are averaged. None: the job is a fit.
-        tiling: How the image is cut, where the parts are tiles.
+        options: The command-line options of the fit; of a job with parts, those that read the
+            image.
+        about: The contents of `job.json` in the run directory, which must be unchanged when a batch
+            is resumed: "settings" and others, and labels for the tables.
+        parts: The jobs whose images are combined: tiles that are blended, or restarts that are
+            averaged. A job without parts is a fit.
+        tiling: How the image is cut, if the parts are tiles.
     """
 
     directory: Path
@@ -52,20 +57,20 @@ class Job:
 
     @property
     def fits(self) -> list["Job"]:
-        """The fits that it takes: itself, or those of its parts."""
+        """Its fits: itself, or those of its parts."""
         return [fit for part in self.parts for fit in part.fits] if self.parts else [self]
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The contents of `result.json`; None where the job is not done."""
+        """The contents of `result.json`; None if the job is not done."""
         result = read_json(self.directory / "result.json")
         names = [part.directory.name for part in self.parts]
         return result if result is not None and result.get("parts", []) == names else None
 
     def changed(self) -> str | None:
-        """What differs from the job that this directory was begun with.
+        """The difference to the job that this directory was started with.
 
-        None: nothing does, or nothing was computed yet, as of an image that could not be read.
+        None if there is none, or nothing was computed, as for an image that could not be read.
         """
         began = read_json(self.directory / "job.json")
         computed = ("result.json", "last.ckpt")
@@ -74,25 +79,25 @@ class Job:
             for name in [*now, *sorted(before.keys() - now.keys())]:
                 if not name.startswith("machine.") and before.get(name) != now.get(name):
                     label = name.removeprefix("settings.").replace("init_args.", "")
-                    return f"{label} was {before.get(name)}, and is {now.get(name)} now"
+                    return f"{label} was {before.get(name)}, and is now {now.get(name)}"
         return next((c for c in (part.changed() for part in self.parts) if c is not None), None)
 
-    def begin(self, threads: int | None = None) -> None:
-        """Keep in the run directory what the job is, and of a fit the CPU threads that make it."""
+    def start(self, threads: int | None = None) -> None:
+        """Write the job into the run directory, with the CPU threads of a fit."""
         self.directory.mkdir(parents=True, exist_ok=True)
         machine: dict[str, Any] = {name: version(name) for name in PACKAGES}
         machine |= {"threads": threads, "host": socket.gethostname()}
         write_json(self.directory / "job.json", {**self.about, "machine": machine})
 
-    def begin_parents(self) -> None:
-        """`begin` all jobs that have parts: so that other settings are noticed before they end."""
+    def start_parents(self) -> None:
+        """`start` all jobs with parts, so that changed settings are detected before they end."""
         if self.parts:
-            self.begin()
+            self.start()
             for part in self.parts:
-                part.begin_parents()
+                part.start_parents()
 
     def discard(self) -> None:
-        """Empty the run directory, but for other methods' directories."""
+        """Empty the run directory, except for other methods' directories."""
         for path in self.directory.iterdir():
             if not path.is_dir():
                 path.unlink()
@@ -100,21 +105,59 @@ class Job:
                 shutil.rmtree(path)
 
 
-def fit(job: Job, threads: int) -> str | None:
-    """Make the fit of a job, or go on with it from its checkpoint; None, or why it failed.
+class ProgressFile(Callback):
+    """Keeps `progress.json` in the run directory during a fit: step, max_steps and psnr.
 
-    Messages, warnings and the traceback of a failure go into `run.log` in the run directory.
+    It has the values that `Monitor` logged last, and is written at most once a second. psnr is that
+    of the average, None if the true image is not known.
     """
-    if job.result is not None:  # the process was killed when all was done
+
+    def __init__(self) -> None:
+        self._written = -math.inf
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if is_log_step(trainer) and time.monotonic() - self._written >= REPORTED:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with suppress(OSError):
+            progress_file(run_directory(trainer)).unlink(missing_ok=True)
+
+    def _write(self, trainer: Trainer) -> None:
+        psnr = float(trainer.callback_metrics.get("curves/psnr_average", math.nan))
+        report = {
+            "step": trainer.global_step,
+            "max_steps": trainer.max_steps,
+            "psnr": psnr if math.isfinite(psnr) else None,
+        }
+        with suppress(OSError):  # progress is not essential
+            write_json(progress_file(run_directory(trainer)), report)
+        self._written = time.monotonic()
+
+
+def progress_file(directory: Path) -> Path:
+    """The path of a run's progress."""
+    return directory / "progress.json"
+
+
+def fit(job: Job, threads: int) -> str | None:
+    """Run the fit of a job, or resume it from its checkpoint; return the reason if it failed.
+
+    Messages, warnings and the traceback of a failure are written to `run.log` in the run directory.
+    """
+    if job.result is not None:  # the process was killed after everything was written
         return None
     try:
-        job.begin(threads)
+        job.start(threads)
         torch.set_num_threads(threads)
-        # A scheduler's environment may say that this is one process of many, which log nothing.
+        # In a scheduler's environment this may look like one process of many, which do not log.
         rank_zero_only.rank = 0
         with _log_into(job.directory / "run.log"):
             _fit(job)
-    except Exception as error:  # one bad image fails alone, whatever it raises
+    except Exception as error:  # other images are not affected, whatever was raised
         return None if job.result is not None else reason(error)
     finally:
         progress_file(job.directory).unlink(missing_ok=True)
@@ -122,7 +165,7 @@ def fit(job: Job, threads: int) -> str | None:
 
 
 def _fit(job: Job) -> None:
-    (job.directory / "config.yaml").unlink(missing_ok=True)  # Lightning replaces none
+    (job.directory / "config.yaml").unlink(missing_ok=True)  # Lightning does not replace it
     checkpoint = last_checkpoint(job.directory)
     try:
         cli = RestorationCLI(list(job.options), run=False)
@@ -133,7 +176,7 @@ def _fit(job: Job) -> None:
         cli.before_fit()
         begun = checkpoint.is_file()
         if begun:
-            check_checkpoint(checkpoint)
+            load_checkpoint(checkpoint, "loops")
         path = str(checkpoint) if begun else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
         cli.after_fit()
@@ -143,10 +186,10 @@ def _fit(job: Job) -> None:
 
 
 def finish(job: Job) -> None:
-    """Make what is missing of a job whose fits are done: blend its tiles, average its restarts.
+    """Combine the images of a job whose fits are done: blend its tiles, average its restarts.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The result cannot be written.
     """
     if not job.parts or job.result is not None:
         return
@@ -182,7 +225,7 @@ def finish(job: Job) -> None:
 
 
 def datamodule(options: Sequence[str]) -> RestorationDataModule:
-    """The datamodule that options make, not set up."""
+    """The datamodule of command-line options, not set up."""
     return RestorationCLI([*options, *ON_ANY_MACHINE], run=False).datamodule
 
 
@@ -192,7 +235,7 @@ def _floats(part: Job) -> Tensor:
 
 @contextmanager
 def _log_into(path: Path) -> Iterator[None]:
-    """Lightning's messages, and warnings, go to a file and not to the terminal."""
+    """Redirect Lightning's messages and warnings to a file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "py.warnings")]
@@ -211,7 +254,7 @@ def _log_into(path: Path) -> Iterator[None]:
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names, as on the command line."""
+    """Nested settings as dotted names, as on the command line."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):

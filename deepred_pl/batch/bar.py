@@ -6,31 +6,30 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deepred_pl.callbacks.progress import progress_file
-from deepred_pl.directory import read_json
-from deepred_pl.jobs import Job
+from deepred_pl.batch.jobs import Job, progress_file
+from deepred_pl.files import read_json
 
-SPEED_PERIOD = 600.0  # seconds by which the bar estimates the time left
-SILENCE = 60.0  # seconds, at most, where there is no terminal
-LOOKED_AT, SHOWN = 64, 3  # fits that may run now, of which the bar names some
+SPEED_PERIOD = 600.0  # seconds over which the time left is estimated
+SILENCE = 60.0  # seconds between two lines without a terminal
+READ, SHOWN = 64, 3  # fits whose progress is read, and that are named in the bar
 
 
 class Bar:
-    """A progress bar over the fits of a batch, with the PSNR of those that run and the time left.
+    """A progress bar over the fits of a batch, with the PSNR of running fits and the time left.
 
-    Where the output is no terminal, it prints a line for each fit that ends, and once a minute.
+    Without a terminal, it prints a line for each fit that ends, and one per minute.
 
     Args:
-        total: Fits of the batch.
-        left: Those that are not done.
-        console: Where it is shown.
+        total: Number of fits of the batch.
+        left: The fits that are not done.
+        console: The console to print on.
     """
 
     def __init__(self, total: int, left: Sequence[Job], console: Console) -> None:
         self._left = {fit.directory: fit for fit in left}
         self._total = total
         self._console = console
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         self._progress = Progress(
             TextColumn("restoring"),
             BarColumn(),
@@ -54,20 +53,20 @@ class Bar:
         self._progress.stop()
 
     def end(self, fit: Job, error: str | None) -> None:
-        """Count a fit that ended, and tell of it."""
+        """Count a fit that ended, and print it."""
         del self._left[fit.directory]
         if error is not None or not self._console.is_terminal:
             ended = f"{self._total - len(self._left)} of {self._total}"
-            self._print(f"{ended}: {label(fit)}: {error or _said(fit)}")
+            self._print(f"{ended}: {label(fit)}: {error or _outcome(fit)}")
 
     def _print(self, text: str) -> None:
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         self._console.print(text)
 
-    def look(self) -> None:
-        """Show where the fits are."""
+    def refresh(self) -> None:
+        """Show the progress of the running fits."""
         running, parts = [], 0.0
-        for fit in list(self._left.values())[:LOOKED_AT]:
+        for fit in list(self._left.values())[:READ]:
             report = read_json(progress_file(fit.directory))
             if report is not None:
                 parts += max(0.0, report["step"] / report["max_steps"])
@@ -76,12 +75,12 @@ class Bar:
         ended = self._total - len(self._left)
         text = ", ".join(running[:SHOWN]) + (", …" if len(running) > SHOWN else "")
         self._progress.update(self._task, completed=ended + parts, ended=ended, running=text)
-        if not self._console.is_terminal and time.monotonic() - self._told > SILENCE and running:
+        if not self._console.is_terminal and time.monotonic() - self._printed > SILENCE and running:
             self._print(f"{ended + parts:.1f} of {self._total}, {text}")
 
 
 def label(fit: Job) -> str:
-    """What a fit is called where it is told of."""
+    """The name of a fit in messages."""
     method, restart = fit.about["method"], fit.about["restart"]
     restarted = "" if restart is None else f"restart {restart}"
     named = (fit.about["image"], method, restarted, _tile(fit))
@@ -89,12 +88,11 @@ def label(fit: Job) -> str:
 
 
 def _tile(fit: Job) -> str:
-    """The tile that a fit is; "" where it is a whole image. A tile's borders are not used, so that
-    its PSNR says little."""
+    """The name of a tile, whose PSNR means little because its borders are unused; "" otherwise."""
     return fit.directory.name if fit.directory.name.startswith("tile_") else ""
 
 
-def _said(fit: Job) -> str:
+def _outcome(fit: Job) -> str:
     result = fit.result
     assert result is not None
     before, after = (result["psnr"][name] for name in ("measurement", "restored"))

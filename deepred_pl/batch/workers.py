@@ -1,4 +1,4 @@
-"""Where the fits of a batch run: processes on this machine, or a Ray cluster."""
+"""Run the fits of a batch in processes on this machine, or on a Ray cluster."""
 
 import logging
 import os
@@ -16,31 +16,31 @@ from typing import Any
 
 import torch
 
+from deepred_pl.batch.jobs import Job, fit
 from deepred_pl.callbacks.preflight import step_memory
-from deepred_pl.jobs import Job, fit
+from deepred_pl.cli import EXPECTED, RestorationCLI, reason
 from deepred_pl.memory import free_memory, give_memory_back
-from deepred_pl.run import EXPECTED, RestorationCLI, reason
 
-RETRIES = 2  # of a fit whose process was killed; it goes on from its checkpoint
-GRACE = 10.0  # seconds that fits have to save their checkpoints when a batch is stopped
-TICK = 1.0  # seconds between two looks at what is going on
-PROCESS = 700 * 2**20  # bytes of a process with torch, beside its fit
-TRIED = 3  # images, to find out what memory a fit takes
+RETRIES = 2  # of a fit whose process was killed; it resumes from its checkpoint
+GRACE = 10.0  # seconds for fits to save their checkpoints when a batch is stopped
+TICK = 1.0  # seconds between two checks for fits that ended
+PROCESS = 700 * 2**20  # bytes of a process with torch, without its fit
+TRIED = 3  # images, to measure the memory of a fit
 
-Outcome = tuple[Job, str | None]  # a fit that ended, and why it failed if it did
-Outcomes = Generator[Outcome | None, None, None]  # None: nothing ended meanwhile
+Outcome = tuple[Job, str | None]  # a fit that ended, and the reason if it failed
+Outcomes = Generator[Outcome | None, None, None]  # None: no fit has ended
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where fits are to run; None leaves a number to what there is.
+    """Where fits run; numbers that are None depend on the machine.
 
     Attributes:
-        ray: Address of a Ray cluster, as "auto" or "HOST:PORT"; "local" starts one on this
+        ray: Address of a Ray cluster, such as "auto" or "HOST:PORT"; "local" starts one on this
             machine; None runs processes.
-        workers: Fits beside each other on this machine.
-        threads: CPU threads of a fit.
-        gpus: GPUs of a fit with Ray; a fraction packs several on one.
+        workers: Parallel fits on this machine.
+        threads: CPU threads per fit.
+        gpus: GPUs per fit with Ray; with a fraction several share one.
     """
 
     ray: str | None = None
@@ -50,29 +50,28 @@ class Where:
 
 
 def start(
-    fits: Sequence[Job], where: Where, batch_size: int, tell: Callable[[str], None]
+    fits: Sequence[Job], where: Where, batch_size: int, report: Callable[[str], None]
 ) -> Outcomes:
-    """Run fits, and `tell` how many beside each other; yields those that ended, and None now and
-    then.
+    """Run fits, and `report` how many run in parallel; yields those that ended, and at times None.
 
-    On this machine the threads of a fit depend on how many fits the batch has, `batch_size`, and
-    not on those that are left of it, for the last bits of the results depend on them.
+    On this machine the threads per fit depend on the number of fits of the batch, `batch_size`, not
+    on those that are left, because the last bits of the results depend on them.
 
     Raises:
-        ValueError: Ray is not installed, does not answer, or has not what a fit takes.
+        ValueError: Ray is not installed, does not answer, or lacks the resources of a fit.
     """
     accelerator = fits[0].about["settings"]["trainer"]["accelerator"]
     if where.ray not in (None, "local"):
         return on_ray(fits, where, accelerator)
     on_gpu = accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     cores, gpus = _cores(), torch.cuda.device_count() if on_gpu else 0
-    beside = where.workers or min(batch_size, gpus or cores)
-    threads = where.threads or max(1, cores // beside)
+    parallel = where.workers or min(batch_size, gpus or cores)
+    threads = where.threads or max(1, cores // parallel)
     workers = where.workers or min(gpus or max(1, cores // threads), len(fits))
     if where.workers is None and workers > 1 and not gpus:
         workers = min(workers, _that_fit_into_memory(fits))
     of_each = f"{threads} CPU thread{'s' * (threads > 1)} each"
-    tell(f"{len(fits)} fits, {workers} beside each other, {of_each}")
+    report(f"{len(fits)} fits, {workers} in parallel, {of_each}")
     if where.ray is None:
         return on_this_machine(fits, workers, threads)
     share = min(1.0, gpus / workers) if where.gpus is None else where.gpus
@@ -80,10 +79,10 @@ def start(
 
 
 def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes:
-    """Run fits in processes, so many beside each other with so many CPU threads each.
+    """Run fits in parallel processes with a number of CPU threads each.
 
-    A process serves one fit after another. One that is killed takes nothing with it: its fit goes
-    on in another from its checkpoint, and fails when that happens for the third time.
+    A process runs one fit after another. If it is killed, its fit is resumed from its checkpoint in
+    another process, and fails when that happens for the third time.
     """
     context = get_context("spawn")  # a forked process cannot use CUDA, or torch's threads
     waiting, killed = deque(jobs), Counter[Path]()
@@ -101,13 +100,13 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                     process = context.Process(target=_serve, args=(theirs, gpu_of[ours]))
                     process.daemon = True
                     process.start()
-                    theirs.close()  # so that its end is seen
+                    theirs.close()  # so that its end is detected
                     processes.append(process)
                     idle.append(ours)
                 connection = idle.pop()
                 try:
                     connection.send((waiting[0], threads))
-                except OSError:  # it was killed while it had nothing to do
+                except OSError:  # it was killed while idle
                     continue
                 busy[connection] = waiting.popleft()
             ended = wait(list(busy), timeout=TICK)
@@ -120,22 +119,22 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                     if killed[job.directory] <= RETRIES:
                         waiting.appendleft(job)
                         continue
-                    error = "its process was killed, again and again; perhaps for want of memory"
+                    error = "its process was killed repeatedly, perhaps for lack of memory"
                 else:
                     if error is None:
                         idle.append(connection)
-                    else:  # what made it fail may be the process's state: a new one is sure
+                    else:  # the process's state may be the cause: use a new one
                         connection.close()
                 yield job, error
             yield None
     finally:
         try:
             for served in processes:
-                served.terminate()  # a fit saves its checkpoint behind the step that it is making
+                served.terminate()  # a fit saves its checkpoint after the current step
             deadline = time.monotonic() + GRACE
             for served in processes:
                 served.join(max(0.0, deadline - time.monotonic()))
-        finally:  # where it is told to stop once more, too
+        finally:  # also if another signal arrives
             for served in processes:
                 served.kill()
 
@@ -155,7 +154,7 @@ def _serve(connection: Connection, gpu: str | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """A fit without its batch would go on beside the one that takes the batch up again."""
+    """End with the batch: otherwise the fit would compete with the one of a resumed batch."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -163,21 +162,21 @@ def _end_with_parent() -> None:
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs of this process, as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _that_fit_into_memory(fits: Sequence[Job]) -> int:
-    """How many fits the free memory takes, at least 1, by the images with the largest files."""
+    """How many fits the free memory allows, at least 1, by the images with the largest files."""
     for job in sorted(fits, key=lambda job: job.about["bytes"], reverse=True)[:TRIED]:
         try:
             cli = RestorationCLI(list(job.options), run=False)
@@ -185,7 +184,7 @@ def _that_fit_into_memory(fits: Sequence[Job]) -> int:
             assert cli.datamodule.problem is not None
             cli.model.build(cli.datamodule.problem)
             needed, device = step_memory(cli.model), cli.model.device
-        except EXPECTED:  # its fit will tell
+        except EXPECTED:  # its fit reports it
             continue
         del cli
         give_memory_back()
@@ -194,18 +193,18 @@ def _that_fit_into_memory(fits: Sequence[Job]) -> int:
 
 
 def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
-    """Run fits as Ray tasks, which Ray places, and starts again where their worker died.
+    """Run fits as Ray tasks, which Ray schedules and retries if their worker died.
 
     The run directories must be on storage that all nodes share. A cluster that is started here
-    listens on the loopback interface alone.
+    listens only on the loopback interface.
 
     Raises:
-        ValueError: Ray is not installed, does not answer, or no node has what a fit takes.
+        ValueError: Ray is not installed, does not answer, or no node has the resources of a fit.
     """
     local, threads = where.ray == "local", where.threads or 1
-    if local:  # read when Ray is imported: without clusters, it keeps to the loopback interface
+    if local:  # read when Ray is imported: without clusters, it uses the loopback interface
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    else:  # its core would write a warning a second while it waits for an answer
+    else:  # its core would print a warning per second while it waits for an answer
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its coming default
     try:
@@ -215,15 +214,15 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
             "--ray needs Ray, which is not installed; pip install -c constraints.txt '.[ray]' in a "
             "clone of deepred_pl, or use --workers"
         ) from error
-    own: dict[str, Any] = {}  # of a cluster that is started here
+    own: dict[str, Any] = {}  # settings of a cluster that is started here
     if local and where.workers:
         own = {"include_dashboard": False, "num_cpus": where.workers * threads}
     try:
         ray.init(where.ray, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error:  # as many kinds as ways to connect
+    except Exception as error:  # it depends on the kind of connection
         raise ValueError(
-            f"no Ray cluster answers at {where.ray} ({reason(error)}); start one by "
-            "`ray start --head`, or give --ray local"
+            f"no Ray cluster answers at {where.ray} ({reason(error)}); start one with "
+            "`ray start --head`, or use --ray local"
         ) from error
     try:
         gpus = where.gpus
@@ -234,7 +233,7 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= gpus for n in nodes):
             raise ValueError(
-                f"a fit takes {threads} CPUs and {gpus:g} GPUs, which no node of the Ray cluster "
+                f"a fit needs {threads} CPUs and {gpus:g} GPUs, which no node of the Ray cluster "
                 "has; change --threads or --gpus"
             )
         task = ray.remote(_fit_in).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
@@ -253,6 +252,6 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
 
 
 def _fit_in(directory: str, job: Job, threads: int) -> str | None:
-    """`fit`, with paths in settings meant from a directory."""
+    """`fit`, with paths in settings relative to a directory."""
     os.chdir(directory)
     return fit(job, threads)

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepred_pl import convolution
+from deepred_pl import fast_conv
 
 pytestmark = pytest.mark.skipif(
-    not convolution.multiplies_sparse(), reason="this torch has no sparse products"
+    not fast_conv.multiplies_sparse(), reason="this torch has no sparse products"
 )
 
 SIZES = [
@@ -45,7 +45,7 @@ def assert_same(function, reference, *inputs):
 @pytest.mark.parametrize("size", [(5, 6), (12, 7)])
 def test_a_convolution_is_torchs(memory_format, kernel, stride, channels, size):
     assert_same(
-        lambda x, weight: convolution.conv2d(x, weight, stride),
+        lambda x, weight: fast_conv.conv2d(x, weight, stride),
         lambda x, weight: F.conv2d(x, weight, stride=stride),
         tensor(1, channels, *size).to(memory_format=memory_format),
         tensor(4, channels, kernel, kernel),
@@ -57,7 +57,7 @@ def test_a_convolution_is_torchs(memory_format, kernel, stride, channels, size):
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_convolution_of_the_upsampled_is_torchs(memory_format, low, high, channels):
     assert_same(
-        lambda x, weight: convolution.conv2d_upsampled(x, weight, high),
+        lambda x, weight: fast_conv.conv2d_upsampled(x, weight, high),
         lambda x, weight: F.conv2d(F.pad(upsampled(x, high), (1, 1, 1, 1), "reflect"), weight),
         tensor(1, channels, *low).to(memory_format=memory_format),
         tensor(4, channels, 3, 3),
@@ -67,7 +67,7 @@ def test_a_convolution_of_the_upsampled_is_torchs(memory_format, low, high, chan
 @pytest.mark.parametrize("low, high", SIZES)
 def test_the_moments_of_the_upsampled_are_torchs(low, high):
     assert_same(
-        lambda x: torch.stack(convolution.upsampled_moments(x, high)),
+        lambda x: torch.stack(fast_conv.upsampled_moments(x, high)),
         lambda x: torch.stack(
             [upsampled(x, high).mean((0, 2, 3)), upsampled(x, high).var((0, 2, 3), correction=0)]
         ),
@@ -77,10 +77,10 @@ def test_the_moments_of_the_upsampled_are_torchs(low, high):
 
 def test_memory_that_nobody_wrote_does_not_show():
     x, weight = tensor(1, 3, 4, 5), tensor(2, 3, 3, 3)
-    expected = convolution.conv2d_upsampled(x, weight, (8, 10))
+    expected = fast_conv.conv2d_upsampled(x, weight, (8, 10))
     torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
     try:
-        got = convolution.conv2d_upsampled(x, weight, (8, 10))
+        got = fast_conv.conv2d_upsampled(x, weight, (8, 10))
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(got, expected)
@@ -88,12 +88,12 @@ def test_memory_that_nobody_wrote_does_not_show():
 
 def test_torchs_own_are_taken_under_autocast_and_for_small_images():
     x = torch.zeros(1, 8, 64, 64)
-    assert convolution.pays_off(x)
-    assert not convolution.pays_off(x[:, :1])
-    assert not convolution.pays_off(x.bfloat16())
-    assert not convolution.pays_off(x.expand(2, -1, -1, -1))
+    assert fast_conv.pays_off(x)
+    assert not fast_conv.pays_off(x[:, :1])
+    assert not fast_conv.pays_off(x.bfloat16())
+    assert not fast_conv.pays_off(x.expand(2, -1, -1, -1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not convolution.pays_off(x)
+        assert not fast_conv.pays_off(x)
 
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 9)])
@@ -101,8 +101,8 @@ def test_a_gradient_taken_under_autocast_is_in_full_precision(size):
     x, weight = tensor(1, 3, 4, 5).float(), tensor(4, 3, 3, 3).float()
 
     def both(x, weight):
-        upsampled = convolution.conv2d_upsampled(x, weight, size)
-        return upsampled.sum() + convolution.conv2d(x, weight).square().sum()
+        upsampled = fast_conv.conv2d_upsampled(x, weight, size)
+        return upsampled.sum() + fast_conv.conv2d(x, weight).square().sum()
 
     inputs = x.requires_grad_(), weight.requires_grad_()
     expected = torch.autograd.grad(both(*inputs), inputs)

@@ -1,4 +1,4 @@
-"""The tables of a batch: `results.csv` and `summary.md`, made from its run directories."""
+"""The tables of a batch, `results.csv` and `summary.md`, from its run directories."""
 
 import csv
 import io
@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from deepred_pl.directory import read_json
-from deepred_pl.images import write_bytes
-from deepred_pl.jobs import Job
+from deepred_pl.batch.jobs import Job
+from deepred_pl.files import read_json, write_bytes
 
 COLUMNS = (
     *("image", "method", "restart", "seed"),
@@ -24,11 +23,11 @@ Row = dict[str, Any]
 
 
 def rows_of(jobs: Iterable[Job], failures: Mapping[Path, str], root: Path) -> list[Row]:
-    """One row per image, method and restart; of several restarts also one for their mean.
+    """One row per image, method and restart, and one for the mean of several restarts.
 
     Args:
         jobs: The jobs of a batch, one per image and method.
-        failures: Why the jobs of these run directories, or their parts, failed.
+        failures: The reasons of failed jobs, or of their parts, by run directory.
         root: The batch's directory.
     """
     rows = []
@@ -77,7 +76,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What came of a batch, in Markdown."""
+    """The results of a batch in Markdown."""
     done = [row for row in rows if not row["error"]]
     failed = [row for row in rows if row["error"]]
     single = [row for row in done if row["restart"] != "mean"]
@@ -103,7 +102,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _scores(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """A table of each metric, and the methods' differences; means are over the same images."""
+    """A table per metric, and the methods' differences; means are over the same images."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["image"], row["method"]), []).append(row)
@@ -141,7 +140,7 @@ def _scores(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
 
 
 def _cell(group: Sequence[Row], name: str, digits: int) -> str:
-    """A value; of several restarts mean ± standard deviation, and their mean image's."""
+    """A value; of several restarts mean ± standard deviation, and that of their mean image."""
     values = _known([row[name] for row in group if row["restart"] != "mean"])
     averaged = _known([row[name] for row in group if row["restart"] == "mean"])
     if len(values) < 2:
@@ -151,14 +150,14 @@ def _cell(group: Sequence[Row], name: str, digits: int) -> str:
 
 
 def _mean(group: Sequence[Row], name: str) -> float:
-    """The mean over restarts; NaN where it is not known."""
+    """The mean over restarts; NaN if it is not known."""
     values = _known([row[name] for row in group if row["restart"] != "mean"])
     return mean(values) if values else math.nan
 
 
 def _gain(gains: Sequence[float]) -> str:
     if not gains:
-        return "no image that all methods restored"
+        return "no image was restored by all methods"
     spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
     better = sum(gain > 0 for gain in gains)
     return f"{mean(gains):+.2f}{spread} dB, better on {better} of {len(gains)}"

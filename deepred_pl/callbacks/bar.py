@@ -1,0 +1,86 @@
+"""The progress bar of a fit."""
+
+import math
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from deepred_pl.callbacks.base import is_log_step
+
+SHOWN = {"curves/psnr_average": "PSNR average {:.2f} dB", "curves/gap": "gap {:.3g}"}
+
+
+class RestorationBar(ProgressBar):
+    """A progress bar over θ-steps with PSNR, gap and the time left.
+
+    It shows what `Monitor` logged last: the PSNR of the average if the true image is known, and the
+    gap. Without a terminal, it prints a line for every tenth of the fit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._progress: Progress | None = None
+        self._printed = -1  # the tenth of the fit of the latest line
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        self._printed = -1
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._task = self._progress.add_task("restoring", total=total, numbers="")
+        self._progress.update(self._task, completed=trainer.global_step)
+        self._progress.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if self._progress is None:
+            return
+        step, total = trainer.global_step, trainer.max_steps
+        self._progress.update(self._task, completed=step)
+        if is_log_step(trainer):
+            self._progress.update(self._task, numbers=_numbers(trainer.callback_metrics))
+        numbers = self._progress.tasks[0].fields["numbers"]
+        tenths = 10 * step // total if total > 0 else step
+        due = is_log_step(trainer) and tenths > self._printed
+        if due and numbers and not self._progress.console.is_terminal:
+            self._printed = tenths
+            of = f" of {total}" if total > 0 else ""
+            self._progress.console.print(f"step {step}{of}: {numbers}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _numbers(logged: dict[str, Tensor]) -> str:
+    values = {name: float(logged[name]) for name in SHOWN if name in logged}
+    return "  ".join(SHOWN[name].format(v) for name, v in values.items() if math.isfinite(v))

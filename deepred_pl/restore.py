@@ -1,0 +1,146 @@
+"""Restore an image in memory with one call."""
+
+import json
+import tempfile
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pytorch_lightning.cli import SaveConfigCallback
+from torch import Tensor
+
+from deepred_pl.callbacks import LastCheckpoint, Writer
+from deepred_pl.cli import RestorationCLI
+from deepred_pl.images import to_array
+from deepred_pl.noise import NoiseModel
+from deepred_pl.operators import Operator, Physics, as_operator
+from deepred_pl.problem import InverseProblem
+from deepred_pl.tiles import blend
+
+Image = TypeVar("Image", np.ndarray, Tensor)
+
+
+def restore(
+    image: Image,
+    task: str | Sequence[str] = "denoising",
+    overrides: Mapping[str, Any] | None = None,
+    operator: Operator | Physics | None = None,
+    noise: NoiseModel | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+) -> Image:
+    """Restore one image in memory with the settings of a configuration.
+
+    Args:
+        image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
+            (1, C, H, W); uint8, uint16, or floats in [0, 1].
+        task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
+            which later ones override earlier ones, such as ["denoising", "methods/quick"].
+        overrides: Settings by their names on the command line, such as
+            {"red.every_n_steps": 20, "trainer.max_steps": 500}.
+        operator: A; None uses the configuration's.
+        noise: The noise model; None uses the configuration's.
+        tile: Restore tile × tile pixels at a time, for images too large for the memory; None
+            restores the image at once.
+        overlap: Pixels that neighbouring tiles share and in which they are blended; None is an
+            eighth of a tile, plus what a blur or downsampling mixes.
+
+    Returns:
+        The restored image, of the same kind, dtype and device as `image`; larger if the operator
+        reduces images. No files are kept, unless the overrides have a `trainer.default_root_dir`,
+        which then gets a run directory, or one per tile.
+
+    Raises:
+        ValueError: An impossible image, setting or combination, such as tiles of an image measured
+            by an operator that mixes all of it; before the fit starts.
+
+    >>> import skimage.data
+    >>> photo = skimage.data.astronaut()[:35, :41]
+    >>> restore(photo, ["denoising", "methods/quick"], {"trainer.max_steps": 2}).shape
+    (35, 41, 3)
+    """
+    if tile is None and overlap is not None:
+        raise ValueError(f"overlap={overlap} applies to tiles; set tile too, or leave it out")
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = dict(overrides or {})
+        keeps_files = "trainer.default_root_dir" in settings
+        if not keeps_files:
+            settings |= {"trainer.default_root_dir": scratch, "trainer.logger": False}
+        tasks = [task] if isinstance(task, str) else task
+        options = [f"--config={name}" for name in tasks]
+        options += [f"--{name}={_as_text(value)}" for name, value in settings.items()]
+
+        def assemble() -> RestorationCLI:
+            try:
+                cli = RestorationCLI(options, run=False)
+            except ArgumentError as error:
+                raise ValueError(str(error)) from error
+            data = cli.datamodule
+            if data.measurement is not None or data.ground_truth is not None:
+                raise ValueError("restore() gets the measurement itself: leave data's files out")
+            data.measurement = _channels_last(image)
+            data.operator = data.operator if operator is None else as_operator(operator)
+            data.noise = data.noise if noise is None else noise
+            return cli
+
+        def fit(cli: RestorationCLI) -> Tensor:
+            cli.before_fit()
+            if not keeps_files:
+                unkept = (Writer, LastCheckpoint, SaveConfigCallback)
+                kept = [c for c in cli.trainer.callbacks if not isinstance(c, unkept)]
+                cli.trainer.callbacks = kept
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            return cli.model.restored
+
+        def fit_part(part: InverseProblem) -> Tensor:
+            cli = assemble()
+            cli.datamodule.problem = part
+            return fit(cli)
+
+        cli = assemble()
+        if tile is None:
+            restored = fit(cli)
+        else:
+            if cli.datamodule.region is not None:
+                raise ValueError("tiles cover the whole image; leave data.region out")
+            cli.datamodule.setup()
+            assert cli.datamodule.problem is not None
+            tiling, parts = cli.datamodule.problem.split(tile, overlap)
+            restored = blend((fit_part(part) for part in parts), tiling)
+        return _like(image, to_array(restored, cli.datamodule.image_format))
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
+    """The image as an array, (H, W) or (H, W, C)."""
+    if isinstance(image, np.ndarray):
+        return image
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"expected a NumPy array or a tensor, got {type(image).__name__}; use "
+            "numpy.asarray(image), or deepred_pl.images.read_image for files"
+        )
+    if image.ndim not in (2, 3) and not (image.ndim == 4 and image.shape[0] == 1):
+        raise ValueError(
+            f"expected a tensor (H, W), (C, H, W) or (1, C, H, W), got {tuple(image.shape)}; "
+            "restore one image at a time"
+        )
+    array = image.detach().cpu()
+    array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    return (array if array.ndim == 2 else array.reshape(array.shape[-3:]).movedim(0, -1)).numpy()
+
+
+def _like(image: np.ndarray | Tensor, restored: np.ndarray) -> Any:
+    """The restored array (H, W, C) in the kind, layout, dtype and device of `image`."""
+    if not isinstance(image, Tensor):
+        restored = restored[..., 0] if image.ndim == 2 else restored
+        return restored.astype(image.dtype) if image.dtype.kind == "f" else restored
+    tensor = torch.from_numpy(restored).movedim(-1, 0).contiguous()  # (C, H, W)
+    if image.ndim != 3:
+        tensor = tensor[0] if image.ndim == 2 else tensor[None]
+    return tensor.to(image.device, image.dtype if image.is_floating_point() else tensor.dtype)

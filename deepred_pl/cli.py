@@ -68,6 +68,13 @@ NOISE = (
     "Type collections.abc.Callable",
 )
 
+# Settings that the config.yaml of an earlier run may have, and the remedy.
+FORMER = {
+    "wait_for_denoiser": "remove this line",
+    "deepred_pl.model.WarmupCosine": "replace it with deepred_pl.optim.WarmupCosine",
+    "deepred_pl.log.SteadyLogger": "replace it with TensorBoardLogger",
+}
+
 # In an installed package next to this module; in a checkout at the top level.
 _PACKAGE = Path(__file__).parent
 CONFIGS = next(
@@ -307,6 +314,9 @@ def find_config(name: str) -> str:
         ValueError: There is none.
     """
     if Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8", errors="replace")
+        if former := [f"{word}: {remedy}" for word, remedy in FORMER.items() if word in text]:
+            raise ValueError(f"{name} has settings of an earlier version; {', '.join(former)}")
         return name
     shipped = {
         p.relative_to(CONFIGS).with_suffix("").as_posix(): p for p in CONFIGS.rglob("*.yaml")

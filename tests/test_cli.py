@@ -305,6 +305,16 @@ def test_a_file_goes_before_a_shipped_name(deepred, refused, tmp_path, monkeypat
     assert "found no denoisin; shipped are" in said and "methods/dip" in said
 
 
+def test_settings_of_an_earlier_version_are_refused_with_the_remedy(deepred, refused, photo):
+    run = deepred("--config", QUICKSTART, data__ground_truth=photo)
+    config = run / "config.yaml"
+    text = config.read_text().replace("deepred_pl.optim", "deepred_pl.model")
+    config.write_text(text.replace("  timeout:", "  wait_for_denoiser: true\n  timeout:"))
+    said = refused("--config", config, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    assert "wait_for_denoiser: remove this line" in said
+    assert "replace it with deepred_pl.optim.WarmupCosine" in said
+
+
 def test_super_resolution_by_another_factor(deepred, photo):
     run = deepred(
         *("--config", ROOT / "configs/super_resolution.yaml", "--data.operator.factor=8"),

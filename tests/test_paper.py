@@ -252,4 +252,4 @@ def test_figure_3_is_drawn(tmp_path, sets, fitted, tiny):
 def test_what_a_table_owns_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         paper.main(["denoising", option])
-    assert f"{option.partition('=')[0]} is a table's own to set" in capsys.readouterr().err
+    assert f"{option.partition('=')[0]} is set by the table" in capsys.readouterr().err

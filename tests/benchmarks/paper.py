@@ -5,8 +5,8 @@
     python tests/benchmarks/paper.py figure3 --quick
 
 A table is `deepred-batch` over a set with the methods of `configs/paper`: that command is printed,
-and its options for the machine and `--section.key=value` may be given here. It goes on where it was
-stopped. The table in Markdown, and a CSV, go to `tests/benchmarks/results`; the run directories
+and its options for the machine and `--section.key=value` may be given here. Repeat the command to resume
+it. The table in Markdown, and a CSV, go to `tests/benchmarks/results`; the run directories
 stay in `lightning_logs/paper`.
 """
 
@@ -57,7 +57,7 @@ class Table:
         before: What is shown of the measurement.
         methods: The heading of each column.
         dip_steps: Steps after which Deep Image Prior's release stops, where it has that task.
-        published: By set and image, or "mean", DeepRED's PSNR in the paper, at second hand.
+        published: By set and image, or "mean", DeepRED's PSNR in the paper (second-hand).
     """
 
     title: str
@@ -146,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in OWNED:
         if any(option.partition("=")[0] == name for option in options):
             parser.error(
-                f"{name} is a table's own to set; for another comparison use deepred-batch"
+                f"{name} is set by the table; for another comparison use deepred-batch"
             )
     if given.what == "figure3" and given.set:
         parser.error("--set is for tables; Figure 3 is of head of Set5")
@@ -303,7 +303,7 @@ def markdown(
             told.append(f"{column} {steps[0]}{more}")
     lines += ["", f"Steps: {'; '.join(told)}."]
     if BEST in columns:
-        lines += ["", "\\* At its best step, known by the true image alone: an oracle."]
+        lines += ["", "\\* At its best step, which only the true image reveals: an oracle."]
     return lines
 
 
@@ -314,7 +314,7 @@ def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: boo
     if published:
         lines += [
             "",
-            f"{'' if quick else '† '}DeepRED in the paper, at second hand, on whole images with "
+            f"{'' if quick else '† '}DeepRED in the paper (second-hand), on whole images with "
             f"the full network, a soft target: {', '.join(published)} dB.",
         ]
     for metric in sorted({row["metric_on"] for row in rows}):
@@ -326,14 +326,14 @@ def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: boo
         reduced = [what.methods[method] for method in REDUCED if method in what.methods]
         lines += [
             "",
-            f"Fewer channels and steps than published have {', '.join(reduced)}; the other methods "
-            "have the smaller images alone. Not to be compared with published figures.",
+            f"Fewer channels and steps than published: {', '.join(reduced)}; the other methods "
+            "only have smaller images. Do not compare with published figures.",
         ]
     back = [
         f"{row['image']}, {what.methods[row['method']]}" for row in rows if int(row["rollbacks"])
     ]
     if back:
-        lines += ["", f"Taken back from a collapse by the guard: {'; '.join(back)}."]
+        lines += ["", f"Rolled back by the guard after a collapse: {'; '.join(back)}."]
     return lines
 
 

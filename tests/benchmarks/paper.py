@@ -5,8 +5,8 @@
     python tests/benchmarks/paper.py figure3 --quick
 
 A table is `deepred-batch` over a set with the methods of `configs/paper`: that command is printed,
-and its options for the machine and `--section.key=value` may be given here. Repeat the command to resume
-it. The table in Markdown, and a CSV, go to `tests/benchmarks/results`; the run directories
+and its options for the machine and `--section.key=value` may be given here. Repeat the command to
+resume it. The table in Markdown, and a CSV, go to `tests/benchmarks/results`; the run directories
 stay in `lightning_logs/paper`.
 """
 

@@ -145,9 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given, options = parser.parse_known_args(args)
     for name in OWNED:
         if any(option.partition("=")[0] == name for option in options):
-            parser.error(
-                f"{name} is set by the table; for another comparison use deepred-batch"
-            )
+            parser.error(f"{name} is set by the table; for another comparison use deepred-batch")
     if given.what == "figure3" and given.set:
         parser.error("--set is for tables; Figure 3 is of head of Set5")
     command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]

@@ -1,8 +1,19 @@
 """How much the fault suite tries, and its random numbers."""
 
 import random
+import signal
 
 import pytest
+
+from tests.faults.processes import take_signals
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_taken():
+    before = take_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

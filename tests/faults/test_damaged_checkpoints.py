@@ -64,7 +64,7 @@ def resume_them(connection, folder, seed, tries):
 
 def test_a_damaged_checkpoint_is_refused_or_does_no_harm(tmp_path, seed, long, record_property):
     write_image(tmp_path / "truth.png", picture(3, 37, 45))
-    tries = 500 if long else 15
+    tries = 500 if long else 8
     *messages, end = processes.told_by(resume_them, tmp_path, seed, tries, seconds=60)
     assert end == ("ended", 0)
     counts = Counter(what for _, what in messages)

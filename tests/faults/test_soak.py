@@ -13,7 +13,7 @@ from deepred_pl.images import write_image
 from tests.faults import processes
 from tests.helpers import picture
 
-STEPS = 30
+STEPS = 10
 
 
 def fit_many(connection, folder, fits):
@@ -40,13 +40,13 @@ def fit_many(connection, folder, fits):
 @pytest.mark.parametrize("channels", [3])
 def test_memory_and_threads_stay_what_they_were(tmp_path, long, record_property, channels):
     write_image(tmp_path / "truth.png", picture(channels, 65, 47))
-    fits = 200 if long else 6
+    fits = 200 if long else 5
     *messages, end = processes.told_by(fit_many, tmp_path, fits, seconds=60)
     told = [message for _, message in messages]
     assert end == ("ended", 0)
     assert len(told) == fits and all(done for done, *_ in told)
     megabytes = [memory / 2**20 for _, memory, *_ in told]
-    looks = [i for i in (1, 6, 50, 100, 200) if i <= fits]
+    looks = [i for i in (1, 5, 50, 100, 200) if i <= fits]
     record_property(
         "figures",
         f"soak: {fits} tried, {sum(done for done, *_ in told)} survived; "

@@ -97,11 +97,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; `options` are those of each fit.
-
-    Raises:
-        ValueError: Invalid or incompatible arguments.
-    """
+    """Parse the command line; `options` are those of each fit."""
     own, options = _split(args)
     parser = _Parser(
         "deepred-batch",
@@ -265,12 +261,7 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def run(arguments: argparse.Namespace) -> int:
-    """Restore the images; return the number of images that failed, with --shard of fits.
-
-    Raises:
-        ValueError: Invalid settings or images, before anything is written.
-        OSError: The output directory cannot be written.
-    """
+    """Restore the images; return the number of images that failed, with --shard of fits."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     sources = find_images(arguments.photos or arguments.images or arguments.ground_truth)
     single = arguments.out is None

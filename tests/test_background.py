@@ -1,8 +1,11 @@
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from deepred_pl import background as background_module
 from deepred_pl.background import Background
 
 
@@ -20,7 +23,7 @@ def test_runs_beside_the_caller_and_ends_on_close():
 
     background = Background()
     background.submit("job", job, 41)
-    assert started.wait(5)  # the job runs while this thread goes on
+    assert started.wait(60)  # the job runs while this thread goes on
     release.set()
     assert background.result() == 42
     background.close()
@@ -57,13 +60,25 @@ def test_the_worker_computes_on_one_core_and_the_caller_keeps_its_own():
     assert torch.get_num_threads() == before
 
 
-def test_waiting_is_counted():
+def test_waiting_is_counted(monkeypatch):
+    now, asked = 0.0, 0
+
+    def perf_counter():
+        nonlocal asked
+        asked += threading.current_thread() is threading.main_thread()
+        return now
+
+    def slow():
+        nonlocal now
+        while asked < 2:  # by submit, and as the wait begins
+            time.sleep(0.001)
+        now = 5.0
+
+    monkeypatch.setattr(background_module, "time", SimpleNamespace(perf_counter=perf_counter))
     background = Background()
-    release = threading.Event()
-    threading.Timer(0.05, release.set).start()
-    background.submit("job", release.wait)
+    background.submit("job", slow)
     background.result()
-    assert background.wait_seconds > 0.02
+    assert background.wait_seconds == background.busy_seconds == 5
     background.close()
 
 
@@ -75,5 +90,5 @@ def test_a_hung_job_is_abandoned():
     thread = background._thread
     assert thread.daemon and thread.is_alive()
     release.set()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()

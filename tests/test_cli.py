@@ -498,8 +498,7 @@ def helped(capsys, *args):
     return capsys.readouterr().out
 
 
-def test_help_begins_with_what_is_this_packages(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+def test_help_begins_with_what_is_this_packages(capsys):
     said = helped(capsys, "fit", "--help")
     assert said.startswith("usage: deepred fit --config NAME")
     sections = [said.index(f"  --{name} ") for name in ("model", "data", "red", "trainer")]
@@ -509,8 +508,7 @@ def test_help_begins_with_what_is_this_packages(capsys, monkeypatch):
     assert "Write the restored image of a checkpoint" in helped(capsys, "--help")
 
 
-def test_help_names_the_networks_there_are(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+def test_help_names_the_networks_there_are(capsys):
     said = helped(capsys, "fit", "--model.help", "DeepRED")
     assert "λ > 0, weight of the RED prior" in said and "deepred_pl.networks.SkipNet" in said
     assert "torch.nn.Linear" not in said and "GaussianNoise" not in said

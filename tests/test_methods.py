@@ -24,7 +24,7 @@ def nlm(image, sigma):
     )
 
 
-def red_by_fixed_points(y, kernel, lam, iterations=200):
+def red_by_fixed_points(y, kernel, lam, iterations=100):
     """argmin of ‖k ∗ x − y‖² + λ xᵀ(x − f(x)): (KᵀK + λ) x ← Kᵀy + λ f(x), in Fourier space."""
     padded = np.zeros_like(y)
     height, width = kernel.shape

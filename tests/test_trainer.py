@@ -337,7 +337,7 @@ def test_where_a_parent_accumulates_the_denoiser_works_beside_every_round(make_t
     class Wait(Callback):
         def on_train_batch_end(self, trainer, module, *batch):
             if module.restoration.step < 12:  # the last round hands over nothing
-                assert turn.wait(10)  # it was handed over, and began
+                assert turn.wait(60)  # it was handed over, and began
             if module.restoration.step % 4 == 3:
                 turn.clear()
 

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -172,11 +172,15 @@ def test_the_bar_shows_psnr_and_gap_and_stops(make_trainer, capsys):
 
 
 def test_the_bar_of_a_timed_fit_counts_without_an_end(make_trainer, capsys):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 15
+
     model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
     trainer = make_trainer(
         max_steps=-1,
-        max_time={"seconds": 1},
-        callbacks=[Monitor(), RestorationBar()],
+        max_time={"minutes": 5},
+        callbacks=[Monitor(), RestorationBar(), Stop()],
         enable_progress_bar=True,
         log_every_n_steps=10,
     )

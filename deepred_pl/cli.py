@@ -73,6 +73,7 @@ FORMER = {
     "wait_for_denoiser": "remove this line",
     "deepred_pl.model.WarmupCosine": "replace it with deepred_pl.optim.WarmupCosine",
     "deepred_pl.log.SteadyLogger": "replace it with TensorBoardLogger",
+    "BM3DDeblurring": "use ImageParameter with start: deepred_pl.denoisers.bm3d.deblur",
 }
 
 # In an installed package next to this module; in a checkout at the top level.
@@ -106,7 +107,7 @@ def command() -> NoReturn:
 
     Python would wait for such a thread's foreign code, and abort the process with another status.
     """
-    threading.excepthook = _report_in_thread
+    threading.excepthook = report_in_thread
     try:
         main()
         status: int | str | None = 0
@@ -314,7 +315,7 @@ def find_config(name: str) -> str:
         ValueError: There is none.
     """
     if Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8", errors="replace")
+        text = re.sub("#.*", "", Path(name).read_text(encoding="utf-8", errors="replace"))
         if former := [f"{word}: {remedy}" for word, remedy in FORMER.items() if word in text]:
             raise ValueError(f"{name} has settings of an earlier version; {', '.join(former)}")
         return name
@@ -362,8 +363,8 @@ def _own_classes(found: re.Match[str]) -> str:
     return f"classes of this package:\n{listed})"
 
 
-def _report_in_thread(error: threading.ExceptHookArgs) -> None:
-    # TensorBoard's thread raises a full disk's error in the fit, too, which reports it in one line.
+def report_in_thread(error: threading.ExceptHookArgs) -> None:
+    """Ignore a full disk in TensorBoard's thread, because the fit raises and reports it, too."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 

@@ -154,12 +154,12 @@ class RestorationDataModule(LightningDataModule):
             truth_range = (self.image_format.low, self.image_format.high)
         if self.ground_truth is None:
             return y, None
-        return y, self._admissible(read_image(self.ground_truth, truth_range)[0], operator)
+        return y, self._admissible(_read(self.ground_truth, truth_range)[0], operator)
 
     def _simulated(self, operator: Operator) -> tuple[Tensor, Operator, Tensor]:
         """A simulated measurement, the operator that made it, and the ground truth."""
         assert self.ground_truth is not None
-        original, self.image_format = read_image(self.ground_truth, self.intensity_range, self.page)
+        original, self.image_format = _read(self.ground_truth, self.intensity_range, self.page)
         if self.crop is not None:
             middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)
             original, self.image_format = middle.of(original), _part(self.image_format, middle)
@@ -187,8 +187,8 @@ class RestorationDataModule(LightningDataModule):
         if part is not None and self.intensity_range in ("minmax", "percentile"):
             raise ValueError(
                 f"intensity_range={self.intensity_range!r} moves 0, which {type(part).__name__} "
-                "needs to mean no light; give [0, hi]: for sums along rays hi is the number of "
-                "detectors times the object's maximum"
+                "needs to mean no light; set it to [0, hi], for sums along rays with hi the number "
+                "of detectors times the object's maximum"
             )
 
     def train_dataloader(self) -> Iterable[int]:
@@ -224,7 +224,7 @@ def simulate(
     else:
         raise ValueError(
             f"degrade='antialiased_resize' needs a Downsample, got {type(operator).__name__}; "
-            "give degrade='operator'"
+            "set degrade='operator'"
         )
     return y if noise is None else noise.sample(y, generator)
 
@@ -238,7 +238,7 @@ def antialiased_resize(image: Tensor, factor: int) -> Tensor:
 
 
 def _read(
-    source: str | os.PathLike | np.ndarray, intensity_range: IntensityRange, page: int | None
+    source: str | os.PathLike | np.ndarray, intensity_range: IntensityRange, page: int | None = None
 ) -> tuple[Tensor, ImageFormat]:
     if isinstance(source, np.ndarray):
         return to_tensor(source, intensity_range)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-ROOM = 2**16  # bytes that a run takes at least
+ROOM = 2**16  # bytes that a run needs at least
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -23,7 +23,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # never through a link that lies there
+        with temporary.open("xb") as file:  # never through an existing symlink
             file.write(data)
         move(temporary, path)
     finally:
@@ -111,6 +111,6 @@ def load_checkpoint(path: Path, entry: str = "state_dict") -> dict[str, Any]:
     except Exception as error:  # unpicklers raise anything
         raise ValueError(
             f"expected a run's checkpoints/last.ckpt, got {path}, which is damaged or another kind "
-            "of file; give another checkpoint, or start without one"
+            "of file; use another checkpoint, or remove it to start again"
         ) from error
     return checkpoint

@@ -173,7 +173,7 @@ class DeepImagePrior(LightningModule):
         if prepare is not None:
             return prepare(problem)
         height, width = problem.image_shape[-2:]
-        # z, its noise and their sum, in float32; the network's activations come on top.
+        # z, its noise and their sum, in float32; without the network's activations.
         needed = 3 * 4 * height * width * INPUT_CHANNELS
         check_memory(needed, f"restoring {height}×{width} pixels", "restore a part of the image")
         if saved is not None:
@@ -402,10 +402,11 @@ class DeepRED(DeepImagePrior):
         super().__init__(result=result, **kwargs)  # type: ignore[arg-type]
 
     def _initial_state(self, problem: InverseProblem) -> dict[str, Tensor]:
-        guess = problem.first_guess()
+        state = super()._initial_state(problem)
+        guess = state["out"]
         lam, mu = torch.tensor(self.initial_lam), torch.tensor(self.initial_mu)
         return {
-            **super()._initial_state(problem),
+            **state,
             "x": guess.clone(),
             "u": torch.zeros_like(guess),
             "f_x": guess.clone(),

@@ -143,7 +143,10 @@ class LaplaceNoise(NoiseModel):
         super().__init__()
         check_grey_levels("noise sigma", sigma, "25 means 25/255")
         self.sigma = sigma
-        self._scale = sigma / 255 / math.sqrt(2)
+
+    @property
+    def _scale(self) -> float:
+        return self.sigma / 255 / math.sqrt(2)
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         size = torch.empty_like(clean).exponential_(1 / self._scale, generator=generator)
@@ -216,7 +219,10 @@ class PoissonGaussianNoise(NoiseModel):
         check_grey_levels("noise sigma", sigma, "use PoissonNoise if there is no read noise")
         self.gain = gain
         self.sigma = sigma
-        self._shift = sigma**2 / gain / 255
+
+    @property
+    def _shift(self) -> float:
+        return self.sigma**2 / self.gain / 255
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         photons = torch.poisson(clean.clamp(min=0) * 255 / self.gain, generator=generator)

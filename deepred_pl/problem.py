@@ -68,7 +68,8 @@ class InverseProblem(nn.Module):
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)
-        self.noise = None if noise is None else noise.fitted(y)
+        # The noise of a part is known from the whole, as is what was clipped.
+        self.noise = noise if noise is None or clipped_to else noise.fitted(y)
         if observed is not None and self.noise is not noise:
             raise ValueError(
                 "noise cannot be estimated if values are missing; set noise.sigma, or no noise"
@@ -79,7 +80,7 @@ class InverseProblem(nn.Module):
             if tuple(ground_truth.shape) != self.image_shape:
                 raise ValueError(
                     f"ground_truth must be {self.image_shape} like the measured image, got "
-                    f"{tuple(ground_truth.shape)}; give two files of the same scene"
+                    f"{tuple(ground_truth.shape)}; use two files of the same scene"
                 )
         self.clipped_to = self._clipping(y) if clipped_to is None else clipped_to
         self.register_buffer("y", y.detach().clone().float())
@@ -167,7 +168,6 @@ class InverseProblem(nn.Module):
                 f"{self.noise} has no strength there; use larger tiles, or restore the image whole"
             )
         truth = None if self.ground_truth is None else region.of(self.ground_truth)
-        # What was clipped is known from the whole; a part may lack it.
         return InverseProblem(y, operator, self.noise, truth, self.metric_on, self.clipped_to)
 
     def split(self, tile: int, overlap: int | None = None) -> tuple[Tiling, list["InverseProblem"]]:
@@ -175,7 +175,7 @@ class InverseProblem(nn.Module):
 
         Args:
             tile: Side of a tile in pixels.
-            overlap: Pixels that tiles share; None is an eighth of a tile, and twice the margin
+            overlap: Pixels that tiles share; None is an eighth of a tile, plus twice the margin
                 that the operator mixes.
 
         Raises:
@@ -188,6 +188,11 @@ class InverseProblem(nn.Module):
         least = 2 * max(margin) + factor if max(margin) else 0
         if overlap is None:
             overlap = tile // 8 + 2 * max(margin)
+            if overlap >= tile:
+                raise ValueError(
+                    f"tiles measured by {self.operator} must be larger than {overlap} pixels, got "
+                    f"{tile}"
+                )
         elif overlap < least:
             raise ValueError(
                 f"tiles measured by {self.operator} must share at least {least} pixels, got "
@@ -202,7 +207,7 @@ class InverseProblem(nn.Module):
         if reach is None:
             raise ValueError(
                 f"{self.operator} mixes the whole image, which cannot be cut into parts; restore "
-                "it whole, or give a blur another boundary than 'circular'"
+                "it whole, or choose another boundary than 'circular' for a blur"
             )
         return reach
 

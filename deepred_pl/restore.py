@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepred_pl.callbacks import LastCheckpoint, Writer
 from deepred_pl.cli import RestorationCLI
-from deepred_pl.images import to_array
+from deepred_pl.images import ImageFormat, to_array
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 from deepred_pl.problem import InverseProblem
@@ -97,19 +97,21 @@ def restore(
         def fit_part(part: InverseProblem) -> Tensor:
             cli = assemble()
             cli.datamodule.problem = part
+            cli.datamodule.image_format = ImageFormat("float32")
             return fit(cli)
 
         cli = assemble()
+        data = cli.datamodule
         if tile is None:
             restored = fit(cli)
         else:
-            if cli.datamodule.region is not None:
+            if data.region is not None:
                 raise ValueError("tiles cover the whole image; leave data.region out")
-            cli.datamodule.setup()
-            assert cli.datamodule.problem is not None
-            tiling, parts = cli.datamodule.problem.split(tile, overlap)
+            data.setup()
+            assert data.problem is not None
+            tiling, parts = data.problem.split(tile, overlap)
             restored = blend((fit_part(part) for part in parts), tiling)
-        return _like(image, to_array(restored, cli.datamodule.image_format))
+        return _like(image, to_array(restored, data.image_format))
 
 
 def _as_text(value: Any) -> str:

@@ -143,7 +143,7 @@ def _fetch(file: _File) -> Path:
         if found:
             raise ValueError(
                 f"expected the published {file.file} (sha256 {file.sha256[:12]}…), got another "
-                f"file at {path}; replace it with {file.address}, or give your own image by its "
+                f"file at {path}; replace it with {file.address}, or use your own image by its "
                 "path"
             ) from error
         raise OSError(_not_downloaded(file, path, error)) from error

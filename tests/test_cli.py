@@ -397,7 +397,7 @@ def test_the_shipped_settings_are_the_released_ones():
     assert cli.datamodule.noise.sigma == 25
     red = next(c for c in cli.trainer.callbacks if isinstance(c, REDUpdate))
     assert isinstance(red.denoiser, NonLocalMeans) and red.denoiser.sigma == 3
-    assert (red.schedule.every_n_steps, red.x_update) == (10, "fixed_point")
+    assert (red.every_n_steps, red.x_update) == (10, "fixed_point")
 
 
 def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):

@@ -160,5 +160,13 @@ def test_tiles_are_as_good_as_the_whole_and_leave_no_seam():
     assert abs(across_cuts(tiled) / across_cuts(whole) - 1) < 0.05
 
 
+def test_tiles_that_are_kept_have_all_digits(tmp_path):
+    image = stored(np.float32, 1)
+    settings = {**TINY, "trainer.default_root_dir": str(tmp_path)}
+    restore(image, "denoising", settings, tile=24, overlap=8)
+    tiles = list(tmp_path.rglob("restored.*"))
+    assert len(tiles) == 6 and {path.suffix for path in tiles} == {".tif"}
+
+
 def test_one_device_is_the_default():
     assert settings_of(["--config=denoising"])["trainer"]["devices"] == 1

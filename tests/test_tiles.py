@@ -194,6 +194,13 @@ def test_a_region_that_cannot_be_is_refused(region, said):
         problem.part(Region(*region))
 
 
+def test_tiles_no_larger_than_a_blur_mixes_are_refused():
+    blur = Blur.uniform(25, "reflect")
+    problem = InverseProblem(picture(1, 96, 96), blur, GaussianNoise(2))
+    with pytest.raises(ValueError, match="must be larger than 27 pixels, got 24"):
+        problem.split(24)
+
+
 def test_no_tile_comes_twice():
     regions = cut(264, 64, 64, 61, 4)  # tiles less than a pixel of the small image apart
     assert len(set(regions)) == len(regions)

@@ -76,6 +76,7 @@ class Job:
         computed = ("result.json", "last.ckpt")
         if began is not None and any(any(self.directory.rglob(name)) for name in computed):
             before, now = _flat(began), _flat(self.about)
+            before.pop("settings.red.wait_for_denoiser", None)  # of an earlier version
             for name in [*now, *sorted(before.keys() - now.keys())]:
                 if not name.startswith("machine.") and before.get(name) != now.get(name):
                     label = name.removeprefix("settings.").replace("init_args.", "")
@@ -255,6 +256,6 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        else:  # a class by its name, because modules may move
+            flat[prefix + name] = value.rpartition(".")[2] if name == "class_path" else value
     return flat

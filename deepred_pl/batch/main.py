@@ -39,12 +39,12 @@ DEFAULT_TILE = 128  # for a given number of steps, networks fit small images bet
 OWNED = {
     "data.measurement": "--images",
     "data.region": "--tile",
-    "data.as_floats": "--restarts or --tile, which need it",
+    "data.as_floats": "--restarts or --tile, which set it",
     "trainer.default_root_dir": "--out",
     "trainer.logger": "--out",
     "trainer.devices": "--workers or --gpus",
     "trainer.plugins": "--ray",
-    "trainer.enable_progress_bar": "none: there is one for all fits",
+    "trainer.enable_progress_bar": "the bar over all fits",
     "trainer.fast_dev_run": "`deepred fit`",
 }
 

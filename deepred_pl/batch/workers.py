@@ -18,7 +18,7 @@ import torch
 
 from deepred_pl.batch.jobs import Job, fit
 from deepred_pl.callbacks.preflight import step_memory
-from deepred_pl.cli import EXPECTED, RestorationCLI, reason
+from deepred_pl.cli import EXPECTED, RestorationCLI, reason, report_in_thread
 from deepred_pl.memory import free_memory, give_memory_back
 
 RETRIES = 2  # of a fit whose process was killed; it resumes from its checkpoint
@@ -139,6 +139,7 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
 def _serve(connection: Connection, gpu: str | None) -> None:
     """A process of `on_this_machine`: one fit after another, on one GPU if there is any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.excepthook = report_in_thread
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

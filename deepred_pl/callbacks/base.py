@@ -23,7 +23,7 @@ class RestorationCallback(Callback):
 
     Attributes:
         chooses: Whether it sets the restoration's `chosen` image.
-        waiting: Whether it waits for the denoiser; it has then not changed anything yet.
+        waiting: Whether the fit is waiting for the denoiser; the round has changed nothing yet.
     """
 
     chooses: ClassVar[bool] = False

@@ -22,7 +22,7 @@ from deepred_pl.files import describe, last_checkpoint, move
 from deepred_pl.model import DeepImagePrior
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send
-SIGNALLED = 128  # a signal's number plus this is the exit status that shells give
+SIGNALLED = 128  # the exit status after a signal is its number plus this
 STOPPING = b"Stopping after this step; press Ctrl-C again to stop now.\n"
 STOPPING_NOW = b"Stopping.\n"
 
@@ -117,7 +117,7 @@ class LastCheckpoint(Checkpoint):
         path = last_checkpoint(run_directory(trainer))
         models = [m for m in trainer.lightning_module.modules() if isinstance(m, DeepImagePrior)]
         if not all(math.isfinite(stability(model)) for model in models):
-            rank_zero_info(f"Step {trainer.global_step}: not saved, because the fit gives NaN.")
+            rank_zero_info(f"Step {trainer.global_step}: not saved: its state is not finite.")
             return
         # Lightning's own temporary file may be on another device, where a move is a copy.
         new = path.with_name(".last.ckpt.new")

@@ -20,10 +20,10 @@ DIP_PERIOD = 10  # θ-steps between two checks without a denoiser
 class CollapseGuard(RestorationCallback):
     """Rolls a fit that collapses back to its last good state: network, optimizer, x, u and job.
 
-    At each denoising of the `REDUpdate`, or every 10 θ-steps without one, it compares `out` with
-    `average`, the recent output (with average_decay=0 that is `out`, and only NaN is detected).
-    Between two checks their PSNR falls by less than 2 dB in ordinary fits of photographs. A loss of
-    more than `drop` is a collapse, once `average` has forgotten its start (after
+    At each denoising of the trainer's `REDUpdate`, or every 10 θ-steps without one, it compares
+    `out` with `average`, the recent output (with average_decay=0 that is `out`, and only NaN is
+    detected). Between two checks their PSNR falls by less than 2 dB in ordinary fits of
+    photographs. A loss of more than `drop` is a collapse, once `average` has forgotten its start (after
     2 / (1 − its decay) θ-steps, 200); NaN is one at any time. The fit then continues from its last
     good state, with the input noise and the learning rate of the present step. A loss that persists
     is not a collapse: the usual PSNR follows it.
@@ -59,11 +59,6 @@ class CollapseGuard(RestorationCallback):
         self._good: _State | None = None
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        """Refuse a guard that follows the updates it guards.
-
-        Raises:
-            ValueError: It does.
-        """
         super().check(model, trainer)
         position = trainer.callbacks.index
         if any(c.period and position(c) < position(self) for c in self.siblings(trainer)):
@@ -119,11 +114,11 @@ class CollapseGuard(RestorationCallback):
             self._failures += 1
             if self._failures > self.patience:
                 raise RuntimeError(
-                    f"the fit gave NaN in {self._failures} checks in a row, the last at step "
+                    f"the fit produced NaN in {self._failures} checks in a row, the last at step "
                     f"{model.step}, although it was rolled back each time; use a lower learning "
                     "rate, or trainer.precision 32"
                 )
-            self._roll_back_all(model, "gave NaN")
+            self._roll_back_all(model, "produced NaN")
             return
         self._failures = 0
         fresh = model.step * (1 - model.average_decay) < FORGOTTEN

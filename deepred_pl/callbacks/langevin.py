@@ -64,11 +64,6 @@ class Langevin(RestorationCallback):
         self._samples = RunningMoments()
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        """Refuse a run without a number of steps; called before the fit.
-
-        Raises:
-            ValueError: The trainer has no max_steps, or another callback chooses the image.
-        """
         super().check(model, trainer)
         if trainer.max_steps < 1:
             raise ValueError(

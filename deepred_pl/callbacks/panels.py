@@ -12,10 +12,10 @@ from deepred_pl.callbacks.base import RestorationCallback, tensorboard_writers
 from deepred_pl.checks import check_at_least
 from deepred_pl.model import DeepImagePrior, DeepRED
 
-TIMES = 10  # TensorBoard shows 10 images of a panel by default, evenly chosen
-MOST_TIMES = 100  # per run; with more, the images would be too small
+DISPLAYS = 10  # TensorBoard shows 10 images of a panel by default, evenly chosen
+MOST_DISPLAYS = 100  # per run; with more, the images would be too small
 MOST_BYTES = 15_000_000  # of a run's images, before compression
-PANELS = 5  # at a time
+PANELS = 5  # per display
 TIMED = 6000  # θ-steps assumed for a fit that a time limit ends
 ERROR_GAIN = 5  # an error of a fifth of the range is white
 
@@ -30,8 +30,9 @@ class Panels(RestorationCallback):
     so that the images of a run take less than 15 MB. Without a TensorBoard logger it does nothing.
 
     Args:
-        every_n_steps: θ-steps between two times, at least a hundredth of the trainer's max_steps;
-            None is a tenth, 0 disables the panels. A fit without max_steps counts as one of 6000.
+        every_n_steps: θ-steps between two displays, at least a hundredth of the trainer's
+            max_steps; None is a tenth, 0 disables the panels. A fit without max_steps counts as one
+            of 6000.
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
             Otherwise the panels' names begin with it.
 
@@ -45,17 +46,17 @@ class Panels(RestorationCallback):
         self.every_n_steps = every_n_steps
         self._every = 0  # 0 disables it
         self._largest = 0  # values of an image
-        self._left = 0  # times
-        self._shown = 0  # step of the latest time
+        self._left = 0  # displays
+        self._shown = 0  # step of the latest display
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._every = 0
         if self.every_n_steps == 0 or trainer.fast_dev_run or not tensorboard_writers(trainer):
             return
         steps = trainer.max_steps if trainer.max_steps > 0 else TIMED
-        wanted = math.ceil(steps / TIMES) if self.every_n_steps is None else self.every_n_steps
-        self._every = max(wanted, math.ceil(steps / MOST_TIMES))
-        self._left, self._shown = max(TIMES, steps // self._every), 0
+        wanted = math.ceil(steps / DISPLAYS) if self.every_n_steps is None else self.every_n_steps
+        self._every = max(wanted, math.ceil(steps / MOST_DISPLAYS))
+        self._left, self._shown = max(DISPLAYS, steps // self._every), 0
         sharing = sum(isinstance(callback, Panels) for callback in trainer.callbacks)
         self._largest = MOST_BYTES // (sharing * PANELS * (self._left + 1))  # one for the end
         problem = self.model.problem

@@ -53,14 +53,10 @@ class Preflight(RestorationCallback):
         if isinstance(pl_module, DeepRED):
             text += ", plus what a slow denoiser adds"
         free = as_text(free_memory(pl_module.device))
-        rank_zero_info(f"{text}; {as_text(needed)} of memory, {free} are free.")
+        rank_zero_info(f"{text}; {as_text(needed)} of memory ({free} free).")
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        """Refuse what exceeds the free memory, if the module is already on its device.
-
-        Raises:
-            ValueError: A θ-step needs more memory than is free.
-        """
+        # Before a fit on a GPU the module is not there yet.
         if not trainer.fast_dev_run and model.device.type == trainer.strategy.root_device.type:
             _check_fit(model, trainer)
 

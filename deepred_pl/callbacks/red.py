@@ -1,9 +1,8 @@
 """The x-update of RED and the u-update, with the denoiser running in the background."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -18,35 +17,10 @@ from deepred_pl.denoisers import Denoiser
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.trainer import check_averaging
 
-ABANDONED = 1.0  # seconds that a running job is waited for when its fit fails or is stopped
-LAST_JOB = 60.0  # seconds that a running job is waited for when its fit has ended
+ABANDONED = 1.0  # seconds to wait for a running job after its fit failed or was stopped
+LAST_JOB = 60.0  # seconds to wait for a running job after its fit has ended
 
 XUpdate = Literal["fixed_point", "gradient", "mixed", "pnp"]
-
-
-class Schedule(NamedTuple):
-    """When rounds of x- and u-update end, in θ-steps.
-
-    Attributes:
-        every_n_steps: θ-steps per round.
-        rounds_per_denoising: Rounds per denoiser call.
-    """
-
-    every_n_steps: int
-    rounds_per_denoising: int
-
-    @property
-    def period(self) -> int:
-        """θ-steps per denoiser call."""
-        return self.every_n_steps * self.rounds_per_denoising
-
-    def ends_round(self, before: int, step: int) -> bool:
-        """Whether a round ends after step `before`, and at `step` at the latest."""
-        return step // self.every_n_steps > before // self.every_n_steps
-
-    def denoises(self, before: int, step: int) -> bool:
-        """Whether such a round also has a denoised image to collect."""
-        return step // self.period > before // self.period
 
 
 class REDUpdate(RestorationCallback):
@@ -94,7 +68,7 @@ class REDUpdate(RestorationCallback):
         busy_seconds: Seconds the denoiser has worked.
 
     Raises:
-        ValueError: An argument is out of range, or there is no DeepRED at `submodule`.
+        ValueError: An argument is out of range, or there is no restoration at `submodule`.
         RuntimeError: The denoiser failed in all of its retries; the message names it and the step.
         TimeoutError: The denoiser took longer than `timeout`. Its thread cannot be ended from
             outside and is abandoned; `deepred` ends with it.
@@ -133,7 +107,8 @@ class REDUpdate(RestorationCallback):
         if not callable(denoiser):
             raise ValueError(f"denoiser must be callable, image to image, got {denoiser!r}")
         self.denoiser = denoiser
-        self.schedule = Schedule(every_n_steps, rounds_per_denoising)
+        self.every_n_steps = every_n_steps
+        self.rounds_per_denoising = rounds_per_denoising
         self.x_update = x_update
         self.step_size = step_size
         self.inner_iterations = inner_iterations
@@ -144,14 +119,15 @@ class REDUpdate(RestorationCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._updated_step: int | None = None  # the step of the latest round; None: not known yet
-        self._submitted_step: int | None = None  # the step of the snapshot being denoised
+        self._updated_step = 0  # the step of the latest round
+        self._submitted_step: int | None = None  # of the snapshot being denoised; None: not known
         self._failure: BaseException | None = None  # of this round, raised before the next step
+        self._repeats_round = False  # of a resumed fit that ended because its denoiser failed
         self._waited = self._worked = 0.0  # seconds in the earlier parts of this fit
 
     @property
-    def period(self) -> int | None:
-        return self.schedule.period
+    def period(self) -> int:
+        return self.every_n_steps * self.rounds_per_denoising
 
     @property
     def failed(self) -> bool:
@@ -173,7 +149,7 @@ class REDUpdate(RestorationCallback):
             "denoiser": name_of(self.denoiser),
             "denoiser_sigma": sigma if isinstance(sigma, int | float) else None,
             "x_update": self.x_update,
-            "k": self.schedule.period,
+            "k": self.period,
             **{name: round(seconds, 3) for name, seconds in self.curves().items()},
         }
 
@@ -187,20 +163,20 @@ class REDUpdate(RestorationCallback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "updated_step": self._updated_step,
             "submitted_step": self._submitted_step,
+            "round_failed": self.failed,
             "wait_seconds": self.wait_seconds,
             "busy_seconds": self.busy_seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("overdue") or state_dict.get("round_failed"):
+        if state_dict.get("overdue"):
             raise ValueError(
-                "the checkpoint was saved by an earlier version while the denoiser had failed or "
-                "was not waited for, which cannot be resumed; start without a checkpoint"
+                "the checkpoint is of an earlier version that did not wait for its denoiser, which "
+                "cannot be resumed; start without a checkpoint"
             )
-        self._updated_step = state_dict.get("updated_step")
         self._submitted_step = state_dict["submitted_step"]
+        self._repeats_round = state_dict["round_failed"]
         self._waited, self._worked = state_dict["wait_seconds"], state_dict["busy_seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -216,16 +192,15 @@ class REDUpdate(RestorationCallback):
         if (model := self._red) is None:
             return
         self._background = Background(model.x.device)
-        if self._updated_step is None:
-            self._updated_step = model.step
         if self._submitted_step is None:
-            self._submitted_step = model.step - model.step % self.schedule.period
+            self._submitted_step = model.step - model.step % self.period
+        self._updated_step = self._submitted_step if self._repeats_round else model.step
         self._start_job(model, trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any
     ) -> None:
-        self._update(trainer)  # only of a resumed fit whose last round had failed
+        self._update(trainer)  # the round that had failed, in a resumed fit
         self._raise_failure()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -245,11 +220,6 @@ class REDUpdate(RestorationCallback):
         super().teardown(trainer, pl_module, stage)
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        """Refuse what cannot be fitted; called before the fit.
-
-        Raises:
-            ValueError: The denoiser does not accept the model's images, or a setting is impossible.
-        """
         if not isinstance(model, DeepRED):
             return
         check_averaging(trainer)
@@ -264,52 +234,53 @@ class REDUpdate(RestorationCallback):
     def roll_back(self, state: dict[str, Any]) -> None:
         """Discard the running job; the next denoising starts from the restored snapshot."""
         if self._background is not None and self._background.busy:
-            with suppress(RuntimeError):  # its result, or error, is not needed
+            try:
                 self._result()
+            except RuntimeError:
+                pass  # neither its result nor its error is needed
+            except BaseException as error:  # a signal, or a timeout
+                self._failure = error
 
     # The updates
 
     def _update(self, trainer: Trainer) -> None:
         """Make the round that is due, if any; keep the error of a denoiser that failed."""
-        model = self._red
-        if model is None or self.failed:
+        model, before = self._red, self._updated_step
+        if model is None or self.failed or not _passed(self.every_n_steps, before, model.step):
             return
-        if not self.schedule.ends_round(self._updated_step or 0, model.step):
-            return
+        denoises = _passed(self.period, before, model.step)
         try:
-            x, f_x = self._collect(model, trainer)
+            x, f_x = self._collect(model, trainer) if denoises else (model.x, model.f_x)
         except BaseException as error:
             self._failure = error  # nothing has changed, and other callbacks finish the step first
         else:
-            self._round(model, x, f_x, trainer)
+            self._updated_step = model.step
+            self._round(model, x, f_x, denoises, trainer)
 
     def _collect(self, model: DeepRED, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        """Where the x-update starts, and the denoised image it uses."""
-        if not self.schedule.denoises(self._updated_step or 0, model.step):
-            return model.x, model.f_x
+        """Wait for the denoised image f(x); where the x-update starts, and f(x)."""
         assert self._background is not None
         if not self._background.busy:  # it was discarded, or a batch makes several steps
             self._start_job(model, trainer)
         x, f_x = self._result()
         model.prior = admm.red_prior(x, f_x)
         # With J = 1 the same x; otherwise the last inner one, unless x has been updated since.
-        return (x if self.schedule.rounds_per_denoising == 1 else model.x), f_x
+        return (x if self.rounds_per_denoising == 1 else model.x), f_x
 
     @torch.no_grad()
-    def _round(self, model: DeepRED, x: Tensor, f_x: Tensor, trainer: Trainer) -> None:
-        """One round: the x-update, the u-update, and the next x to the denoiser."""
-        before, self._updated_step = self._updated_step or 0, model.step
-        denoised = self.schedule.denoises(before, model.step)
-        reuses = self.schedule.rounds_per_denoising > 1
+    def _round(
+        self, model: DeepRED, x: Tensor, f_x: Tensor, denoised: bool, trainer: Trainer
+    ) -> None:
+        """Update x, then u, and submit the next x to the denoiser."""
         model.f_x = f_x
         # For Plug-and-Play the v that was denoised, because x and u must come from the same v.
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
-        if denoised and reuses:  # the released order
+        if denoised and self.rounds_per_denoising > 1:  # the released order
             self._submit(model, trainer)
         model.x = self._x_update(model.step, trainer)(x, f_x, v, model.lam, model.mu)
         model.u = admm.dual_update(v, model.x)
         model.update_weighting()
-        if denoised and not reuses:
+        if denoised and self.rounds_per_denoising == 1:
             self._submit(model, trainer)
 
     def _x_update(self, step: int, trainer: Trainer) -> admm.XUpdate:
@@ -330,7 +301,7 @@ class REDUpdate(RestorationCallback):
         model.v_pending = (model.out + model.u).contiguous()
         model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
         self._submitted_step = model.step
-        collected_at = (model.step // self.schedule.period + 1) * self.schedule.period
+        collected_at = (model.step // self.period + 1) * self.period
         if trainer.max_steps < 1 or collected_at <= _last_step(trainer):
             self._start_job(model, trainer)  # otherwise a resumed fit starts it
 
@@ -372,6 +343,11 @@ class REDUpdate(RestorationCallback):
         if self._red is not None:
             self._red.driven = False
             self._red = None
+
+
+def _passed(every: int, before: int, step: int) -> bool:
+    """Whether a multiple of `every` lies in (before, step]."""
+    return step // every > before // every
 
 
 def _last_step(trainer: Trainer) -> int:

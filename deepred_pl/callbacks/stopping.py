@@ -78,12 +78,6 @@ class AutoStop(RestorationCallback):
         self._on = True
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        """Refuse what it cannot evaluate; called before the fit.
-
-        Raises:
-            ValueError: The discrepancy rule without a noise model, or another callback that chooses
-                the image.
-        """
         super().check(model, trainer)
         if self.rule == "discrepancy" and model.problem is not None and model.problem.noise is None:
             raise ValueError(

@@ -22,7 +22,7 @@ class Writer(Callback):
     """Writes the results of a fit into the run directory.
 
     `restored.png` (at the input's depth; `.tif` for float input), `comparison.png` and
-    `result.json`; with `Langevin` also the samples' standard deviation, `uncertainty.npy`,
+    `result.json`; with a callback that has a `std`, such as `Langevin`, also `uncertainty.npy`,
     (H, W, C) on the [0, 1] scale, and `uncertainty.png`, its mean over the channels, scaled so that
     the largest value is white. `predict` writes only the first. Whether the directory can be
     written is checked before the fit. A TensorBoard logger with default_hp_metric=False gets an

@@ -48,10 +48,10 @@ class Median(Denoiser):
         if size < 3 or size % 2 == 0:
             raise ValueError(f"size must be an odd number of pixels, at least 3, got {size}")
         self.size = size
-        self._denoise = partial(median, footprint=np.ones((size, size)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return through_numpy(partial(each_channel, self._denoise), x)
+        denoise = partial(median, footprint=np.ones((self.size, self.size)))
+        return through_numpy(partial(each_channel, denoise), x)
 
 
 class Bilateral(GreyLevelDenoiser):

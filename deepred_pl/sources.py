@@ -139,23 +139,17 @@ def _fetch(file: _File) -> Path:
         )
     try:
         return Path(store.fetch(key))
-    except ValueError as error:  # pooch's for a wrong checksum
-        if found:
+    except (OSError, ValueError) as error:
+        if found and isinstance(error, ValueError):  # pooch's for a wrong checksum
             raise ValueError(
                 f"expected the published {file.file} (sha256 {file.sha256[:12]}…), got another "
-                f"file at {path}; replace it with {file.address}, or use your own image by its "
-                "path"
+                f"file at {path}; replace it with {file.address}, or use your own image by its path"
             ) from error
-        raise OSError(_not_downloaded(file, path, error)) from error
-    except OSError as error:
-        raise OSError(_not_downloaded(file, path, error)) from error
-
-
-def _not_downloaded(file: _File, path: Path, error: BaseException) -> str:
-    while error.__context__ is not None:  # the innermost cause is the shortest
-        error = error.__context__
-    return (
-        f"expected to download {file.address}, got {shorten(str(error), LONGEST)}; try again, or "
-        f"set {FOLDER_VARIABLE} to a folder with {file.folder}/{file.file}, or save the file as "
-        f"{path}"
-    )
+        cause: BaseException = error
+        while cause.__context__ is not None:  # the innermost cause is the shortest
+            cause = cause.__context__
+        raise OSError(
+            f"expected to download {file.address}, got {shorten(str(cause), LONGEST)}; try again, "
+            f"or set {FOLDER_VARIABLE} to a folder with {file.folder}/{file.file}, or save the "
+            f"file as {path}"
+        ) from error

@@ -24,9 +24,9 @@ class CollapseGuard(RestorationCallback):
     `out` with `average`, the recent output (with average_decay=0 that is `out`, and only NaN is
     detected). Between two checks their PSNR falls by less than 2 dB in ordinary fits of
     photographs. A loss of more than `drop` is a collapse, once `average` has forgotten its start
-    (after 2 / (1 − its decay) θ-steps, 200); NaN is one at any time. The fit then continues from its
-    last good state, with the input noise and the learning rate of the present step. A loss that persists
-    is not a collapse: the usual PSNR follows it.
+    (after 2 / (1 − its decay) θ-steps, 200); NaN is one at any time. The fit then continues from
+    its last good state, with the input noise and the learning rate of the present step. A loss that
+    persists is not a collapse: the usual PSNR follows it.
 
     It must precede `REDUpdate` among the callbacks, so that no x is computed from a bad `out`. Each
     check waits for the device once, and copies network and optimizer.

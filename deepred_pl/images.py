@@ -211,9 +211,10 @@ def write_image(
     array = array[..., 0] if array.shape[-1] == 1 else array
     profile = _profile_for(channels, image_format.icc_profile)
     if suffix == ".png":
-        write_bytes(path, _encode_png(array, profile))
+        encoded = _encode_png(array, profile)
     else:
-        write_bytes(path, _encode_tiff(array, channels, profile, image_format.resolution))
+        encoded = _encode_tiff(array, channels, profile, image_format.resolution)
+    write_bytes(path, encoded)
 
 
 def _stored_range(

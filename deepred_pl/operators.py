@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from skimage.transform import iradon
 from torch import Tensor, nn
 
-from deepred_pl.checks import check_choice
+from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.images import read_image
 from deepred_pl.tiles import Region
 
@@ -236,10 +236,8 @@ class Downsample(Operator):
 
     def __init__(self, factor: int = 4, kernel: ResamplingKernel = "lanczos2") -> None:
         super().__init__()
-        if factor < 2:
-            raise ValueError(f"the downsampling factor must be at least 2, got {factor}")
-        if kernel not in RESAMPLING:
-            raise ValueError(f"kernel must be one of {', '.join(RESAMPLING)}, got {kernel!r}")
+        check_at_least(2, factor=factor)
+        check_choice("kernel", kernel, ResamplingKernel)
         self.factor = factor
         support, weight = RESAMPLING[kernel]
         reach = math.ceil(support * factor) + 1

@@ -186,11 +186,7 @@ def _fit(job: Job) -> None:
 
 
 def finish(job: Job) -> None:
-    """Combine the images of a job whose fits are done: blend its tiles, average its restarts.
-
-    Raises:
-        OSError: The result cannot be written.
-    """
+    """Combine the images of a job whose fits are done: blend its tiles, average its restarts."""
     if not job.parts or job.result is not None:
         return
     for part in job.parts:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -64,6 +64,16 @@ is the image's name without suffix, as in --data.operator.mask 'masks/{name}.png
 """
 
 
+TRUTHS = """\
+instead of --images: clean images, whose degradation is simulated, for scores; also the published
+set:cbm3d9, set:set5, set:set14, set:ncsr and set:inpainting, in DEEPRED_DATA or downloaded; for
+true images of --images use --data.ground_truth 'FOLDER/{name}.png'"""
+RESTARTS = "fits per image, with seeds model.seed, model.seed + 1, ...; the result is their mean"
+OVERLAP = "shared by tiles (default: an eighth of a tile, plus what A mixes)"
+WORKERS = "parallel fits on this machine (default: what its cores, or GPUs, and memory allow)"
+THREADS = "CPU threads per fit (default: the cores divided by the workers)"
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run `deepred-batch`; exits with status 1 if an image failed, or with one line on a mistake.
 
@@ -97,11 +107,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; `options` are those of each fit.
-
-    Raises:
-        ValueError: Invalid or incompatible arguments.
-    """
+    """Parse the command line; `options` are those of each fit."""
     own, options = _split(args)
     parser = _Parser(
         "deepred-batch",
@@ -111,63 +117,19 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
+    several: dict[str, Any] = {"action": "append", "default": []}
+    files: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     add("photos", nargs="*", metavar="IMAGE", help="images to restore; a single one needs no --out")
-    add("--config", action="append", default=[], help="YAML file or shipped configuration")
-    add(
-        "--images",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="files, folders or patterns: images to restore",
-    )
-    add(
-        "--ground_truth",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TRUTHS",
-        help="instead of --images: clean images, whose degradation is simulated, for scores; also "
-        "the published set:cbm3d9, set:set5, set:set14, set:ncsr and set:inpainting, in "
-        "DEEPRED_DATA or downloaded; for true images of --images use --data.ground_truth "
-        "'FOLDER/{name}.png'",
-    )
+    add("--config", **several, help="YAML file or shipped configuration")
+    add("--images", **files, help="files, folders or patterns: images to restore")
+    add("--ground_truth", **files, metavar="TRUTHS", help=TRUTHS)
     add("--out", type=Path, metavar="DIR", help="where the run directories and tables go")
-    add(
-        "--method",
-        action="append",
-        default=[],
-        help="overlay of a method, such as dip or paper/denoising/bm3d; several are compared on "
-        "the same data",
-    )
-    add(
-        "--restarts",
-        type=_count,
-        default=1,
-        metavar="R",
-        help="fits per image, with seeds model.seed, model.seed + 1, ...; their mean is the "
-        "result, their standard deviation uncertainty.png and .npy",
-    )
+    add("--method", **several, help="overlay of a method, such as dip; several are compared")
+    add("--restarts", type=_count, default=1, metavar="R", help=RESTARTS)
     add("--tile", type=_count, metavar="PIXELS", help="restore tiles of this side, and blend them")
-    add(
-        "--overlap",
-        type=int,
-        metavar="PIXELS",
-        help="shared by tiles (default: an eighth of a tile, plus what A mixes)",
-    )
-    add(
-        "--workers",
-        type=_count,
-        metavar="N",
-        help="parallel fits on this machine (default: as many as its cores, or GPUs, and its "
-        "memory allow)",
-    )
-    add(
-        "--threads",
-        type=_count,
-        metavar="T",
-        help="CPU threads per fit (default: the cores divided by the workers); another number "
-        "changes the last bits of the results",
-    )
+    add("--overlap", type=int, metavar="PIXELS", help=OVERLAP)
+    add("--workers", type=_count, metavar="N", help=WORKERS)
+    add("--threads", type=_count, metavar="T", help=THREADS)
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; `local` starts one here")
     add("--gpus", type=float, metavar="G", help="with --ray: GPUs per fit; 0.25 shares one by four")
     add("--shard", metavar="I/N", help="only the I-th of N parts of the fits (from 1), no tables")
@@ -265,12 +227,7 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def run(arguments: argparse.Namespace) -> int:
-    """Restore the images; return the number of images that failed, with --shard of fits.
-
-    Raises:
-        ValueError: Invalid settings or images, before anything is written.
-        OSError: The output directory cannot be written.
-    """
+    """Restore the images; return the number of images that failed, with --shard of fits."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     sources = find_images(arguments.photos or arguments.images or arguments.ground_truth)
     single = arguments.out is None

@@ -71,10 +71,6 @@ def find_images(given: Sequence[str]) -> list[Source]:
     """Find the images of files, folders, patterns, "sample:NAME" and "set:SET".
 
     Of a folder, these are files with an image's suffix, except hidden ones and NAME.restored.png.
-
-    Raises:
-        ValueError: There are none, or two of the same name, or an unknown set.
-        OSError: A set's image does not exist and cannot be downloaded.
     """
     named: dict[str, str] = {}
     for path in (path for text in given for path in _matches(text)):
@@ -115,11 +111,7 @@ def _matches(text: str) -> list[str]:
 
 
 def plan(batch: Batch) -> list[Job]:
-    """The jobs, one per image and method, with restarts and tiles as parts.
-
-    Raises:
-        ValueError: Impossible settings, or methods of the same name.
-    """
+    """The jobs, one per image and method, with restarts and tiles as parts."""
     labels = [Path(method).stem for method in batch.methods]
     for name in [*labels, *(source.name for source in batch.sources)]:
         if name in (".", "..") or Path(name).name != name:  # run directories stay inside --out

@@ -63,11 +63,7 @@ def _row(job: Job, failures: Mapping[Path, str], root: Path) -> Row:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, in full digits.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write the rows, in full digits."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()

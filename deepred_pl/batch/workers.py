@@ -56,9 +56,6 @@ def start(
 
     On this machine the threads per fit depend on the number of fits of the batch, `batch_size`, not
     on those that are left, because the last bits of the results depend on them.
-
-    Raises:
-        ValueError: Ray is not installed, does not answer, or lacks the resources of a fit.
     """
     accelerator = fits[0].about["settings"]["trainer"]["accelerator"]
     if where.ray not in (None, "local"):
@@ -197,9 +194,6 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
 
     The run directories must be on storage that all nodes share. A cluster that is started here
     listens only on the loopback interface.
-
-    Raises:
-        ValueError: Ray is not installed, does not answer, or no node has the resources of a fit.
     """
     local, threads = where.ray == "local", where.threads or 1
     if local:  # read when Ray is imported: without clusters, it uses the loopback interface

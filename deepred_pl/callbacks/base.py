@@ -90,6 +90,10 @@ class RestorationCallback(Callback):
         """Its contribution to `result.json` and to TensorBoard's HParams, as plain data."""
         return {}
 
+    def curves(self) -> dict[str, float]:
+        """Its contribution to the curves that `Monitor` logs."""
+        return {}
+
     def roll_back(self, state: dict[str, Any]) -> None:
         """Return to `state`, an earlier `state_dict()`, after the restoration was rolled back."""
         self.load_state_dict(state)
@@ -116,14 +120,6 @@ def restoration_callbacks(
     """The trainer's callbacks that act on the restoration at `submodule`; None: on any."""
     found = [c for c in trainer.callbacks if isinstance(c, RestorationCallback)]
     return [c for c in found if submodule in (None, c.submodule)]
-
-
-def summaries(trainer: Trainer, submodule: str = "") -> dict[str, Any]:
-    """The summaries of all callbacks that act on one restoration."""
-    merged: dict[str, Any] = {}
-    for callback in restoration_callbacks(trainer, submodule):
-        merged |= callback.summary()
-    return merged
 
 
 def run_directory(trainer: Trainer) -> Path:

@@ -10,14 +10,13 @@ from deepred_pl import admm
 from deepred_pl.callbacks.base import (
     RestorationCallback,
     is_log_step,
-    summaries,
+    restoration_callbacks,
     tensorboard_writers,
 )
 from deepred_pl.metrics import psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
 
 GREY_LEVELS = 255  # per unit of the images
-FROM_SUMMARIES = ("denoiser_wait_seconds", "denoiser_busy_seconds")
 
 
 class Monitor(RestorationCallback):
@@ -59,9 +58,8 @@ class Monitor(RestorationCallback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if is_log_step(trainer):
             curves = measure(self.model)
-            for name, value in summaries(trainer, self.submodule).items():
-                if name in FROM_SUMMARIES:
-                    curves[name] = torch.tensor(value)
+            for callback in restoration_callbacks(trainer, self.submodule):
+                curves |= {n: torch.tensor(value) for n, value in callback.curves().items()}
             self._log(pl_module, curves, group=self._group)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:

@@ -172,11 +172,16 @@ class REDUpdate(RestorationCallback):
         return {
             "denoiser": name_of(self.denoiser),
             "denoiser_sigma": sigma if isinstance(sigma, int | float) else None,
-            "denoiser_wait_seconds": round(self.wait_seconds, 3),
-            "denoiser_busy_seconds": round(self.busy_seconds, 3),
             "x_update": self.x_update,
             "k": self.schedule.period,
+            **{name: round(seconds, 3) for name, seconds in self.curves().items()},
         }
+
+    def curves(self) -> dict[str, float]:
+        if self._red is None:
+            return {}
+        wait, busy = self.wait_seconds, self.busy_seconds
+        return {"denoiser_wait_seconds": wait, "denoiser_busy_seconds": busy}
 
     # Lightning's hooks
 

@@ -10,7 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from deepred_pl.callbacks.base import restoration_callbacks, run_directory, summaries
+from deepred_pl.callbacks.base import restoration_callbacks, run_directory
 from deepred_pl.callbacks.hparams import log_hyperparameters
 from deepred_pl.files import check_writable, describe, write_json
 from deepred_pl.images import ImageFormat, write_image
@@ -124,7 +124,7 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
     assert model.problem is not None
     x = model.x if isinstance(model, DeepRED) else None
     stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
-    return {
+    result = {
         **score(model.problem, model.restored, out=model.out, average=model.average, x=x),
         "steps": model.step,
         "seconds": round(seconds, 3),
@@ -132,5 +132,7 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         "stop_reason": "stopped early" if stopped else "max_steps",
         "denoiser_wait_seconds": 0.0,
         "rollbacks": 0,
-        **summaries(trainer),
     }
+    for callback in restoration_callbacks(trainer, ""):
+        result |= callback.summary()
+    return result

@@ -114,6 +114,7 @@ def test_two_workers_and_ray_give_the_same_rows(tmp_path, capfd, monkeypatch):
     if find_spec("ray") is None:
         pytest.skip("Ray is not installed")
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # with its 15 it waits for all that runs beside
     images = save_crops(tmp_path / "crops", 3)
     marker = str(tmp_path / "{name} was killed")
     common = [*TINY, "--ground_truth", str(images), "--threads", "1", *DEADLY, marker]

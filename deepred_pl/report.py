@@ -69,8 +69,8 @@ def diagnosis(result: dict[str, Any]) -> str:
         return ""
     return (
         f"The residual is {ratio:.1f} times the noise: detail is missing, because the fit was too "
-        "short (trainer.max_steps and, if set, model.lr_scheduler.total_steps), or the noise is "
-        "stronger than specified."
+        "short (trainer.max_steps and, if set, model.lr_scheduler.total_steps), the noise is "
+        "stronger than specified, or the operator is wrong (a blur's kernel or boundary)."
     )
 
 

@@ -31,6 +31,8 @@ NOISE_MARGIN = 0.17
 CHANGEABLE = ("result", "init_from", "compile")  # settings that a resumed fit may change
 
 Weighting = Literal["fixed", "discrepancy", "rise"]
+Result = Literal["average", "out"]
+REDResult = Literal["average", "out", "x", "x-u"]
 
 
 class DeepImagePrior(LightningModule):
@@ -73,7 +75,7 @@ class DeepImagePrior(LightningModule):
             large for the memory, or the regularizer does not apply to the problem.
     """
 
-    RESULTS: ClassVar[Any] = Literal["average", "out"]
+    RESULTS: ClassVar[Any] = Result
     z: Tensor
     out: Tensor
     average: Tensor
@@ -88,7 +90,7 @@ class DeepImagePrior(LightningModule):
         input_noise_std: float = 0.033,
         average_decay: float = 0.99,
         regularizer: Term | Callable[[Tensor, "DeepImagePrior"], Tensor] | None = None,
-        result: Literal["average", "out"] = "average",
+        result: Result = "average",
         init_from: str | None = None,
         compile: bool = False,
         seed: int = 0,
@@ -365,7 +367,7 @@ class DeepRED(DeepImagePrior):
         ValueError: λ or μ is not positive, or another argument is out of range.
     """
 
-    RESULTS: ClassVar[Any] = Literal["average", "out", "x", "x-u"]
+    RESULTS: ClassVar[Any] = REDResult
     x: Tensor
     u: Tensor
     f_x: Tensor
@@ -385,7 +387,7 @@ class DeepRED(DeepImagePrior):
         weighting: Weighting = "fixed",
         rise_step: float = 0.03,
         rise_start: Literal["noise"] | float = "noise",
-        result: Literal["average", "out", "x", "x-u"] = "average",
+        result: REDResult = "average",
         **kwargs: Any,
     ) -> None:
         for name, value in {"lam (λ)": lam, "mu (μ)": mu}.items():

@@ -84,8 +84,10 @@ class Operator(nn.Module, ABC):
         return None
 
     def cropped(self, region: Region) -> "Operator":
-        """The operator on a region of the image; next to its cuts, within `reach`, it differs from
-        the operator on the whole."""
+        """The operator on a region of the image.
+
+        Next to the region's cuts, within `reach`, it differs from the operator on the whole.
+        """
         return self
 
 

@@ -75,8 +75,11 @@ def diagnosis(result: dict[str, Any]) -> str:
 
 
 def write_uncertainty(directory: Path, std: Tensor) -> None:
-    """Write a standard deviation per value, (1, C, H, W): `uncertainty.npy`, (H, W, C), and
-    `uncertainty.png`, its mean over the channels, scaled so that the largest value is white."""
+    """Write a standard deviation per value, (1, C, H, W), as an array and as a picture.
+
+    `uncertainty.npy` is (H, W, C); `uncertainty.png` shows its mean over the channels, scaled so
+    that the largest value is white.
+    """
     buffer = io.BytesIO()
     np.save(buffer, std[0].movedim(0, -1).cpu().numpy())  # (H, W, C)
     write_bytes(directory / "uncertainty.npy", buffer.getvalue())

@@ -90,12 +90,12 @@ def test_theta_step(race, device, side, width, quality_steps):
 def test_keeping_memory(race, device, side, width):
     """What `KeepMemory` is worth."""
     if device.type != "cpu":
-        pytest.skip("of CPUs alone")
+        pytest.skip("only for CPUs")
     step = bare_step(deep_image_prior(problem(side, device), width))
 
     def one_step(prepare):
         prepare()
-        step()  # the first behind a change takes or gives memory
+        step()  # the first after a change takes or gives memory
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start

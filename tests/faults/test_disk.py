@@ -42,9 +42,13 @@ class Spoiling(TotalVariation):
 
 
 def fill(directory):
-    with suppress(OSError), open(Path(directory) / "filling", "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(512))
+    """Fill the disk, also what is freed by a checkpoint that was being written beside it."""
+    written, writing = 1, True
+    while written or writing:
+        writing, written = any(Path(directory).rglob(".*")), 0
+        with suppress(OSError), open(Path(directory) / "filling", "ab", buffering=0) as file:
+            while True:
+                written += file.write(bytes(512))
 
 
 def empty(directory):

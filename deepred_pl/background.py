@@ -110,10 +110,7 @@ class Background:
                 raise RuntimeError(f"{label} failed: it ended its thread")
             if timeout is not None and time.perf_counter() >= self._submitted_at + timeout:
                 self._hung = True
-                raise TimeoutError(
-                    f"{label} did not finish in {timeout:g} s and was abandoned; if it is only "
-                    "slow, set a longer timeout (red.timeout)"
-                )
+                raise TimeoutError(f"{label} did not finish in {timeout:g} s and was abandoned")
 
     def _timed(self, job: Callable[[], Any], ready: torch.cuda.Event | None) -> Any:
         if ready is not None:

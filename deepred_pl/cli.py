@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ from deepred_pl.callbacks import (
     Writer,
 )
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory
-from deepred_pl.callbacks.checkpoint import SIGNALLED
+from deepred_pl.callbacks.checkpoint import SIGNALLED, resume_with
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import check_writable, load_checkpoint
 from deepred_pl.model import DeepImagePrior
@@ -250,6 +251,7 @@ class RestorationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find bad input before anything is written."""
+        self._get(self.config_init, "checkpoint").how_to_resume = _command_to_resume
         check_trainer(self.model, self.trainer)  # before other devices' processes start
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.problem)
@@ -273,6 +275,14 @@ class RestorationCLI(LightningCLI):
                 f"{trainer.max_steps}; increase --trainer.max_steps, or write the checkpoint's "
                 "image with `deepred predict`"
             )
+
+
+def _command_to_resume(checkpoint: Path) -> str:
+    settings = checkpoint.parents[1] / "config.yaml"
+    if not settings.is_file():  # the checkpoint was moved
+        return resume_with(checkpoint)
+    command = ["deepred", "fit", "--config", str(settings), "--ckpt_path", str(checkpoint)]
+    return ": " + shlex.join(command)
 
 
 class _SettingsOnly(RestorationCLI):

@@ -30,7 +30,7 @@ Degrade = Literal["operator", "antialiased_resize"]
 class RestorationDataModule(LightningDataModule):
     """One image to restore, from files.
 
-    Given a `measurement`, that is restored, and a `ground_truth` only serves the metrics. Given
+    Given a `measurement`, it is restored, and a `ground_truth` is only used by the metrics. Given
     only a `ground_truth`, its degradation is simulated. Given neither, the embedded sample
     "sample:astronaut" is the ground truth.
 
@@ -186,9 +186,9 @@ class RestorationDataModule(LightningDataModule):
             part = self.noise
         if part is not None and self.intensity_range in ("minmax", "percentile"):
             raise ValueError(
-                f"intensity_range={self.intensity_range!r} moves 0, which {type(part).__name__} "
-                "needs to mean no light; set it to [0, hi], for sums along rays with hi the number "
-                "of detectors times the object's maximum"
+                f"intensity_range={self.intensity_range!r} shifts 0, but {type(part).__name__} "
+                "requires 0 to mean no light; set it to [0, hi]; for sums along rays, hi is the "
+                "number of detectors times the object's maximum"
             )
 
     def train_dataloader(self) -> Iterable[int]:

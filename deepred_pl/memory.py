@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from rich.filesize import decimal as as_text
 
 CONTAINER = Path("/sys/fs/cgroup")  # version 2
 
@@ -51,11 +52,6 @@ def _free_in_container() -> float:
     cache = int(statistics["inactive_file"])  # file cache, which the kernel reclaims when needed
     taken = int((CONTAINER / "memory.current").read_text()) - cache
     return max(0, int(limit.read_text()) - taken)
-
-
-def as_text(count: int) -> str:
-    """A number of bytes in words, such as "1.5 GB"."""
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
 
 
 def keep_memory() -> None:

@@ -175,13 +175,14 @@ class DeepImagePrior(LightningModule):
         if prepare is not None:
             return prepare(problem)
         height, width = problem.image_shape[-2:]
+        channels = getattr(network, "input_channels", INPUT_CHANNELS)
         # z, its noise and their sum, in float32; without the network's activations.
-        needed = 3 * 4 * height * width * INPUT_CHANNELS
+        needed = 3 * 4 * height * width * channels
         check_memory(needed, f"restoring {height}×{width} pixels", "restore a part of the image")
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
-        z = torch.rand(1, height, width, INPUT_CHANNELS).movedim(-1, 1)
+        z = torch.rand(1, height, width, channels).movedim(-1, 1)
         return z.mul_(self.input_scale)
 
     def _initial_state(self, problem: InverseProblem) -> dict[str, Tensor]:
@@ -230,11 +231,15 @@ class DeepImagePrior(LightningModule):
         self.out = out.detach()
         self.average.lerp_(self.out, 1 - self.average_decay)
         self.step += 1
+        return self.total_loss(out)
+
+    def total_loss(self, out: Tensor) -> Tensor:
+        """The loss with the regularizer, 0-dim, for T_θ(z) = out, (1, C, H, W)."""
         with torch.autocast(out.device.type, enabled=False):  # A, D, x and u stay float32
             loss = self.loss(out)
-        if self.regularizer is not None:  # it may run the network
-            loss = loss + self.regularizer(out, self)
-        return loss
+        if self.regularizer is None:
+            return loss
+        return loss + self.regularizer(out, self)  # it may run the network
 
     def loss(self, out: Tensor) -> Tensor:
         """The loss without the regularizer, 0-dim, for T_θ(z) = out."""
@@ -243,7 +248,7 @@ class DeepImagePrior(LightningModule):
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """The random generator of this step, a function of (seed, step, purpose) only."""
-        # Torch's CPU generator uses only 32 bits of a seed, so that all are hashed into 32.
+        # Torch's CPU generator uses only 32 bits of its seed, so everything is hashed into 32.
         entropy = np.random.SeedSequence([self.seed, self.step, *purpose.encode()])
         seed = int(entropy.generate_state(1)[0])
         return torch.Generator(self.z.device).manual_seed(seed)

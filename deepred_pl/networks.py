@@ -52,6 +52,7 @@ class SkipNet(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least(1, channels=channels, width=width, skip_width=skip_width, scales=scales)
+        self.input_channels = input_channels
         self.smallest_side = 2**scales + 1
         self.down = nn.ModuleList()
         self.skip = nn.ModuleList()

@@ -27,11 +27,11 @@ class InverseProblem(nn.Module):
         ground_truth: The true x if it is known, of the image's shape. It is only used by metrics,
             and not saved with the problem.
         metric_on: Whether PSNR and SSIM of colour images compare "rgb" or "luminance".
-        clipped_to: The range (low, high) to which the measurement was clipped, infinite if it was
-            not; None finds out from y.
 
     Attributes:
         image_shape: (1, C, H, W) of x.
+        clipped_to: The range (low, high) to which the measurement was clipped, infinite if it was
+            not.
 
     Raises:
         ValueError: y or ground_truth is not a finite float tensor of a suitable shape.
@@ -53,7 +53,6 @@ class InverseProblem(nn.Module):
         noise: NoiseModel | None = None,
         ground_truth: Tensor | None = None,
         metric_on: MetricOn = "rgb",
-        clipped_to: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         _check("y", y)
@@ -68,8 +67,7 @@ class InverseProblem(nn.Module):
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)
-        # The noise of a part is known from the whole, as is what was clipped.
-        self.noise = noise if noise is None or clipped_to else noise.fitted(y)
+        self.noise = None if noise is None else noise.fitted(y)
         if observed is not None and self.noise is not noise:
             raise ValueError(
                 "noise cannot be estimated if values are missing; set noise.sigma, or no noise"
@@ -82,7 +80,7 @@ class InverseProblem(nn.Module):
                     f"ground_truth must be {self.image_shape} like the measured image, got "
                     f"{tuple(ground_truth.shape)}; use two files of the same scene"
                 )
-        self.clipped_to = self._clipping(y) if clipped_to is None else clipped_to
+        self.clipped_to = self._clipping(y)
         self.register_buffer("y", y.detach().clone().float())
         truth = None if ground_truth is None else ground_truth.detach().clone().float()
         self.register_buffer("ground_truth", truth, persistent=False)
@@ -102,6 +100,11 @@ class InverseProblem(nn.Module):
     def residual(self, out: Tensor) -> Tensor:
         """mean((A out − y)²) over the observed values, 0-dim; σ² in expectation at the true x."""
         return mean_over((self.operator(out) - self.y).square(), self.operator.observed)
+
+    def residual_ratio(self, out: Tensor) -> Tensor | None:
+        """`residual` over its expectation, 0-dim: 1 if only noise is left; None without a model."""
+        expected = self.expected_residual(out)
+        return None if expected is None else self.residual(out) / expected
 
     def noise_variance(self) -> Tensor | None:
         """The noise's mean variance on the [0, 1] scale, 0-dim; None without a noise model."""
@@ -143,7 +146,7 @@ class InverseProblem(nn.Module):
 
         Raises:
             ValueError: The region is not within the image, the operator cannot be cut, or the
-                region is black, so that signal-dependent noise has no strength there.
+                region is black, so that signal-dependent noise has zero variance there.
         """
         (rows, columns), factor = self._reach(), self.operator.factor
         height, width = self.image_shape[-2:]
@@ -165,10 +168,13 @@ class InverseProblem(nn.Module):
         if self.noise is not None and not self.noise.mean_variance(y, operator.observed) > 0:
             raise ValueError(
                 f"the region {list(region)} [top, left, height, width] of the image is black, so "
-                f"{self.noise} has no strength there; use larger tiles, or restore the image whole"
+                f"{self.noise} has zero variance there; use larger tiles, or the whole image"
             )
         truth = None if self.ground_truth is None else region.of(self.ground_truth)
-        return InverseProblem(y, operator, self.noise, truth, self.metric_on, self.clipped_to)
+        part = InverseProblem(y, operator, self.noise, truth, self.metric_on)
+        part.clipped_to = self.clipped_to
+        part.y.copy_(y)  # also next to cuts: the data term leaves it out, the picture shows it
+        return part
 
     def split(self, tile: int, overlap: int | None = None) -> tuple[Tiling, list["InverseProblem"]]:
         """Cut the image into tiles, each a problem of its own; `tiles.blend` joins the results.

@@ -33,17 +33,16 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
     truth = problem.ground_truth
     images = {"measurement": problem.as_image(), "restored": restored, **others}
 
-    def scores(metric: Callable[..., Tensor]) -> dict[str, float | None]:
-        known = {
-            k: None if truth is None or v is None else metric(v, truth, problem.metric_on)
-            for k, v in images.items()
-        }
-        return {k: None if v is None or not v.isfinite() else float(v) for k, v in known.items()}
+    def value(metric: Callable[..., Tensor], image: Tensor | None) -> float | None:
+        if truth is None or image is None:
+            return None
+        number = float(metric(image, truth, problem.metric_on))
+        return number if math.isfinite(number) else None
 
     variance = problem.noise_variance()
     return {
-        "psnr": scores(psnr),
-        "ssim": scores(ssim),
+        "psnr": {name: value(psnr, image) for name, image in images.items()},
+        "ssim": {name: value(ssim, image) for name, image in images.items()},
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
         "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
         "residual_to_sigma": residual_to_sigma(problem, restored),
@@ -57,9 +56,8 @@ def residual_to_sigma(problem: InverseProblem, restored: Tensor) -> float | None
     At 1 only the noise is left. Far above, detail of the measurement is missing, as after too few
     steps.
     """
-    restored = restored.to(problem.y.device)
-    expected = problem.expected_residual(restored)
-    return None if expected is None else float((problem.residual(restored) / expected).sqrt())
+    ratio = problem.residual_ratio(restored)
+    return None if ratio is None else float(ratio.sqrt())
 
 
 def diagnosis(result: dict[str, Any]) -> str:

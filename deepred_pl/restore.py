@@ -115,7 +115,11 @@ def restore(
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) else json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else str(value)
 
 
 def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:

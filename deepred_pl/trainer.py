@@ -47,11 +47,7 @@ def check_trainer(model: LightningModule, trainer: Trainer) -> None:
 
 
 def check_averaging(trainer: Trainer) -> None:
-    """Refuse callbacks that average a module's weights.
-
-    Raises:
-        ValueError: The trainer has one.
-    """
+    """Raise ValueError if a callback of the trainer averages weights."""
     kinds = tuple(getattr(callbacks, name, ()) for name in AVERAGING)
     for callback in trainer.callbacks:
         if isinstance(callback, kinds):

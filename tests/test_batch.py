@@ -557,7 +557,7 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "crops", "other/crop0.tif"), "different names.*crop0.png and .*crop0.tif"),
         (("--images", "crops", "--ground_truth", "crops"), "expected one of IMAGE, --images"),
         ((), "expected one of IMAGE"),
-        (("--images", "crops", "--model.lam=0"), "lam .* must be > 0, got 0"),
+        (("--images", "crops", "--model.lam=0"), "lam .* must be > 0 .*got 0"),
         (("--images", "crops", "--model.lamb=1"), "lamb"),
         (("--images", "crops", "--config", "nothing"), "shipped configuration, found no nothing"),
         (("--images", "crops", "--method", "nothing"), "found no methods/nothing"),

@@ -176,7 +176,7 @@ def test_a_sinograms_range_is_not_the_images(photo, tmp_path):
     np.save(tmp_path / "sinogram.npy", sums)
     with pytest.raises(ValueError, match="intensity_range"):
         set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5))
-    with pytest.raises(ValueError, match=r"moves 0.*number of detectors"):
+    with pytest.raises(ValueError, match=r"shifts 0.*number of detectors"):
         set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5), intensity_range="minmax")
     data = set_up(measurement=tmp_path / "sinogram.npy", operator=Radon(5), intensity_range=[0, 58])
     np.testing.assert_allclose(data.problem.y[0, 0].numpy(), sums / 58, atol=1e-6)
@@ -211,7 +211,7 @@ def test_an_array_and_an_operator_of_others_serve(photo):
 
 
 def test_counts_keep_their_zero(photo):
-    with pytest.raises(ValueError, match="moves 0, which PoissonNoise needs"):
+    with pytest.raises(ValueError, match="shifts 0, but PoissonNoise requires"):
         set_up(measurement=photo, noise=PoissonNoise(5), intensity_range="percentile")
     assert set_up(measurement=photo, noise=PoissonNoise(5), intensity_range=[0, 200]).problem
 

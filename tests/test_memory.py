@@ -17,8 +17,3 @@ def test_a_containers_limit_counts_with_all_that_runs_in_it(monkeypatch, tmp_pat
     for limit, left in {10_000: 7000, 2500: 0}.items():
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert memory.free_memory(CPU) == left
-
-
-@pytest.mark.parametrize("count, told", [(3 * 2**19, "2 MB"), (3 * 2**29, "1.5 GB")])
-def test_bytes_are_told_in_words(count, told):
-    assert memory.as_text(count) == told

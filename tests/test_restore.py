@@ -56,6 +56,13 @@ def test_a_tensor_comes_back_as_it_went(shape, dtype):
     assert 0.002 * peak < (restored.float() - image.float()).abs().mean() < 0.01 * peak
 
 
+def test_settings_may_be_numpys():
+    image, angles = picture(1, 33, 15).numpy(), np.linspace(0, 180, 15, endpoint=False)
+    settings = {**TINY, "data.operator.angles": angles, "trainer.max_steps": np.int64(2)}
+    settings["data.intensity_range"] = np.array([0, 33.0], np.float32)
+    assert restore(image[0, 0], "tomography", overrides=settings).shape == (23, 23)
+
+
 def test_it_is_what_the_same_fit_gives_by_hand(make_trainer):
     # With this much noise λ and μ leave their floor within six steps.
     y, noise, weights = picture(1, 33, 47), GaussianNoise(40), {"lam": 0.03, "mu": 0.05}
@@ -113,7 +120,7 @@ def test_an_intensity_range_is_undone():
         (
             stored(np.float32),
             {"task": "tomography", "overrides": {"data.intensity_range": "minmax"}},
-            "moves 0",
+            "shifts 0",
         ),
         (stored(np.uint8).astype(np.float32), {}, r"\[0, 1\].*got"),
         (stored(np.float32) * np.nan, {}, "NaN"),

@@ -124,6 +124,8 @@ def test_a_part_sees_of_its_image_what_the_whole_sees(name, channels, region):
     assert torch.equal(part.ground_truth, region.of(x)) and part.metric_on == "luminance"
     assert part.noise is whole.noise
     assert float(part.residual(region.of(x))) < 1e-11
+    if operator.factor == 1:  # the picture of a part, and its PSNR, also next to cuts
+        assert torch.equal(part.as_image(), region.of(whole.as_image()))
     if region.height == 120:  # the whole
         assert not isinstance(part.operator, Observed)
         torch.testing.assert_close(part.y, whole.y)

@@ -346,6 +346,18 @@ def test_where_a_parent_accumulates_the_denoiser_works_beside_every_round(make_t
     assert all(step % 4 <= 1 for step in started)
 
 
+def test_where_a_parent_accumulates_a_step_is_saved_once_and_whole(make_trainer):
+    saved = []
+
+    class Noting(LastCheckpoint):
+        def _save(self, trainer):
+            saved.append((trainer.global_step, trainer.lightning_module.restoration.step))
+
+    settings = {"callbacks": [inner(), Noting(every_n_steps=2)], "enable_checkpointing": True}
+    make_trainer(max_steps=5, accumulate_grad_batches=4, **settings).fit(Outer())
+    assert saved == [(2, 8), (4, 16), (5, 20)]
+
+
 def test_where_a_parent_accumulates_mixed_changes_at_half_of_its_passes(make_trainer):
     update = REDUpdate(smooth, every_n_steps=2, x_update="mixed", submodule="restoration")
     trainer = make_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[update])

@@ -68,7 +68,7 @@ class Job:
         return result if result is not None and result.get("parts", []) == names else None
 
     def changed(self) -> str | None:
-        """The difference to the job that this directory was started with.
+        """How it differs from the job that this directory was started with.
 
         None if there is none, or nothing was computed, as for an image that could not be read.
         """

@@ -131,7 +131,12 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     add("--workers", type=_count, metavar="N", help=WORKERS)
     add("--threads", type=_count, metavar="T", help=THREADS)
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; `local` starts one here")
-    add("--gpus", type=float, metavar="G", help="with --ray: GPUs per fit; 0.25 shares one by four")
+    add(
+        "--gpus",
+        type=float,
+        metavar="G",
+        help="with --ray: GPUs per fit; with 0.25 four share one",
+    )
     add("--shard", metavar="I/N", help="only the I-th of N parts of the fits (from 1), no tables")
     add("--overwrite", action="store_true", help="restart fits whose settings have changed")
     arguments = parser.parse_args(own)

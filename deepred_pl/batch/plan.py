@@ -77,7 +77,7 @@ def find_images(given: Sequence[str]) -> list[Source]:
         name = path.removeprefix(SAMPLE) if path.startswith(SAMPLE) else name_of(path)
         if named.get(name, path) != path:
             raise ValueError(
-                "expected images of different names, as each has a directory of its name, got "
+                "expected images with different names, which name their run directories, got "
                 f"{named[name]} and {path}; rename one"
             )
         named[name] = path

@@ -52,7 +52,7 @@ class Where:
 def start(
     fits: Sequence[Job], where: Where, batch_size: int, report: Callable[[str], None]
 ) -> Outcomes:
-    """Run fits, and `report` how many run in parallel; yields those that ended, and at times None.
+    """Run fits, and `report` how many run in parallel; yields those that ended, and None meanwhile.
 
     On this machine the threads per fit depend on the number of fits of the batch, `batch_size`, not
     on those that are left, because the last bits of the results depend on them.
@@ -174,7 +174,7 @@ def _cores() -> int:
 
 
 def _that_fit_into_memory(fits: Sequence[Job]) -> int:
-    """How many fits the free memory allows, at least 1, by the images with the largest files."""
+    """How many fits the free memory allows, at least 1, estimated from the largest files."""
     for job in sorted(fits, key=lambda job: job.about["bytes"], reverse=True)[:TRIED]:
         try:
             cli = RestorationCLI(list(job.options), run=False)
@@ -206,8 +206,8 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
         import ray
     except ImportError as error:
         raise ValueError(
-            "--ray needs Ray, which is not installed; pip install -c constraints.txt '.[ray]' in a "
-            "clone of deepred_pl, or use --workers"
+            "Ray is not installed; pip install -c constraints.txt '.[ray]' in a clone of "
+            "deepred_pl, or use workers on this machine"
         ) from error
     own: dict[str, Any] = {}  # settings of a cluster that is started here
     if local and where.workers:
@@ -217,7 +217,7 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
     except Exception as error:  # it depends on the kind of connection
         raise ValueError(
             f"no Ray cluster answers at {where.ray} ({reason(error)}); start one with "
-            "`ray start --head`, or use --ray local"
+            "`ray start --head`, or use `local`"
         ) from error
     try:
         gpus = where.gpus
@@ -229,7 +229,7 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
         if not any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= gpus for n in nodes):
             raise ValueError(
                 f"a fit needs {threads} CPUs and {gpus:g} GPUs, which no node of the Ray cluster "
-                "has; change --threads or --gpus"
+                "has; change threads or gpus"
             )
         task = ray.remote(_fit_in).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
         pending = {task.remote(os.getcwd(), job, threads): job for job in jobs}

@@ -57,12 +57,12 @@ class RestorationBar(ProgressBar):
             return
         step, total = trainer.global_step, trainer.max_steps
         self._progress.update(self._task, completed=step)
-        if is_log_step(trainer):
-            self._progress.update(self._task, numbers=_numbers(trainer.callback_metrics))
-        numbers = self._progress.tasks[0].fields["numbers"]
+        if not is_log_step(trainer):
+            return
+        numbers = _numbers(trainer.callback_metrics)
+        self._progress.update(self._task, numbers=numbers)
         tenths = 10 * step // total if total > 0 else step
-        due = is_log_step(trainer) and tenths > self._printed
-        if due and numbers and not self._progress.console.is_terminal:
+        if numbers and tenths > self._printed and not self._progress.console.is_terminal:
             self._printed = tenths
             of = f" of {total}" if total > 0 else ""
             self._progress.console.print(f"step {step}{of}: {numbers}")

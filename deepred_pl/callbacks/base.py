@@ -15,8 +15,8 @@ from deepred_pl.model import DeepImagePrior
 class RestorationCallback(Callback):
     """A callback that acts on one restoration of the trained module.
 
-    Callbacks do not import one another. What one needs to know of the others that act on the same
-    restoration (`siblings`), it asks through the attributes and methods of this class.
+    Callbacks do not import one another; they query their `siblings`, the others that act on the
+    same restoration, through the attributes and methods of this class.
 
     Args:
         submodule: Dotted name of the restoration inside the trained module; "" is the module.

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -31,6 +30,11 @@ class Stopped(SystemExit):
     """A fit was interrupted by a signal; `code` is the exit status."""
 
 
+def resume_with(checkpoint: Path) -> str:
+    """How to resume a fit of any program."""
+    return f", use the same settings and the checkpoint (ckpt_path) {checkpoint}"
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run directory, saved every n θ-steps and at the end.
 
@@ -40,11 +44,14 @@ class LastCheckpoint(Checkpoint):
 
     Ctrl-C and SIGTERM end a fit in the main thread after the current step, with a checkpoint and
     the exit status that shells give, 130 and 143; a second Ctrl-C ends it immediately, with the
-    previous checkpoint. A denoiser that fails also ends it after its step. The command that resumes
-    the fit is then printed.
+    previous checkpoint. A denoiser that fails also ends it after its step. How to resume the fit is
+    then printed.
 
     Args:
         every_n_steps: θ-steps between two saves, at least 1.
+
+    Attributes:
+        how_to_resume: Completes "To resume", given the checkpoint's path.
 
     Raises:
         ValueError: every_n_steps is below 1.
@@ -57,6 +64,8 @@ class LastCheckpoint(Checkpoint):
         self._handlers: dict[int, Callable | int | None] = {}  # the previous ones
         self._signal: int | None = None
         self._ending = False
+        self._step = 0  # the latest seen
+        self.how_to_resume: Callable[[Path], str] = resume_with
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
@@ -70,7 +79,7 @@ class LastCheckpoint(Checkpoint):
                 self._ending = True
                 raise Stopped(SIGNALLED + number)  # REDUpdate keeps it until we have saved
 
-        self._ending = False
+        self._ending, self._step = False, trainer.global_step
         # Until now Lightning's own handler was active.
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
@@ -79,13 +88,15 @@ class LastCheckpoint(Checkpoint):
                     self._handlers[number] = signal.signal(number, handle)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        step = trainer.global_step
+        step, before = trainer.global_step, self._step
+        self._step = step
         if step == trainer.max_steps:  # that is on_train_end's
             return
         failed = any(c.failed for c in restoration_callbacks(trainer))
         ends = self._signal is not None or failed
         # The step before the last: if the last round fails, only that step is repeated.
-        if step % self.every_n_steps == 0 or step == trainer.max_steps - 1 or ends:
+        due = step % self.every_n_steps == 0 or step == trainer.max_steps - 1
+        if ends or (due and step > before):  # a parent that accumulates makes several passes a step
             self._save(trainer)
         if self._signal is not None:
             self._ending = True
@@ -102,7 +113,7 @@ class LastCheckpoint(Checkpoint):
         if not path.is_file() and trainer.ckpt_path is not None:
             path = Path(trainer.ckpt_path)  # nothing was saved since
         if trainer.training and path.is_file():
-            rank_zero_info(f"To resume{_how_to_resume(path)}")
+            rank_zero_info(f"To resume{self.how_to_resume(path)}")
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
@@ -131,12 +142,3 @@ class LastCheckpoint(Checkpoint):
             rank_zero_info(
                 f"Step {trainer.global_step}: cannot save {path} ({describe(error)}); {left}."
             )
-
-
-def _how_to_resume(checkpoint: Path) -> str:
-    """The command, if the run was started by the command line and its settings exist."""
-    settings = checkpoint.parents[1] / "config.yaml"
-    if not settings.is_file():
-        return f", use the same settings and the checkpoint (ckpt_path) {checkpoint}"
-    command = ["deepred", "fit", "--config", str(settings), "--ckpt_path", str(checkpoint)]
-    return ": " + shlex.join(command)

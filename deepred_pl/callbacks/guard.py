@@ -14,26 +14,27 @@ from deepred_pl.model import DeepImagePrior
 RECENT = 0.2  # weight of the latest check in the usual PSNR
 FORGOTTEN = 2.0  # spans of `average`, 1 / (1 − decay) θ-steps each, until its start is forgotten
 HARMLESS = 30.0  # dB; above, a loss of PSNR(out, average) is not a collapse
+CONSTANT = ("problem.", "chosen", "z")  # buffers that no θ-step writes into
 DIP_PERIOD = 10  # θ-steps between two checks without a denoiser
 
 
 class CollapseGuard(RestorationCallback):
-    """Rolls a fit that collapses back to its last good state: network, optimizer, x, u and job.
+    """Rolls a collapsing fit back to its last good state: network, optimizer, x, u and job.
 
     At each denoising of the trainer's `REDUpdate`, or every 10 θ-steps without one, it compares
     `out` with `average`, the recent output (with average_decay=0 that is `out`, and only NaN is
     detected). Between two checks their PSNR falls by less than 2 dB in ordinary fits of
     photographs. A loss of more than `drop` is a collapse, once `average` has forgotten its start
-    (after 2 / (1 − its decay) θ-steps, 200); NaN is one at any time. The fit then continues from
-    its last good state, with the input noise and the learning rate of the present step. A loss that
-    persists is not a collapse: the usual PSNR follows it.
+    (after 2 / (1 − its decay) θ-steps, 200); NaN counts as one at any time. The fit then continues
+    from its last good state, with the input noise and the learning rate of the present step. A loss
+    that persists is not a collapse: the usual PSNR follows it.
 
     It must precede `REDUpdate` among the callbacks, so that no x is computed from a bad `out`. Each
     check waits for the device once, and copies network and optimizer.
 
     Args:
         drop: Loss of PSNR(out, average) that counts as a collapse, in dB, > 0.
-        patience: Number of checks in a row that may find NaN, at least 1.
+        patience: Consecutive checks that may find NaN before the fit ends, at least 1.
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
 
     Attributes:
@@ -137,7 +138,7 @@ class CollapseGuard(RestorationCallback):
 
 
 class _State:
-    """A copy of the state of a fit, except for the problem and the step."""
+    """A copy of what changes in a fit, except for the step."""
 
     def __init__(self, guard: CollapseGuard, trainer: Trainer) -> None:
         self._model = model = guard.model
@@ -145,7 +146,7 @@ class _State:
         self._tensors = {
             name: value.clone()
             for name, value in model.state_dict().items()
-            if isinstance(value, Tensor) and not name.startswith(("problem.", "chosen"))
+            if isinstance(value, Tensor) and not name.startswith(CONSTANT)
         }
         parameters = set(model.network.parameters())
         self._optimized = [

@@ -99,9 +99,9 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     if problem.ground_truth is not None:
         for name, image in images.items():
             curves[f"psnr_{name}"] = psnr(image, problem.ground_truth, problem.metric_on)
-    expected = problem.expected_residual(model.out)
-    if expected is not None:
-        curves["residual_to_sigma"] = (problem.residual(model.out) / expected).sqrt()
+    ratio = problem.residual_ratio(model.out)
+    if ratio is not None:
+        curves["residual_to_sigma"] = ratio.sqrt()
     return curves
 
 

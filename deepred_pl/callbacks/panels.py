@@ -26,8 +26,8 @@ class Panels(RestorationCallback):
     The measurement at the start; every n θ-steps and at the end `out`, `average` and, of a
     `DeepRED`, x and u (grey where u is 0, full range at its largest absolute value); if the ground
     truth is known also the error of the restored image, |restored − truth| × 5. Of images with
-    other than 1 or 3 channels the first three, or the first, are shown. Large images are reduced,
-    so that the images of a run take less than 15 MB. Without a TensorBoard logger it does nothing.
+    neither 1 nor 3 channels, the first three (or the first) are shown. Large images are reduced so
+    that the images of a run take less than 15 MB. Without a TensorBoard logger it does nothing.
 
     Args:
         every_n_steps: θ-steps between two displays, at least a hundredth of the trainer's

@@ -26,10 +26,10 @@ KEPT = 2.5  # times a step's memory: kept memory is fragmented; 1.9 was measured
 class Preflight(RestorationCallback):
     """Reports the expected time and memory of a fit, and refuses what exceeds the free memory.
 
-    It acts on a restoration that is trained itself, not on children. The memory is measured on a
-    part of the image of 128×128 pixels, to within about 10 %; the time on a few θ-steps that leave
-    θ unchanged. A denoiser slower than its round adds to the time; the memory does not include the
-    denoiser, the operator and a regularizer.
+    It applies to a restoration that is trained directly, not to children of another module. The
+    memory is measured on a part of the image of 128×128 pixels, to within about 10 %; the time on a
+    few θ-steps that leave θ unchanged. A denoiser slower than its round adds to the time; the
+    memory does not include the denoiser, the operator and a regularizer.
 
     Raises:
         ValueError: A θ-step needs more memory than is free.
@@ -51,7 +51,7 @@ class Preflight(RestorationCallback):
         if trainer.max_steps > 0:
             text += f", {_duration(steps * seconds)} for {steps}"
         if isinstance(pl_module, DeepRED):
-            text += ", plus what a slow denoiser adds"
+            text += ", plus any time spent waiting for the denoiser"
         free = as_text(free_memory(pl_module.device))
         rank_zero_info(f"{text}; {as_text(needed)} of memory ({free} free).")
 
@@ -69,7 +69,7 @@ class KeepMemory(Callback):
     cores, this takes from a twentieth to a third of a step's time, depending on the machine. At the
     end of the fit free memory is returned, and malloc gets glibc's initial thresholds.
 
-    Kept blocks take about twice the memory of a step, so that nothing is kept for a restoration if
+    Kept blocks take about twice the memory of a step, so nothing is kept for a restoration if
     less than 2.5 times a step's memory is free. If malloc is not glibc's, and on a GPU, whose
     memory torch keeps anyway, the callback does nothing.
     """
@@ -96,7 +96,7 @@ class KeepMemory(Callback):
 
 
 def _check_fit(model: DeepImagePrior, trainer: Trainer) -> int:
-    """The bytes that a θ-step needs, if they are free."""
+    """Return the bytes that a θ-step needs; raise if they are not free."""
     needed = fit_memory(model, trainer)
     height, width = model.average.shape[-2:]
     check_memory(
@@ -153,10 +153,7 @@ def step_memory(model: DeepImagePrior) -> int:
 def _step(model: DeepImagePrior, network: Callable[[Tensor], Tensor], z: Tensor) -> None:
     out = network(z).float()
     if z is model.z and out.shape == model.average.shape:
-        with torch.autocast(out.device.type, enabled=False):
-            loss = model.loss(out)
-        if model.regularizer is not None:
-            loss = loss + model.regularizer(out, model)
+        loss = model.total_loss(out)
     else:  # a part, which has no measurement, or a shape that the first step refuses
         loss = out.square().mean()
     trained = [p for p in model.parameters() if p.requires_grad]

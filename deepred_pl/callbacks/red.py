@@ -258,7 +258,7 @@ class REDUpdate(RestorationCallback):
             self._round(model, x, f_x, denoises, trainer)
 
     def _collect(self, model: DeepRED, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        """Wait for the denoised image f(x); where the x-update starts, and f(x)."""
+        """Wait for f(x); return the x that the update starts from, and f(x)."""
         assert self._background is not None
         if not self._background.busy:  # it was discarded, or a batch makes several steps
             self._start_job(model, trainer)
@@ -327,6 +327,9 @@ class REDUpdate(RestorationCallback):
         self.waiting = True
         try:
             return self._background.result(self.timeout)
+        except TimeoutError as error:
+            remedy = "if it is only slow, set a longer timeout (red.timeout)"
+            raise TimeoutError(f"{error}; {remedy}") from error
         finally:
             self.waiting = False
 
@@ -334,7 +337,7 @@ class REDUpdate(RestorationCallback):
         if self._failure is not None:
             raise self._failure
 
-    def _close(self, timeout: float | None) -> None:
+    def _close(self, timeout: float) -> None:
         if self._background is not None:
             self._background.close(timeout)
             self._waited += self._background.wait_seconds

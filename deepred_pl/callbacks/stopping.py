@@ -26,7 +26,7 @@ class AutoStop(RestorationCallback):
                       noise appears (Wang et al. 2021, arXiv:2112.06074; here the window slides by a
                       fifth, with running means and variances instead of 100 images). The smallest
                       is the best; the fit stops after `patience` θ-steps without a smaller one. A
-                      falling learning rate also reduces it, so that the rate should be constant.
+                      falling learning rate also reduces it, so keep the rate constant.
         discrepancy   Whether the residual of its average has fallen to what the noise explains
                       (Morozov's principle; `InverseProblem.expected_residual`). The first such
                       window is the best, and the fit stops there. Needs a noise model.
@@ -140,9 +140,9 @@ class AutoStop(RestorationCallback):
             found = False
         else:
             assert model.problem is not None
-            expected = model.problem.expected_residual(mean)
-            assert expected is not None
-            value = float(model.problem.residual(mean) / expected)
+            ratio = model.problem.residual_ratio(mean)
+            assert ratio is not None
+            value = float(ratio)
             found = value <= 1
         if value < self._best:
             self.best_step, self._best = model.step, value

@@ -1,13 +1,12 @@
 """Write the results of a run into its directory."""
 
-import math
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory
@@ -37,30 +36,29 @@ class Writer(Callback):
 
     def __init__(self) -> None:
         self.labels: dict[str, str] = {}
-        self._seconds_before = 0.0
-        self._start = math.nan  # NaN outside of a fit
+        self._timer = Timer()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return self._timer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds_before = state_dict["seconds"]
+        self._timer.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._seconds_before, self._start = 0.0, math.nan
+        self._timer = Timer()
         if not trainer.fast_dev_run:
             check_writable(run_directory(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = time.perf_counter()
+        self._timer.on_train_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         directory = run_directory(trainer)
         path = self._write_restored(pl_module, trainer)  # first, because it matters most
-        self._seconds_before, self._start = self._seconds(), math.nan
-        result = summarise(pl_module, trainer, self._seconds_before)
+        self._timer.on_train_end(trainer, pl_module)
+        result = summarise(pl_module, trainer, self._timer.time_elapsed())
         try:
             assert pl_module.problem is not None
             picture = compare(pl_module.problem, pl_module.restored)
@@ -88,8 +86,8 @@ class Writer(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        begun = trainer.training and not math.isnan(self._start) and not trainer.fast_dev_run
-        if not begun or not isinstance(pl_module, DeepImagePrior):
+        fitting = self._timer.start_time() is not None and self._timer.end_time() is None
+        if not fitting or trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         with suppress(Exception):  # the exception that ended the fit is reported
             if not pl_module.restored.isfinite().all():
@@ -113,10 +111,6 @@ class Writer(Callback):
                 f"expected to write {path}: {describe(error)}; the restored image is at {elsewhere}"
             ) from error
         return path
-
-    def _seconds(self) -> float:
-        running = 0.0 if math.isnan(self._start) else time.perf_counter() - self._start
-        return self._seconds_before + running
 
 
 def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[str, Any]:

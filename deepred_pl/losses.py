@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import total_variation
 
 from deepred_pl.checks import check_positive
+from deepred_pl.fidelity import Fidelity
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Identity
 from deepred_pl.problem import InverseProblem
@@ -26,6 +27,7 @@ class Restoration(Protocol):
     problem: InverseProblem | None
     z: Tensor
     input_noise_std: float
+    fidelity: Fidelity
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """The random generator of this step."""
@@ -93,6 +95,11 @@ class SURE(Term):
             raise ValueError(
                 f"SURE needs the sigma of Gaussian noise: expected GaussianNoise, got {got}; set "
                 "noise, or use another method such as methods/deepred"
+            )
+        if model.fidelity != "likelihood":
+            raise ValueError(
+                "SURE estimates the error from the likelihood: expected fidelity='likelihood', got "
+                f"{model.fidelity!r}"
             )
         if model.input_noise_std > 0 or not torch.equal(model.z, problem.y):
             raise ValueError(

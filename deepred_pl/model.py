@@ -17,6 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from deepred_pl import admm
 from deepred_pl.checks import check_at_least, check_choice, check_positive
+from deepred_pl.fidelity import (
+    Fidelity,
+    automatic_epsilon,
+    backprojection,
+    check_backprojection,
+    weighted_variance,
+)
 from deepred_pl.files import last_checkpoint, load_checkpoint
 from deepred_pl.losses import Term
 from deepred_pl.memory import check_memory
@@ -52,6 +59,11 @@ class DeepImagePrior(LightningModule):
         input_scale: z is drawn once from U(0, input_scale).
         input_noise_std: σ_p, standard deviation of the fresh noise added to z at every step.
         average_decay: Decay of the exponential average of `out`, in [0, 1).
+        fidelity: The data term: the noise model's "likelihood", or "backprojection", by which the
+            network learns detail that a blur or a Radon transform attenuates much sooner
+            (`fidelity.backprojection`).
+        epsilon: ε > 0 of the back-projection, or "auto" to derive it from the operator and the
+            noise (`fidelity.automatic_epsilon`).
         regularizer: A term added to the data term, called with `out` and this module
             (`deepred_pl.losses`), or None.
         result: Which image `restored` returns: "average" or "out".
@@ -89,6 +101,8 @@ class DeepImagePrior(LightningModule):
         input_scale: float = 0.1,
         input_noise_std: float = 0.033,
         average_decay: float = 0.99,
+        fidelity: Fidelity = "likelihood",
+        epsilon: Literal["auto"] | float = "auto",
         regularizer: Term | Callable[[Tensor, "DeepImagePrior"], Tensor] | None = None,
         result: Result = "average",
         init_from: str | None = None,
@@ -105,6 +119,11 @@ class DeepImagePrior(LightningModule):
             raise ValueError(f"input_noise_std must be >= 0, got {input_noise_std}")
         if not 0 <= average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1), got {average_decay}")
+        check_choice("fidelity", fidelity, Fidelity)
+        if isinstance(epsilon, str) and epsilon != "auto":
+            raise ValueError(f"epsilon must be a number > 0 or 'auto', got {epsilon!r}")
+        if not isinstance(epsilon, str):
+            check_positive("epsilon (ε)", epsilon, "'auto' derives it from the noise")
         check_at_least(0, seed=seed)
         check_choice("result", result, self.RESULTS)
         self.make_network = network
@@ -113,6 +132,8 @@ class DeepImagePrior(LightningModule):
         self.input_scale = input_scale
         self.input_noise_std = input_noise_std
         self.average_decay = average_decay
+        self.fidelity = fidelity
+        self.epsilon = epsilon
         self.regularizer = regularizer
         self.result = result
         self.init_from = init_from
@@ -156,6 +177,12 @@ class DeepImagePrior(LightningModule):
         self.problem = problem
         if isinstance(self.regularizer, Term):
             self.regularizer.check(self)
+        if self.fidelity == "backprojection":
+            check_backprojection(problem)
+            if self.epsilon == "auto":
+                self.epsilon = automatic_epsilon(problem)
+            if problem.noise is not None:
+                self.weighted_variance = float(weighted_variance(problem, self._epsilon()))
 
     def _new_network(self, channels: int) -> nn.Module:
         network = self.make_network(channels)
@@ -243,8 +270,18 @@ class DeepImagePrior(LightningModule):
 
     def loss(self, out: Tensor) -> Tensor:
         """The loss without the regularizer, 0-dim, for T_θ(z) = out."""
+        return self.data_term(out)
+
+    def data_term(self, out: Tensor) -> Tensor:
+        """D(A out, y) by the `fidelity`, 0-dim; `out` is (1, C, H, W)."""
         assert self.problem is not None
-        return self.problem.data_term(out)
+        if self.fidelity == "likelihood":
+            return self.problem.data_term(out)
+        return backprojection(self.problem, out, self._epsilon())
+
+    def _epsilon(self) -> float:
+        assert not isinstance(self.epsilon, str)  # `build` set it
+        return self.epsilon
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """The random generator of this step, a function of (seed, step, purpose) only."""
@@ -349,8 +386,9 @@ class DeepRED(DeepImagePrior):
         weighting: How λ and μ change, once per round of x- and u-update:
             "fixed"         they do not;
             "discrepancy"   λ follows Morozov's discrepancy principle, so that the network does not
-                            learn the noise (`admm.discrepancy`), with `lam` as its minimum; μ keeps
-                            its proportion to λ; needs a noise model;
+                            learn the noise (`admm.discrepancy`, or for the back-projection
+                            `admm.discrepancy_of_backprojection`), with `lam` as its minimum; μ
+                            keeps its proportion to λ; needs a noise model;
             "rise"          the released rule: both grow by `rise_step` when PSNR(A T_θ(z), y)
                             exceeds a threshold, which then grows by 0.01 dB.
         rise_step: Increment of the released rule, > 0; 0.03 as released.
@@ -449,11 +487,18 @@ class DeepRED(DeepImagePrior):
                 self.lam, self.mu, self.threshold, psnr, self.rise_step
             )
         elif self.weighting == "discrepancy":
-            expected = self.problem.expected_residual(self.out)
-            assert expected is not None
-            lam = admm.discrepancy(self.problem.residual(self.out), expected)
-            self.lam = lam.clamp(min=self.initial_lam)
+            self.lam = self._lam_by_discrepancy(self.problem)
             self.mu = self.lam * (self.initial_mu / self.initial_lam)
+
+    def _lam_by_discrepancy(self, problem: InverseProblem) -> Tensor:
+        least, expected = self.initial_lam, problem.expected_residual(self.out)
+        variance = problem.noise_variance()
+        assert expected is not None and variance is not None
+        if self.fidelity == "likelihood":
+            return admm.discrepancy(problem.residual(self.out), expected).clamp(min=least)
+        # Clipping the measurement reduces the weighted noise as it does the noise.
+        expected = self.weighted_variance * expected / variance
+        return admm.discrepancy_of_backprojection(least, self.data_term(self.out), expected)
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
         """The loss of one θ-step, 0-dim; requires a `REDUpdate`."""

@@ -32,9 +32,11 @@ class NoiseModel(nn.Module, ABC):
 
     Attributes:
         from_zero: Whether 0 must mean no light, so that an offset would change the noise.
+        has_outliers: Whether squared residuals are unsuitable, because few values dominate them.
     """
 
     from_zero: ClassVar[bool] = False
+    has_outliers: ClassVar[bool] = False
 
     @abstractmethod
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,6 +140,8 @@ class LaplaceNoise(NoiseModel):
     Raises:
         ValueError: sigma outside (0, 255].
     """
+
+    has_outliers = True
 
     def __init__(self, sigma: float = 25.0) -> None:
         super().__init__()

@@ -24,6 +24,10 @@ from deepred_pl.tiles import Region
 Boundary = Literal["circular", "replicate", "reflect", "zero"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 
+GRAM_ITERATIONS = 30  # the error of the largest eigenvalue ratio κ is below 2 (1 − 2 / √κ)^30
+TINY = 1e-30  # keeps a division finite once conjugate gradients have converged
+MISMATCH = 0.01  # of ⟨A x, A x⟩; float32 has 1e-5, and an approximate adjoint a few percent
+
 # A mask saved as JPEG has grey values along its edges; a photograph is grey everywhere.
 MOST_GREY = 0.05
 
@@ -58,6 +62,23 @@ class Operator(nn.Module, ABC):
         """Aᵀ y, (1, C, H, W), so that ⟨A x, y⟩ = ⟨x, Aᵀ y⟩, by differentiating A."""
         x = torch.zeros(self.image_shape(tuple(y.shape)), dtype=y.dtype, device=y.device)
         return torch.func.vjp(self, x)[1](y)[0]
+
+    def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
+        """(A Aᵀ + ε I)⁻¹ r for r of the measurement's shape, by conjugate gradients.
+
+        A fixed number of iterations, `GRAM_ITERATIONS`, which waits for no GPU.
+        """
+        solved = torch.zeros_like(residual)
+        rest = direction = residual
+        energy = rest.square().sum()
+        for _ in range(GRAM_ITERATIONS):
+            mapped = self(self.adjoint(direction)) + epsilon * direction
+            length = energy / (direction * mapped).sum().clamp(min=TINY)
+            solved = solved + length * direction
+            rest = rest - length * mapped
+            before, energy = energy, rest.square().sum()
+            direction = rest + energy / before.clamp(min=TINY) * direction
+        return solved
 
     def first_guess(self, y: Tensor) -> Tensor:
         """A first image from y, (1, C, H, W), at which x and the average start."""
@@ -104,6 +125,9 @@ class Identity(Operator):
 
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         return measurement_shape
+
+    def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
+        return residual / (1 + epsilon)
 
     def reach(self) -> tuple[int, int] | None:
         return 0, 0
@@ -167,14 +191,32 @@ class Blur(Operator):
             mode = "constant" if self.boundary == "zero" else self.boundary
             x = F.pad(x, (columns, columns, rows, rows), mode=mode)
         height, width = x.shape[-2:]
-        spread = F.pad(
-            self.kernel, (0, width - self.kernel.shape[1], 0, height - self.kernel.shape[0])
-        )
-        transfer = torch.fft.rfft2(spread.roll((-rows, -columns), (0, 1)))  # centre to (0, 0)
-        y = torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(height, width))
+        y = torch.fft.irfft2(torch.fft.rfft2(x) * self._transfer(height, width), s=(height, width))
         if self.boundary != "circular":
             y = y[..., rows : height - rows, columns : width - columns]
         return y
+
+    def _transfer(self, height: int, width: int) -> Tensor:
+        """The kernel's Fourier transform on height × width pixels, (height, width // 2 + 1)."""
+        rows, columns = self.kernel.shape
+        spread = F.pad(self.kernel, (0, width - columns, 0, height - rows))
+        return torch.fft.rfft2(spread.roll((-(rows // 2), -(columns // 2)), (0, 1)))
+
+    def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
+        """r filtered by 1 / (|H|² + ε), with H the kernel's Fourier transform.
+
+        This is (A Aᵀ + ε I)⁻¹ r for a circular boundary. With the others, A is cut from the
+        circular convolution of an image extended by half of the kernel, whose filter is applied to
+        r extended by zeros: symmetric and positive definite too, and the same at a distance from
+        the border.
+        """
+        height, width = residual.shape[-2:]
+        size = (height, width)
+        if self.boundary != "circular":
+            size = (height + self.kernel.shape[0] - 1, width + self.kernel.shape[1] - 1)
+        weight = 1 / (self._transfer(*size).abs().square() + epsilon)
+        filtered = torch.fft.irfft2(torch.fft.rfft2(residual, s=size) * weight, s=size)
+        return filtered[..., :height, :width]
 
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         rows, columns = self.kernel.shape
@@ -374,6 +416,9 @@ class Mask(Operator):
             )
         return measurement_shape
 
+    def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
+        return self(residual) / (1 + epsilon)
+
     def first_guess(self, y: Tensor) -> Tensor:
         """The known pixels; missing ones are the mean of known pixels around, coarse to fine."""
         return y if self.mask is None else _fill(y, self.mask.to(y).expand_as(y))
@@ -490,6 +535,21 @@ class Radon(Operator):
             )
         return (*leading, side, side)
 
+    def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
+        """r filtered along the detectors by 1 / (g + ε), g = P / (π D² |ω|): a ramp.
+
+        P angles spread over 180° and D detectors, ω in cycles per detector: by the projection-slice
+        theorem the eigenvalues of A Aᵀ for a sinogram that an image can have, if the angles are
+        dense. So this approximates (A Aᵀ + ε I)⁻¹ r.
+        """
+        detectors, count = residual.shape[-2:]
+        size = 2 * detectors  # extended by zeros, so that the ends do not meet
+        frequency = torch.fft.rfftfreq(size, device=residual.device).clamp(min=0.25 / size)
+        gram = count / (math.pi * detectors**2 * frequency)
+        spectrum = torch.fft.rfft(residual, n=size, dim=-2)
+        filtered = torch.fft.irfft(spectrum / (gram + epsilon)[:, None], n=size, dim=-2)
+        return filtered[..., :detectors, :]
+
     def first_guess(self, y: Tensor) -> Tensor:
         """Filtered back-projection with the ramp filter, by scikit-image."""
         *_, side = self.image_shape(tuple(y.shape))
@@ -535,6 +595,10 @@ class Observed(Operator):
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.operator.image_shape(measurement_shape)
 
+    def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
+        """That of the operator, on r with zeros where nothing was observed: an approximation."""
+        return self.operator.inverse_gram(residual * self.mask, epsilon) * self.mask
+
     def first_guess(self, y: Tensor) -> Tensor:
         """The operator's first guess, with unobserved values filled from those around."""
         return self.operator.first_guess(_fill(y, self.mask.expand_as(y)))
@@ -579,6 +643,29 @@ class Adapted(Operator):
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
         return tuple(self.physics.A_adjoint(torch.zeros(measurement_shape, device=device)).shape)
+
+    @torch.no_grad()
+    def check_adjoint(self, y: Tensor) -> None:
+        """Test ⟨A x, A x⟩ = ⟨x, Aᵀ A x⟩ on a random image; y is a measurement.
+
+        Raises:
+            ValueError: A_adjoint is not the adjoint of A.
+        """
+        shape = self.image_shape(tuple(y.shape))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(y.device)
+        measured = self(x)
+        if measured.shape != y.shape:
+            raise ValueError(
+                f"the operator's A must return {tuple(y.shape)} like the measurement, got "
+                f"{tuple(measured.shape)} for an image of {shape}"
+            )
+        expected, got = float(measured.square().sum()), float((x * self.adjoint(measured)).sum())
+        if not abs(got - expected) <= MISMATCH * expected:
+            raise ValueError(
+                "the operator's A_adjoint is not the adjoint of its A, so the fit would follow a "
+                f"wrong gradient: expected ⟨x, A_adjoint(A(x))⟩ = ⟨A(x), A(x)⟩ = {expected:.6g}, "
+                f"got {got:.6g}; correct A_adjoint (it is neither an inverse nor a pseudo-inverse)"
+            )
 
     @torch.no_grad()
     def first_guess(self, y: Tensor) -> Tensor:

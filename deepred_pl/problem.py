@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
-from deepred_pl.operators import Observed, Operator, Physics, as_operator
+from deepred_pl.operators import Adapted, Observed, Operator, Physics, as_operator
 from deepred_pl.tiles import Region, Tiling, cut
 
 LEAST_VARIANCE = 1e-10  # every value has been rounded
@@ -34,7 +34,8 @@ class InverseProblem(nn.Module):
             not.
 
     Raises:
-        ValueError: y or ground_truth is not a finite float tensor of a suitable shape.
+        ValueError: y or ground_truth is not a finite float tensor of a suitable shape, or an
+            object's `A_adjoint` is not the adjoint of its `A`.
 
     >>> problem = InverseProblem(torch.rand(1, 3, 33, 47))
     >>> problem.image_shape
@@ -64,6 +65,8 @@ class InverseProblem(nn.Module):
                 f"{type(self.operator).__name__} measures of {self.image_shape}; add the missing "
                 "axes"
             )
+        if isinstance(self.operator, Adapted):
+            self.operator.check_adjoint(y)
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)

@@ -607,9 +607,7 @@ def test_a_mistake_is_told_before_anything_is_begun(refused, crops, monkeypatch,
     assert not (crops.parent / "out").exists() or "--ray" in args
 
 
-@pytest.mark.parametrize(
-    "task, said", [("tomography", "Radon"), ("deblurring_uniform", "circular")]
-)
+@pytest.mark.parametrize("task, said", [("tomography", "Radon"), ("quickstart", "circular")])
 def test_what_cannot_be_cut_is_refused(refused, crops, task, said):
     settings = ["--config", task, *TINY[2:]]
     assert said in refused("--ground_truth", crops, "--tile", 40, "--overlap", 8, settings=settings)

@@ -217,7 +217,7 @@ def test_another_network_goes_with_red_and_keeps_the_tasks_weights(deepred, phot
     )
     assert network_of(run)["class_path"] == "deepred_pl.networks.DeepDecoder"
     settings = config_of(run)["model"]["init_args"]
-    assert (settings["lam"], settings["mu"], settings["result"]) == (0.02, 0.04, "x-u")
+    assert (settings["lam"], settings["mu"], settings["result"]) == (0.7, 0.7, "x-u")
     assert result_of(run)["psnr"]["x"] is not None
 
 
@@ -231,13 +231,13 @@ def test_callbacks_of_two_overlays_stack_and_their_settings_can_be_given(
         *("--config", "methods/dip", "--config", "methods/auto_stop"),
         *("--trainer.callbacks.init_args.window=10", "--trainer.callbacks.init_args.patience=1"),
         data__ground_truth=photo,
-        trainer__max_steps=30,
+        trainer__max_steps=80,
     )
     callbacks = config_of(run)["trainer"]["callbacks"]
     names = [c["class_path"].split(".")[-1] for c in callbacks]
     assert names == ["LearningRateMonitor", "AutoStop"]
     assert result_of(run)["stop_reason"].startswith("auto_stop: variance, best at step")
-    assert result_of(run)["steps"] < 30
+    assert result_of(run)["steps"] < 80
     again = ("--config", run / "config.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
     predicted = deepred(*again, command="predict", tiny=False)
     assert (predicted / "restored.png").read_bytes() == (run / "restored.png").read_bytes()
@@ -381,13 +381,13 @@ def test_overlays_are_stacked(deepred, photo):
     assert "DeepImagePrior" in config and "WarmupCosine" in config
 
 
-def test_the_shipped_settings_are_the_released_ones():
+def test_the_papers_settings_are_the_released_ones():
     from pytorch_lightning import Trainer
 
-    cli = RestorationCLI(["--config", str(DENOISING)], run=False)
+    cli = RestorationCLI(["--config", str(DENOISING), "--config", "paper/denoising"], run=False)
     assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
     model = cli.model
-    assert (model.initial_lam, model.initial_mu, model.weighting) == (0.5, 0.5, "discrepancy")
+    assert (model.initial_lam, model.initial_mu, model.weighting) == (0.5, 0.5, "rise")
     assert (model.input_scale, model.input_noise_std) == (0.1, 0.033)
     cli.datamodule.setup()
     assert model._first_threshold(cli.datamodule.problem) == pytest.approx(20, abs=0.01)
@@ -397,7 +397,7 @@ def test_the_shipped_settings_are_the_released_ones():
     assert cli.datamodule.noise.sigma == 25
     red = next(c for c in cli.trainer.callbacks if isinstance(c, REDUpdate))
     assert isinstance(red.denoiser, NonLocalMeans) and red.denoiser.sigma == 3
-    assert (red.every_n_steps, red.x_update) == (10, "fixed_point")
+    assert (red.every_n_steps, red.rounds_per_denoising, red.x_update) == (1, 10, "fixed_point")
 
 
 def test_a_measurement_without_a_ground_truth_has_null_metrics(deepred, photo):
@@ -460,7 +460,7 @@ def test_a_resumed_fit_goes_on_and_a_changed_weight_is_refused(deepred, refused,
     longer = deepred(*again, tiny=False, trainer__max_steps=6)
     assert result_of(longer)["steps"] == 6
     assert "no step is left: the fit is at step 4 of 4" in refused(*again, tiny=False)
-    assert "lam=0.02, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
+    assert "lam=0.7, got 0.2" in refused(*again, "--model.lam=0.2", tiny=False)
     assert "is not this problem's" in refused(*again, "--data.seed=1", tiny=False)
 
 

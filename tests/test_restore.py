@@ -13,6 +13,7 @@ from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
+from deepred_pl.optim import WarmupCosine
 from tests.helpers import picture
 
 TINY = {
@@ -70,14 +71,17 @@ def test_it_is_what_the_same_fit_gives_by_hand(make_trainer):
     overrides |= {f"model.{name}": value for name, value in weights.items()}
     model = DeepRED(
         network=partial(SkipNet, width=4, scales=2),
-        optimizer=partial(torch.optim.Adam, lr=0.008, fused=True),
+        optimizer=partial(torch.optim.Adam, lr=0.01, betas=(0.9, 0.95), fused=True),
+        lr_scheduler=partial(WarmupCosine, total_steps=1200, warmup_steps=30),
         weighting="discrepancy",
+        input_scale=1.0,
+        input_noise_std=0.1,
         problem=InverseProblem(y, noise=noise),
         **weights,
     )
     update = REDUpdate(NonLocalMeans(3), every_n_steps=2)
     make_trainer(max_steps=6, callbacks=[update]).fit(model)
-    assert model.lam > 0.3 and model.mu > 0.5
+    assert model.lam > 0.15 and model.mu > 0.25
     assert torch.equal(restore(y, "denoising", TINY | overrides, noise=noise), model.restored)
 
 
@@ -148,7 +152,7 @@ def test_tiles_are_as_good_as_the_whole_and_leave_no_seam():
     y = np.clip(truth + noise, 0, 255).astype(np.uint8)
     few = {"trainer.max_steps": 100, "model.lr_scheduler.total_steps": 100}
     settings = {**few, "model.network.width": 8, "trainer.enable_progress_bar": False}
-    settings["trainer.accelerator"] = "cpu"
+    settings |= {"trainer.accelerator": "cpu", "model.input_noise_std": 0.033}
     whole = restore(y, ["denoising", "methods/quick"], settings)
     tiled = restore(y, ["denoising", "methods/quick"], settings, tile=64)
 

@@ -27,7 +27,8 @@ class Monitor(RestorationCallback):
                             f(x), in squared grey levels of an 8-bit image, in which small values
                             remain readable; Plug-and-Play has v instead of x, and minimizes no
                             objective
-        data_term           D(A T_θ(z), y), in squared grey levels: σ² once only the noise is left
+        data_term           D(A T_θ(z), y), in squared grey levels: by the likelihood, σ² once only
+                            the noise is left
         gap                 ‖x − T_θ(z)‖₂
         psnr_…              PSNR of out, average and x in dB, if the ground truth is known
         residual_to_sigma   root mean square of the residual over its expectation, if the noise is
@@ -88,7 +89,7 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     """The curves of `Monitor` at this step, 0-dim tensors on the model's device."""
     problem = model.problem
     assert problem is not None
-    data_term = problem.data_term(model.out)
+    data_term = model.data_term(model.out)
     curves = {"data_term": data_term * GREY_LEVELS**2}
     images = {"out": model.out, "average": model.average}
     if isinstance(model, DeepRED):

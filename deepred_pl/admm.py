@@ -23,7 +23,7 @@ from torch import Tensor
 
 PER_VARIANCE = 450.0  # κ of `discrepancy`
 SHARPNESS = 10.0  # p of `discrepancy`
-TOLERANCE, STEEPNESS = 0.98, 20.0  # of `discrepancy_of_backprojection`
+STEEPNESS = 20.0  # of `discrepancy_of_backprojection`
 LARGEST_RATIO = 1.5  # keeps λ finite at a residual of 0
 
 Weight = Tensor | float
@@ -137,16 +137,17 @@ def discrepancy(residual: Tensor, expected: Tensor) -> Tensor:
 def discrepancy_of_backprojection(least: Weight, residual: Tensor, expected: Tensor) -> Tensor:
     """λ that rises above `least` as back-projected noise is learned, 0-dim, without a branch.
 
-    λ = least · max(1, 0.98 · expected / residual)^20. Unlike the likelihood's residual, which a
-    network soon explains down to the noise, the back-projected one comes close to its expectation
-    only when the detail is there; so λ can be constant until then, and must rise steeply below.
+    λ = least · max(1, expected / residual)^20. Unlike the residual of the likelihood, that of the
+    back-projection falls to what the noise explains only when the detail has been learned. Until
+    then λ is constant; below, a rise by half for every 2 % keeps a long fit from learning noise.
+    The power was chosen like the constants of `fidelity.automatic_epsilon`.
 
     Args:
-        least: λ while the residual is at least 0.98 of its expectation.
+        least: λ while the residual is above its expectation.
         residual: D_BP(T_θ(z)) (`fidelity.backprojection`), 0-dim.
         expected: Its expectation at the true image, 0-dim.
     """
-    return least * (TOLERANCE * expected / residual).clamp(1, LARGEST_RATIO) ** STEEPNESS
+    return least * (expected / residual).clamp(1, LARGEST_RATIO) ** STEEPNESS
 
 
 def rise(

@@ -100,7 +100,7 @@ def automatic_epsilon(problem: InverseProblem) -> float:
     levels of the image, within 10⁻⁶ to 10³ times ‖A‖². The network learns weighted noise the sooner
     the fewer channels share it, and the later the stronger it is. Chosen on 128×128 crops of
     scikit-image's astronaut and camera, blurred by a mean of 9×9, at σ = 0.5, √2, 5 and 10, with
-    λ = μ = 0.6 and non-local means of σ_f = 5.
+    λ = μ = 0.7 and non-local means of σ_f = 4.
 
     Raises:
         ValueError: The problem has no noise model.

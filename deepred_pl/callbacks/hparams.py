@@ -46,6 +46,7 @@ def describe(
     group = trainer.optimizers[0].param_groups[0]
     return {
         "denoiser": result.get("denoiser", "none"),
+        "fidelity": model.fidelity,
         "image": getattr(trainer.datamodule, "name", None) or "unnamed",
         "method": _method(model, result),
         "network": name_of(network),

@@ -123,6 +123,8 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         "steps": model.step,
         "seconds": round(seconds, 3),
         "seed": model.seed,
+        "fidelity": model.fidelity,
+        "epsilon": model.epsilon if model.fidelity == "backprojection" else None,
         "stop_reason": "stopped early" if stopped else "max_steps",
         "denoiser_wait_seconds": 0.0,
         "rollbacks": 0,

@@ -23,8 +23,9 @@ from deepred_pl.problem import InverseProblem
 Fidelity = Literal["likelihood", "backprojection"]
 
 # `automatic_epsilon` was chosen on 128×128 samples of scikit-image; see its docstring.
-WEIGHTED_VARIANCE = 0.00133  # E of a grey image at σ = 1 grey level
-GROWTH = 0.6
+WEIGHTED_VARIANCE = 0.00133
+GROWTH = 0.3
+LEAST_VARIANCE = 2.0  # squared grey levels: with even less noise, E stays the same
 DARKEST = 0.1  # of the mean variance: signal-dependent noise counts as at least that
 
 EPSILON_RANGE = 1e-6, 1e3  # in units of ‖A‖²
@@ -96,9 +97,9 @@ def weighted_variance(problem: InverseProblem, epsilon: float) -> Tensor:
 def automatic_epsilon(problem: InverseProblem) -> float:
     """ε for this operator and noise, so that the same λ and μ suit any blur and noise level.
 
-    ε solves E(ε) = 0.00133 · √C · s^0.6 for C channels, with s = 255 σ̄ / ‖A‖ the noise in grey
-    levels of the image, within 10⁻⁶ to 10³ times ‖A‖². The network learns weighted noise the sooner
-    the fewer channels share it, and the later the stronger it is. Chosen on 128×128 crops of
+    ε solves E(ε) = 0.00133 · √C · (s² + 2)^0.3 for C channels, with s = 255 σ̄ / ‖A‖ the noise in
+    grey levels of the image, within 10⁻⁶ to 10³ times ‖A‖². The network learns weighted noise the
+    sooner the fewer channels share it, and the later the stronger it is. Chosen on 128×128 crops of
     scikit-image's astronaut and camera, blurred by a mean of 9×9, at σ = 0.5, √2, 5 and 10, with
     λ = μ = 0.7 and non-local means of σ_f = 4.
 
@@ -107,8 +108,9 @@ def automatic_epsilon(problem: InverseProblem) -> float:
     """
     largest = _largest_eigenvalue(problem)
     variance = problem.noise_variance()
-    noise = 0.0 if variance is None else 255 * math.sqrt(float(variance) / largest)
-    wanted = WEIGHTED_VARIANCE * math.sqrt(problem.image_shape[1]) * noise**GROWTH
+    noise = 0.0 if variance is None else 255**2 * float(variance) / largest
+    wanted = WEIGHTED_VARIANCE * math.sqrt(problem.image_shape[1])
+    wanted *= (noise + LEAST_VARIANCE) ** GROWTH
     low, high = (math.log(bound * largest) for bound in EPSILON_RANGE)
     for _ in range(HALVINGS):
         middle = (low + high) / 2

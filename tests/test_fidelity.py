@@ -279,7 +279,7 @@ def test_epsilon_is_chosen_where_the_weighted_noise_has_its_variance():
         a = matrix(problem.operator, 12, 17)
         trace = (1 / (np.linalg.eigvalsh(a @ a.T) + epsilon)).sum()
         variance = (sigma / 255) ** 2 * trace / (12 * 17)
-        assert variance == pytest.approx(0.00133 * sigma**0.6 * math.sqrt(3), rel=0.25)
+        assert variance == pytest.approx(0.00133 * (sigma**2 + 2) ** 0.3 * math.sqrt(3), rel=0.25)
 
 
 @pytest.mark.parametrize("epsilon", [0, -0.1, math.inf, math.nan, "small"])

@@ -193,7 +193,8 @@ def rule(grid: bool) -> None:
                 print()
 
 
-GRID = (1 / 3, 1, 1), (3, 1, 1), (1, 0.5, 0.5), (1, 2, 2), (1, 1, 2)
+# In a first run on astronaut, camera and half of chelsea, (3, 1, 1) and (1, 2, 2) were never the best.
+GRID = (1 / 3, 1, 1), (1, 0.5, 0.5), (1, 1, 2)
 
 
 def automatic(settings: list[str]) -> float:
@@ -275,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=parts)
-    parser.add_argument("--grid", action="store_true", help="of `rule`: five more fits of each")
+    parser.add_argument("--grid", action="store_true", help="of `rule`: three more fits of each")
     chosen = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

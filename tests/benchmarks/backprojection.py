@@ -193,7 +193,7 @@ def rule(grid: bool) -> None:
                 print()
 
 
-# In a first run on astronaut, camera and half of chelsea, (3, 1, 1) and (1, 2, 2) were never the best.
+# In a first run, on astronaut and camera, (3, 1, 1) and (1, 2, 2) were never the best.
 GRID = (1 / 3, 1, 1), (1, 0.5, 0.5), (1, 1, 2)
 
 

@@ -133,7 +133,8 @@ def _largest_eigenvalue(problem: InverseProblem) -> float:
 
 def _probe(problem: InverseProblem) -> Tensor:
     """±1 at random where the measurement was observed (Hutchinson 1990)."""
-    signs = torch.randint(2, problem.y.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, problem.y.shape, generator=generator, device="cpu")
     probe = (2.0 * signs - 1).to(problem.y)
     observed = problem.operator.observed
     return probe if observed is None else probe * observed

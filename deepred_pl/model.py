@@ -81,6 +81,7 @@ class DeepImagePrior(LightningModule):
         out: T_θ(z) at the latest step, before the optimizer moved θ.
         average: The exponential average of `out`; starts at the problem's first guess.
         chosen: An image that a callback chose to return instead of `result`, or None.
+        epsilon: ε of the back-projection, a number once there is a problem.
 
     Raises:
         ValueError: An argument is out of range, the image is smaller than the network allows or too

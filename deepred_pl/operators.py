@@ -641,8 +641,12 @@ class Adapted(Operator):
 
     @torch.no_grad()
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
-        return tuple(self.physics.A_adjoint(torch.zeros(measurement_shape, device=device)).shape)
+        zeros = torch.zeros(measurement_shape, device=self._device)
+        return tuple(self.physics.A_adjoint(zeros).shape)
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((t.device for t in (*self.parameters(), *self.buffers())), None)
 
     @torch.no_grad()
     def check_adjoint(self, y: Tensor) -> None:
@@ -651,8 +655,8 @@ class Adapted(Operator):
         Raises:
             ValueError: A_adjoint is not the adjoint of A.
         """
-        shape = self.image_shape(tuple(y.shape))
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(y.device)
+        shape, generator = self.image_shape(tuple(y.shape)), torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator, device="cpu").to(self._device or y.device)
         measured = self(x)
         if measured.shape != y.shape:
             raise ValueError(

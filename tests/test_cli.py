@@ -217,7 +217,7 @@ def test_another_network_goes_with_red_and_keeps_the_tasks_weights(deepred, phot
     )
     assert network_of(run)["class_path"] == "deepred_pl.networks.DeepDecoder"
     settings = config_of(run)["model"]["init_args"]
-    assert (settings["lam"], settings["mu"], settings["result"]) == (0.7, 0.7, "x-u")
+    assert (settings["lam"], settings["mu"], settings["result"]) == (0.7, 0.7, "average")
     assert result_of(run)["psnr"]["x"] is not None
 
 

@@ -193,7 +193,7 @@ def rule(grid: bool) -> None:
                 print()
 
 
-# In a first run, on astronaut and camera, others, with ε × 3, ε / 3, and λ and μ × 2, were never best.
+# On astronaut and camera, ε × 3, ε / 3, and λ and μ × 2 were never best.
 GRID = (1, 0.5, 0.5), (1, 1, 2)
 
 

@@ -661,7 +661,7 @@ class Adapted(Operator):
         if measured.shape != y.shape:
             raise ValueError(
                 f"the operator's A must return {tuple(y.shape)} like the measurement, got "
-                f"{tuple(measured.shape)} for an image of {shape}"
+                f"{tuple(measured.shape)} for an image of {shape}, the shape that A_adjoint returns"
             )
         expected, got = float(measured.square().sum()), float((x * self.adjoint(measured)).sum())
         if not abs(got - expected) <= MISMATCH * expected:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 PER_VARIANCE = 450.0  # κ of `discrepancy`
 SHARPNESS = 10.0  # p of `discrepancy`
-STEEPNESS = 20.0  # of `discrepancy_of_backprojection`
+STEEPNESS, LARGEST_EXCESS = 20.0, 1.1  # of `discrepancy_of_backprojection`
 LARGEST_RATIO = 1.5  # keeps λ finite at a residual of 0
 
 Weight = Tensor | float
@@ -140,14 +140,15 @@ def discrepancy_of_backprojection(least: Weight, residual: Tensor, expected: Ten
     λ = least · max(1, expected / residual)^20. Unlike the residual of the likelihood, that of the
     back-projection falls to what the noise explains only when the detail has been learned. Until
     then λ is constant; below, a rise by half for every 2 % keeps a long fit from learning noise.
-    The power was chosen like the constants of `fidelity.automatic_epsilon`.
+    The power was chosen like the constants of `fidelity.automatic_epsilon`. λ rises at most
+    sevenfold, because an overestimated noise level must not stop the fit.
 
     Args:
         least: λ while the residual is above its expectation.
         residual: D_BP(T_θ(z)) (`fidelity.backprojection`), 0-dim.
         expected: Its expectation at the true image, 0-dim.
     """
-    return least * (expected / residual).clamp(1, LARGEST_RATIO) ** STEEPNESS
+    return least * (expected / residual).clamp(1, LARGEST_EXCESS) ** STEEPNESS
 
 
 def rise(

@@ -99,7 +99,7 @@ class SURE(Term):
         if model.fidelity != "likelihood":
             raise ValueError(
                 "SURE estimates the error from the likelihood: expected fidelity='likelihood', got "
-                f"{model.fidelity!r}"
+                f"{model.fidelity!r}; set it"
             )
         if model.input_noise_std > 0 or not torch.equal(model.z, problem.y):
             raise ValueError(

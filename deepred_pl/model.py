@@ -22,6 +22,7 @@ from deepred_pl.fidelity import (
     automatic_epsilon,
     backprojection,
     check_backprojection,
+    expected_backprojection,
     weighted_variance,
 )
 from deepred_pl.files import last_checkpoint, load_checkpoint
@@ -135,6 +136,7 @@ class DeepImagePrior(LightningModule):
         self.average_decay = average_decay
         self.fidelity = fidelity
         self.epsilon = epsilon
+        self.weighted_variance = 0.0  # of the back-projection; `build` sets it
         self.regularizer = regularizer
         self.result = result
         self.init_from = init_from
@@ -163,6 +165,8 @@ class DeepImagePrior(LightningModule):
             return
         if self.problem is not None:
             raise ValueError("this module already restores another image; create a new module")
+        if self.fidelity == "backprojection":
+            self._prepare_backprojection(problem)
         if self.network is None:
             with _seeded(self.seed):
                 network = self._new_network(problem.image_shape[1])
@@ -178,12 +182,13 @@ class DeepImagePrior(LightningModule):
         self.problem = problem
         if isinstance(self.regularizer, Term):
             self.regularizer.check(self)
-        if self.fidelity == "backprojection":
-            check_backprojection(problem)
-            if self.epsilon == "auto":
-                self.epsilon = automatic_epsilon(problem)
-            if problem.noise is not None:
-                self.weighted_variance = float(weighted_variance(problem, self._epsilon()))
+
+    def _prepare_backprojection(self, problem: InverseProblem) -> None:
+        check_backprojection(problem)
+        if self.epsilon == "auto":
+            self.epsilon = automatic_epsilon(problem)
+        if problem.noise is not None:
+            self.weighted_variance = float(weighted_variance(problem, self._epsilon()))
 
     def _new_network(self, channels: int) -> nn.Module:
         network = self.make_network(channels)
@@ -397,8 +402,8 @@ class DeepRED(DeepImagePrior):
             less 0.17 dB, which is 20 dB at σ = 25 and suits other noise levels too.
         result: Which image `restored` returns: "average", "out", "x" or "x-u".
         kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
-            input_scale, input_noise_std, average_decay, regularizer, init_from, compile, seed and
-            problem.
+            input_scale, input_noise_std, average_decay, fidelity, epsilon, regularizer, init_from,
+            compile, seed and problem.
 
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.
@@ -492,14 +497,13 @@ class DeepRED(DeepImagePrior):
             self.mu = self.lam * (self.initial_mu / self.initial_lam)
 
     def _lam_by_discrepancy(self, problem: InverseProblem) -> Tensor:
-        least, expected = self.initial_lam, problem.expected_residual(self.out)
-        variance = problem.noise_variance()
-        assert expected is not None and variance is not None
-        if self.fidelity == "likelihood":
-            return admm.discrepancy(problem.residual(self.out), expected).clamp(min=least)
-        # Clipping the measurement reduces the weighted noise as it does the noise.
-        expected = self.weighted_variance * expected / variance
-        return admm.discrepancy_of_backprojection(least, self.data_term(self.out), expected)
+        least = self.initial_lam
+        if self.fidelity == "backprojection":
+            expected = expected_backprojection(problem, self.out, self.weighted_variance)
+            return admm.discrepancy_of_backprojection(least, self.data_term(self.out), expected)
+        expected_residual = problem.expected_residual(self.out)
+        assert expected_residual is not None
+        return admm.discrepancy(problem.residual(self.out), expected_residual).clamp(min=least)
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
         """The loss of one θ-step, 0-dim; requires a `REDUpdate`."""

@@ -24,7 +24,7 @@ from deepred_pl.tiles import Region
 Boundary = Literal["circular", "replicate", "reflect", "zero"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 
-GRAM_ITERATIONS = 30  # the error of the largest eigenvalue ratio κ is below 2 (1 − 2 / √κ)^30
+GRAM_ITERATIONS = 30  # for eigenvalues of A Aᵀ + ε I that differ by less than some hundreds
 TINY = 1e-30  # keeps a division finite once conjugate gradients have converged
 MISMATCH = 0.01  # of ⟨A x, A x⟩; float32 has 1e-5, and an approximate adjoint a few percent
 
@@ -207,8 +207,8 @@ class Blur(Operator):
 
         This is (A Aᵀ + ε I)⁻¹ r for a circular boundary. With the others, A is cut from the
         circular convolution of an image extended by half of the kernel, whose filter is applied to
-        r extended by zeros: symmetric and positive definite too, and the same at a distance from
-        the border.
+        r extended by zeros: symmetric and positive definite too, and nearly equal to the exact one
+        away from the border.
         """
         height, width = residual.shape[-2:]
         size = (height, width)
@@ -624,7 +624,9 @@ class Adapted(Operator):
     """Adapts any object with `A(x)` and its adjoint `A_adjoint(y)`, such as deepinv's operators.
 
     Gradients reach the image through `A_adjoint`, so A need not be differentiable, and its own
-    parameters get no gradient. `as_operator` applies it where such an object is given.
+    parameters get no gradient. With the back-projection every θ-step takes 30 more pairs of A and
+    `A_adjoint`, and the choice of ε some 400. `as_operator` applies it where such an object is
+    given.
     """
 
     keeps_units = False  # not known
@@ -650,7 +652,7 @@ class Adapted(Operator):
 
     @torch.no_grad()
     def check_adjoint(self, y: Tensor) -> None:
-        """Test ⟨A x, A x⟩ = ⟨x, Aᵀ A x⟩ on a random image; y is a measurement.
+        """Test ⟨A x, v⟩ = ⟨x, Aᵀ v⟩ with v = A x and a random v; y is a measurement.
 
         Raises:
             ValueError: A_adjoint is not the adjoint of A.
@@ -669,6 +671,15 @@ class Adapted(Operator):
                 "the operator's A_adjoint is not the adjoint of its A, so the fit would follow a "
                 f"wrong gradient: expected ⟨x, A_adjoint(A(x))⟩ = ⟨A(x), A(x)⟩ = {expected:.6g}, "
                 f"got {got:.6g}; correct A_adjoint (it is neither an inverse nor a pseudo-inverse)"
+            )
+        v = torch.randn(measured.shape, generator=generator, device="cpu").to(measured)
+        expected, got = float((measured * v).sum()), float((x * self.adjoint(v)).sum())
+        spread = float(measured.norm() * v.norm()) / math.sqrt(v.numel())  # of random ⟨A x, v⟩
+        if not abs(got - expected) <= 10 * MISMATCH * spread:
+            raise ValueError(
+                "the operator's A_adjoint is not the adjoint of its A: expected ⟨x, A_adjoint(v)⟩ "
+                f"= ⟨A(x), v⟩ = {expected:.6g} for a random v, got {got:.6g}; correct A_adjoint, "
+                "which must undo nothing that A does, such as a mask"
             )
 
     @torch.no_grad()

@@ -124,12 +124,28 @@ class InverseProblem(nn.Module):
         """
         if self.noise is None:
             return None
-        clean = self.operator(out)
+        bias, variance = self._moments(self.operator(out))
+        return mean_over(variance + bias.square(), self.operator.observed)
+
+    def variance_at(self, clean: Tensor) -> Tensor:
+        """The variance of every value of the measurement at A x = `clean`, of its shape.
+
+        It is that of the noise model, less what clipping to [0, 1] took away.
+
+        Raises:
+            ValueError: There is no noise model.
+        """
+        return self._moments(clean)[1]
+
+    def _moments(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of y − A x for every value at A x = `clean`."""
+        if self.noise is None:
+            raise ValueError("the variance of the measurement needs a noise model; set noise")
         variance = self.noise.variance(clean).clamp(min=LEAST_VARIANCE).expand_as(clean)
         low, high = self.clipped_to
         if math.isfinite(low) or math.isfinite(high):
-            variance = _clipped_second_moment(clean, variance, low, high)
-        return mean_over(variance, self.operator.observed)
+            return _clipped_moments(clean, variance, low, high)
+        return torch.zeros_like(clean), variance
 
     @torch.no_grad()
     def first_guess(self) -> Tensor:
@@ -233,24 +249,28 @@ class InverseProblem(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _clipped_second_moment(mean: Tensor, variance: Tensor, low: float, high: float) -> Tensor:
-    """E[(clip(m + n, low, high) − m)²] of every value, n ~ N(0, variance)."""
+def _clipped_moments(
+    mean: Tensor, variance: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of clip(m + n, low, high) − m for every value, n ~ N(0, variance)."""
     sigma = variance.sqrt()
     a, b = (low - mean) / sigma, (high - mean) / sigma
     below, above = torch.special.ndtr(a), torch.special.ndtr(-b)
     # ∫ t² φ(t) dt over [a, b] is Φ(b) − Φ(a) − (b φ(b) − a φ(a)), and t φ(t) is 0 at infinity.
-    edges = _t_density(b) - _t_density(a)
+    edges = b.clamp(-20, 20) * _density(b) - a.clamp(-20, 20) * _density(a)
     moment = variance * (1 - below - above - edges)
+    bias = sigma * (_density(a) - _density(b))
     if math.isfinite(low):
+        bias = bias + below * (low - mean)
         moment = moment + below * (low - mean).square()
     if math.isfinite(high):
+        bias = bias + above * (high - mean)
         moment = moment + above * (high - mean).square()
-    return moment
+    return bias, moment - bias.square()
 
 
-def _t_density(t: Tensor) -> Tensor:
-    t = t.clamp(-20, 20)
-    return t * torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
+def _density(t: Tensor) -> Tensor:
+    return torch.exp(-t.clamp(-20, 20).square() / 2) / math.sqrt(2 * math.pi)
 
 
 def _check(name: str, image: Tensor) -> None:

@@ -10,7 +10,12 @@ from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, admm
 from deepred_pl.callbacks.monitor import measure
-from deepred_pl.fidelity import automatic_epsilon, backprojection, weighted_variance
+from deepred_pl.fidelity import (
+    automatic_epsilon,
+    backprojection,
+    expected_backprojection,
+    weighted_variance,
+)
 from deepred_pl.losses import SURE
 from deepred_pl.networks import MeasurementNet
 from deepred_pl.noise import GammaNoise, GaussianNoise, LaplaceNoise, PoissonNoise
@@ -346,6 +351,9 @@ WRONG = {
     "itself": lambda blur: blur,
     "scaled": lambda blur: lambda y: 1.1 * blur.adjoint(y),
     "shifted": lambda blur: lambda y: blur.adjoint(y).roll(1, -1),
+    "without the mirrored kernel": lambda blur: (
+        lambda y: blur.adjoint(y) + 0.5 * (y.roll(1, -1) - y.roll(-1, -1))
+    ),
     "an inverse": lambda blur: lambda y: blur.adjoint(blur.inverse_gram(y, 1e-3)),
 }
 
@@ -354,6 +362,15 @@ WRONG = {
 def test_a_wrong_adjoint_is_refused(name):
     with pytest.raises(ValueError, match="A_adjoint is not the adjoint of its A"):
         InverseProblem(picture(3, 12, 17), Foreign(WRONG[name]))
+
+
+def test_an_adjoint_that_forgets_the_mask_is_refused():
+    class Masked(Foreign):
+        def A(self, x):
+            return KNOWN * self.blur(x)
+
+    with pytest.raises(ValueError, match="A_adjoint is not the adjoint of its A"):
+        InverseProblem(picture(3, 12, 17), Masked(lambda blur: blur.adjoint))
 
 
 def test_an_a_that_does_not_fit_its_adjoint_is_refused():
@@ -380,8 +397,9 @@ def test_lam_rises_when_the_weighted_noise_is_being_learned():
     problem = blurred()
     model = small_model(problem, lam=0.5, mu=0.25, weighting="discrepancy")
     noise = (problem.y - problem.operator(problem.ground_truth)).double()
-    expected = model.weighted_variance * problem.expected_residual(problem.ground_truth)
-    expected = float(expected / problem.noise_variance())
+    expected = float(
+        expected_backprojection(problem, problem.ground_truth, model.weighted_variance)
+    )
     a = matrix(problem.operator, 12, 17)
     at_truth = np.mean([dense(a, n.ravel().numpy(), model.epsilon)[0] for n in noise[0]])
     assert at_truth == pytest.approx(expected, rel=0.15)  # one draw of the noise
@@ -390,9 +408,46 @@ def test_lam_rises_when_the_weighted_noise_is_being_learned():
         for ratio in (3.0, 1.0, 0.95, 0.0)
     ]
     assert lam[0] == lam[1] == 0.5
-    assert lam[2] == pytest.approx(0.5 / 0.95**20, rel=1e-4) and math.isfinite(lam[3])
+    assert lam[2] == pytest.approx(0.5 / 0.95**20, rel=1e-4)
+    assert lam[3] == pytest.approx(0.5 * 1.1**20, rel=1e-4)  # at most
     model.out = problem.ground_truth
     model.update_weighting()
     expected_lam = 0.5 * max(1, expected / at_truth) ** 20
     assert model.lam.item() == pytest.approx(expected_lam, rel=0.1)
     assert model.mu.item() == pytest.approx(model.lam.item() / 2)
+
+
+@pytest.mark.parametrize(
+    "noise", [GaussianNoise(20), PoissonNoise(30), GammaNoise(10)], ids=lambda n: type(n).__name__
+)
+@pytest.mark.parametrize("black", [0.5, 0.9])
+def test_the_expectation_at_the_true_image_is_the_mean_of_draws(noise, black):
+    """Also where half of the image is black: clipped, or too dark to be standardized."""
+    truth = torch.full((1, 1, 24, 30), 0.5)
+    truth[..., : round(24 * black), :] = 0.004
+    blur = Blur.gaussian(9, 1.2, "reflect")
+    drawn = []
+    for seed in range(30):
+        y = noise.sample(blur(truth), torch.Generator().manual_seed(seed))
+        y = y.clamp(0, 1) if isinstance(noise, GaussianNoise) else y
+        problem = InverseProblem(y, blur, noise)
+        weighted = float(weighted_variance(problem, 0.05))
+        expected = float(expected_backprojection(problem, truth, weighted))
+        drawn.append(float(backprojection(problem, truth, 0.05)) / expected)
+    assert np.mean(drawn) == pytest.approx(1, abs=0.12)
+
+
+def test_a_refused_problem_leaves_the_module_without_one():
+    model = DeepRED(network=TinyNet, fidelity="backprojection")
+    problem = InverseProblem(picture(3, 12, 17), Blur.uniform(3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="epsilon='auto' needs a noise model"):
+            model.build(problem)
+    assert model.problem is None
+
+
+def test_epsilon_does_not_depend_on_the_default_device():
+    problem = blurred()
+    with torch.device("meta"):
+        epsilon = automatic_epsilon(problem)
+    assert epsilon == automatic_epsilon(problem)

@@ -57,7 +57,13 @@ def backprojection(problem: InverseProblem, out: Tensor, epsilon: float) -> Tens
 
 
 def check_backprojection(problem: InverseProblem) -> None:
-    """Raise ValueError if the problem's noise rules out a squared residual."""
+    """Raise ValueError if the noise rules out a squared residual, or the operator is learned."""
+    if any(p.requires_grad for p in problem.operator.parameters()):
+        raise ValueError(
+            "fidelity='backprojection' weights the residual by the operator itself, and a learned "
+            "kernel would shrink until the weights vanish; set fidelity='likelihood', or give the "
+            "operator's kernel or angles as a tensor that is not learned"
+        )
     if problem.noise is not None and problem.noise.has_outliers:
         raise ValueError(
             "fidelity='backprojection' squares the residual, in which the outliers of "

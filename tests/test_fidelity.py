@@ -305,6 +305,13 @@ def test_noise_with_outliers_is_refused():
         small_model(blurred(noise=LaplaceNoise(5)))
 
 
+def test_an_operator_that_is_learned_is_refused():
+    kernel = nn.Parameter(LOPSIDED / LOPSIDED.sum())
+    problem = InverseProblem(picture(3, 12, 17), Blur(kernel), GaussianNoise(5))
+    with pytest.raises(ValueError, match=r"learned kernel would shrink .* fidelity='likelihood'"):
+        small_model(problem)
+
+
 def test_without_a_noise_model_epsilon_must_be_a_number():
     problem = InverseProblem(picture(3, 12, 17), Blur.uniform(3))
     with pytest.raises(ValueError, match="epsilon='auto' needs a noise model"):

@@ -23,6 +23,7 @@ from deepred_pl.fidelity import (
     backprojection,
     check_backprojection,
     expected_backprojection,
+    target_variance,
     weighted_variance,
 )
 from deepred_pl.files import last_checkpoint, load_checkpoint
@@ -283,6 +284,7 @@ class DeepImagePrior(LightningModule):
         assert self.problem is not None
         if self.fidelity == "likelihood":
             return self.problem.data_term(out)
+        check_backprojection(self.problem)  # a parent may have replaced the kernel by a learned one
         return backprojection(self.problem, out, self._epsilon())
 
     def _epsilon(self) -> float:
@@ -410,6 +412,8 @@ class DeepRED(DeepImagePrior):
         f_x: f(x), the latest denoised x; starts at x.
         prior: mean(x · (x − f(x))) at the x that was denoised to f_x, 0-dim.
         lam, mu, threshold: Current λ, μ, and threshold of their rise in dB, 0-dim.
+        strength: Factor of `lam` and `mu`: 1, or less where the operator attenuates so little that
+            no ε gives the weighted noise the variance that they are for (`epsilon="auto"`).
         x_pending, v_pending, lam_pending, mu_pending: The snapshot being denoised.
 
     Raises:
@@ -449,13 +453,21 @@ class DeepRED(DeepImagePrior):
         self.weighting = weighting
         self.rise_step = rise_step
         self.rise_start = rise_start
+        self.strength = 1.0
         self.driven = False  # a REDUpdate sets it
         super().__init__(result=result, **kwargs)  # type: ignore[arg-type]
+
+    def _prepare_backprojection(self, problem: InverseProblem) -> None:
+        automatic = self.epsilon == "auto"
+        super()._prepare_backprojection(problem)
+        if automatic:
+            self.strength = min(1.0, self.weighted_variance / target_variance(problem))
 
     def _initial_state(self, problem: InverseProblem) -> dict[str, Tensor]:
         state = super()._initial_state(problem)
         guess = state["out"]
-        lam, mu = torch.tensor(self.initial_lam), torch.tensor(self.initial_mu)
+        lam = torch.tensor(self.strength * self.initial_lam)
+        mu = torch.tensor(self.strength * self.initial_mu)
         return {
             **state,
             "x": guess.clone(),
@@ -497,7 +509,7 @@ class DeepRED(DeepImagePrior):
             self.mu = self.lam * (self.initial_mu / self.initial_lam)
 
     def _lam_by_discrepancy(self, problem: InverseProblem) -> Tensor:
-        least = self.initial_lam
+        least = self.strength * self.initial_lam
         if self.fidelity == "backprojection":
             expected = expected_backprojection(problem, self.out, self.weighted_variance)
             return admm.discrepancy_of_backprojection(least, self.data_term(self.out), expected)

@@ -166,20 +166,22 @@ class DeepImagePrior(LightningModule):
             return
         if self.problem is not None:
             raise ValueError("this module already restores another image; create a new module")
-        if self.fidelity == "backprojection":
-            self._prepare_backprojection(problem)
-        if self.network is None:
+        fresh = self.network is None
+        if fresh:
             with _seeded(self.seed):
                 network = self._new_network(problem.image_shape[1])
                 _check_size(network, problem)
                 saved = {} if self.init_from is None else _load_into(network, self.init_from)
                 z = self._new_input(network, problem, saved.get("z"))
+        else:
+            problem.load_state_dict(self._saved_problem)  # raises for another measurement
+        if self.fidelity == "backprojection":
+            self._prepare_backprojection(problem)
+        if fresh:
             self.network = network.to(problem.y.device)
             for name, tensor in {"z": z, **self._initial_state(problem)}.items():
                 self.register_buffer(name, tensor.to(problem.y.device))
-        else:
-            problem.load_state_dict(self._saved_problem)  # raises for another measurement
-            self._saved_problem = {}
+        self._saved_problem = {}
         self.problem = problem
         if isinstance(self.regularizer, Term):
             self.regularizer.check(self)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, admm
+from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate, admm
 from deepred_pl.callbacks.monitor import measure
 from deepred_pl.fidelity import (
     automatic_epsilon,
@@ -17,7 +17,7 @@ from deepred_pl.fidelity import (
     weighted_variance,
 )
 from deepred_pl.losses import SURE
-from deepred_pl.networks import MeasurementNet
+from deepred_pl.networks import MeasurementNet, SkipNet
 from deepred_pl.noise import GammaNoise, GaussianNoise, LaplaceNoise, PoissonNoise
 from deepred_pl.operators import (
     Blur,
@@ -29,6 +29,7 @@ from deepred_pl.operators import (
     Radon,
     gaussian_kernel,
 )
+from deepred_pl.tiles import Region
 from tests.helpers import TinyNet, noisy_problem, picture
 
 LOPSIDED = torch.from_numpy(np.random.default_rng(0).random((5, 7))).float()
@@ -125,6 +126,20 @@ def test_conjugate_gradients_are_dense_algebra(name):
     value.backward()
     assert value.item() == pytest.approx(expected, rel=1e-3)
     np.testing.assert_allclose(out.grad.ravel(), slope, atol=2e-3 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_conjugate_gradients_suffice_for_the_epsilon_of_little_noise(channels):
+    """A 9×9 mean and σ = √2 on 64×80 pixels."""
+    problem, _ = scene(Blur.uniform(9), 64, 80, channels, GaussianNoise(math.sqrt(2)))
+    noise = torch.randn(problem.y.shape, generator=torch.Generator().manual_seed(0))
+    epsilon = automatic_epsilon(problem)
+    transfer = np.zeros((64, 80))
+    transfer[np.ix_(range(-4, 5), range(-4, 5))] = 1 / 81
+    weights = 1 / (np.abs(np.fft.fft2(transfer)) ** 2 + epsilon)
+    expected = np.fft.ifft2(np.fft.fft2(noise.double().numpy()) * weights).real
+    error = Iterated(problem.operator).inverse_gram(noise, epsilon).numpy() - expected
+    assert np.linalg.norm(error) < 0.005 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("boundary", OPEN)
@@ -241,9 +256,6 @@ def test_the_automatic_epsilon_gives_the_same_image_in_any_unit_of_the_measureme
         def forward(self, x):
             return 3 * self.operator(x)
 
-        def inverse_gram(self, residual, epsilon):
-            return self.operator.inverse_gram(residual, epsilon / 9) / 9
-
     problem, out = scene(Blur.uniform(5), 12, 17, noise=GaussianNoise(5))
     scaled = InverseProblem(3 * problem.y, Scaled(Blur.uniform(5)), GaussianNoise(15))
     epsilon, larger = automatic_epsilon(problem), automatic_epsilon(scaled)
@@ -285,6 +297,27 @@ def test_epsilon_is_chosen_where_the_weighted_noise_has_its_variance():
         trace = (1 / (np.linalg.eigvalsh(a @ a.T) + epsilon)).sum()
         variance = (sigma / 255) ** 2 * trace / (12 * 17)
         assert variance == pytest.approx(0.00133 * (sigma**2 + 2) ** 0.3 * math.sqrt(3), rel=0.25)
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "discrepancy"])
+def test_lam_and_mu_are_reduced_where_no_epsilon_reaches_the_variance(weighting):
+    """A blur of hardly more than a pixel leaves the noise nearly as it is."""
+    blur, noise, truth = Blur.gaussian(5, 0.4), GaussianNoise(math.sqrt(2)), picture(3, 12, 17)
+    y = noise.sample(blur(truth), torch.Generator().manual_seed(0))
+    problem = InverseProblem(y, blur, noise)
+    model = small_model(problem, lam=0.7, mu=0.35, weighting=weighting)
+    a = matrix(blur, 12, 17)
+    trace = (1 / (np.linalg.eigvalsh(a @ a.T) + 1e-6)).sum()
+    share = (2 / 255**2 * trace / (12 * 17)) / (0.00133 * 4**0.3 * math.sqrt(3))
+    assert share < 0.1
+    assert model.lam.item() == pytest.approx(0.7 * share, rel=0.25)
+    before = model.lam.item()
+    model.out = torch.rand_like(model.out)  # far from the measurement
+    model.update_weighting()
+    assert model.lam.item() == pytest.approx(before)
+    assert model.mu.item() == pytest.approx(before / 2)
+    assert small_model(problem, lam=0.7, epsilon=0.01).lam.item() == pytest.approx(0.7)
+    assert small_model(blurred(), lam=0.7).lam.item() == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("epsilon", [0, -0.1, math.inf, math.nan, "small"])
@@ -441,6 +474,20 @@ def test_the_expectation_at_the_true_image_is_the_mean_of_draws(noise, black):
     assert np.mean(drawn) == pytest.approx(1, abs=0.12)
 
 
+@pytest.mark.parametrize("boundary", OPEN)
+def test_the_expectation_of_a_tile_is_the_mean_of_draws(boundary):
+    truth, noise = picture(3, 40, 50), GaussianNoise(5)
+    blur = Blur.gaussian(9, 1.2, boundary)
+    drawn = []
+    for seed in range(20):
+        y = noise.sample(blur(truth), torch.Generator().manual_seed(seed))
+        tile = InverseProblem(y, blur, noise, truth).part(Region(10, 20, 30, 30))
+        weighted = float(weighted_variance(tile, 0.02))
+        expected = float(expected_backprojection(tile, tile.ground_truth, weighted))
+        drawn.append(float(backprojection(tile, tile.ground_truth, 0.02)) / expected)
+    assert np.mean(drawn) == pytest.approx(1, abs=0.05)
+
+
 def test_a_refused_problem_leaves_the_module_without_one():
     model = DeepRED(network=TinyNet, fidelity="backprojection")
     problem = InverseProblem(picture(3, 12, 17), Blur.uniform(3))
@@ -448,6 +495,36 @@ def test_a_refused_problem_leaves_the_module_without_one():
         with pytest.raises(ValueError, match="epsilon='auto' needs a noise model"):
             model.build(problem)
     assert model.problem is None
+
+
+def test_a_problem_that_was_refused_leaves_epsilon_alone():
+    model = DeepRED(network=functools.partial(SkipNet, width=4), fidelity="backprojection")
+    with pytest.raises(ValueError, match="33"):
+        model.build(blurred(noise=GaussianNoise(50)))
+    assert model.epsilon == "auto"
+
+
+def test_a_checkpoint_alone_goes_on_with_the_same_term(make_trainer, tmp_path):
+    settings = {"network": TinyNet, "fidelity": "backprojection", "weighting": "discrepancy"}
+    model = DeepRED(problem=blurred(), **settings)
+    trainer = make_trainer(max_steps=4, callbacks=[REDUpdate(lambda x: x, every_n_steps=2)])
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = DeepRED.load_from_checkpoint(tmp_path / "last.ckpt", network=TinyNet)
+    with pytest.raises(ValueError, match="is not this problem's"):
+        loaded.build(blurred(noise=GaussianNoise(20)))
+    loaded.build(blurred())
+    for twin in (model, loaded):
+        twin.update_weighting()
+    assert (loaded.epsilon, loaded.lam) == (model.epsilon, model.lam)
+    assert torch.equal(loaded.loss(model.out), model.loss(model.out))
+
+
+def test_autocast_does_not_reach_the_term():
+    model = small_model(blurred())
+    expected = model.total_loss(model.x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.total_loss(model.x), expected)
 
 
 def test_epsilon_does_not_depend_on_the_default_device():

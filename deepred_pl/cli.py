@@ -21,6 +21,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 import deepred_pl.denoisers  # noqa: F401  makes their short names known
 from deepred_pl.background import has_abandoned_job
@@ -255,6 +256,12 @@ class RestorationCLI(LightningCLI):
         check_trainer(self.model, self.trainer)  # before other devices' processes start
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.problem)
+        is_jpeg = str(self.datamodule.measurement).lower().endswith((".jpg", ".jpeg"))
+        if self.model.fidelity == "backprojection" and is_jpeg:
+            rank_zero_warn(
+                "The noise of a JPEG is not white, as the back-projection assumes, and the result "
+                "may be full of grain: add --config methods/likelihood"
+            )
         for callback in restoration_callbacks(self.trainer, ""):
             callback.check(self.model, self.trainer)
         root = self.trainer.default_root_dir

@@ -68,7 +68,8 @@ def diagnosis(result: dict[str, Any]) -> str:
     return (
         f"The residual is {ratio:.1f} times the noise: detail is missing, because the fit was too "
         "short (trainer.max_steps and, if set, model.lr_scheduler.total_steps), the noise is "
-        "stronger than specified, or the operator is wrong (a blur's kernel or boundary)."
+        "stronger than specified or not white (as in a JPEG), or the operator is wrong (such as a "
+        "blur's kernel or boundary)."
     )
 
 

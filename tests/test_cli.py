@@ -90,6 +90,25 @@ def fitted(image, method, *options):
     return cli.model
 
 
+@pytest.mark.parametrize(
+    ("suffix", "task", "options", "warned"),
+    [
+        (".jpg", "deblurring_gaussian", [], True),
+        (".JPEG", "deblurring_gaussian", [], True),
+        (".png", "deblurring_gaussian", [], False),
+        (".jpg", "deblurring_gaussian", ["--config=methods/likelihood"], False),
+        (".jpg", "denoising", [], False),
+    ],
+)
+def test_a_jpeg_is_deblurred_with_a_warning(tmp_path, recwarn, suffix, task, options, warned):
+    path = tmp_path / f"photo{suffix}"
+    Image.fromarray((picture(3, 41, 47)[0].movedim(0, -1) * 255).byte().numpy()).save(path)
+    options = [f"--config={task}", *options, f"--data.measurement={path}", *TINY]
+    cli = RestorationCLI([*options, "--trainer.fast_dev_run=1"], run=False)
+    cli.before_fit()
+    assert any("JPEG is not white" in str(w.message) for w in recwarn) == warned
+
+
 # Without two that are nothing new to a method: both are deblurring_uniform, one by another kernel,
 # one by the schedule of tomography.
 UNLIKE = [task for task in TASKS if task.stem not in ("deblurring_gaussian", "quickstart")]

@@ -5,6 +5,7 @@
     python tests/benchmarks/backprojection.py butterfly
     python tests/benchmarks/backprojection.py tomography
     python tests/benchmarks/backprojection.py poisson
+    python tests/benchmarks/backprojection.py tiles
 
 Every fit is one of the shipped configurations, and takes as many threads as OMP_NUM_THREADS. The
 curve of each goes to `lightning_logs/backprojection/fits.jsonl` at once, so that the same command
@@ -23,13 +24,17 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import skimage
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from deepred_pl import REDUpdate
+from deepred_pl import InverseProblem, REDUpdate, restore
 from deepred_pl.callbacks import CollapseGuard, KeepMemory
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.metrics import psnr
+from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Blur
+from deepred_pl.tiles import Tiling
 
 RUNS = Path("lightning_logs") / "backprojection"
 SAMPLES = [f"sample:{name}" for name in ("astronaut", "camera", "chelsea", "coffee", "rocket")]
@@ -275,8 +280,44 @@ def poisson() -> None:
             curves({**fits, "back-projection": task}, (100, 200, 300, 400, 500, 600))
 
 
+def tiles() -> None:
+    """Two crops of 256×384 pixels behind a Gaussian blur: whole, and in tiles of 128."""
+    crops = {
+        "coffee": skimage.data.coffee()[72:328, 100:484],
+        "astronaut": skimage.data.astronaut()[:256, 64:448],
+    }
+    quiet = {"trainer.enable_progress_bar": False, "trainer.accelerator": "cpu"}
+    blur, noise = Blur.gaussian(25, 1.6, "reflect"), GaussianNoise(math.sqrt(2))
+    print(
+        "| | | whole | tiles | differences across borders, tiles / whole |\n|---|---|---|---|---|"
+    )
+    for name, crop in crops.items():
+        truth = torch.from_numpy(crop / 255).float().movedim(-1, 0)[None]
+        y = noise.sample(blur(truth), torch.Generator().manual_seed(0)).clamp(0, 1)
+        tiling, _ = InverseProblem(y, blur, noise).split(128)
+        for term, overlay in {"back-projection": [], "likelihood": ["methods/likelihood"]}.items():
+            configs = ["deblurring_gaussian", "methods/quick", *overlay]
+            images = [restore(y, configs, quiet, tile=tile) for tile in (None, 128)]
+            scores = [f"{float(psnr(image, truth, 'luminance')):.2f}" for image in images]
+            whole, tiled = (across_borders(image[0], tiling) for image in images)
+            print(f"| {name} | {term} | {' | '.join(scores)} | {tiled / whole:.3f} |", flush=True)
+
+
+def across_borders(image: torch.Tensor, tiling: Tiling) -> float:
+    """Mean difference of neighbours across the borders of what tiles contribute, to elsewhere."""
+    on, off = [], []
+    for axis, margin in zip((1, 2), tiling.margin, strict=True):
+        differences = image.diff(dim=axis).abs().mean((0, 3 - axis))
+        ends = [(r[axis - 1], r[axis - 1] + r[axis + 1]) for r in tiling.regions]
+        borders = {start + margin - 1 for start, _ in ends if start > 0}
+        borders |= {end - margin - 1 for _, end in ends if end < image.shape[axis]}
+        for at, difference in enumerate(differences.tolist()):
+            (on if at in borders else off).append(difference)
+    return mean(on) / mean(off)
+
+
 def main() -> None:
-    parts = {f.__name__: f for f in (deblurring, rule, butterfly, tomography, poisson)}
+    parts = {f.__name__: f for f in (deblurring, rule, butterfly, tomography, poisson, tiles)}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=parts)

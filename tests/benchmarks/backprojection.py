@@ -57,7 +57,7 @@ RIVALS = {
     "BM3D": ["--config=paper/deblurring/bm3d", "--model.fidelity=likelihood"],
     "RED + BP": [
         *("--config=methods/red", "--trainer.max_steps=300", "--model.lr_scheduler=null"),
-        *("--model.lam=1", "--model.mu=1", "--red.denoiser.sigma=7"),
+        *("--model.lam=0.5", "--model.mu=0.5", "--model.epsilon=0.03", "--red.denoiser.sigma=7"),
     ],
     "PnP + BP": [
         *("--config=methods/pnp", "--trainer.max_steps=300", "--model.lr_scheduler=null"),

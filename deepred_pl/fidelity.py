@@ -9,7 +9,7 @@ to what ε permits. It then weights the noise too:
 
     E(ε) = σ̄² · trace((A Aᵀ + ε I)⁻¹) / N
 
-is the value of D_BP at the true image, the variance of the weighted noise.
+is the expected value of D_BP at the true image, the variance of the weighted noise.
 """
 
 import math
@@ -23,15 +23,16 @@ from deepred_pl.problem import InverseProblem
 
 Fidelity = Literal["likelihood", "backprojection"]
 
-# Of `target_variance`, which says how they were chosen.
+# Constants of `automatic_epsilon`, whose docstring says how they were chosen.
 WEIGHTED_VARIANCE = 0.00133
 GROWTH = 0.3
-LEAST_VARIANCE = 2.0  # squared grey levels: with even less noise, E hardly changes
+VARIANCE_OFFSET = 2.0  # squared grey levels: with even less noise, E hardly changes
 DARKEST = 0.1  # of the mean variance: signal-dependent noise counts as at least that
 
 EPSILON_RANGE = 1e-6, 1e3  # in units of ‖A‖²
 HALVINGS = 12  # of that range, on a logarithmic scale: ε to 0.5 %
 POWER_ITERATIONS = 20
+ROUNDING = 1e-6  # of the largest value
 
 
 def backprojection(problem: InverseProblem, out: Tensor, epsilon: float) -> Tensor:
@@ -62,8 +63,8 @@ def check_backprojection(problem: InverseProblem) -> None:
     if any(t.requires_grad for t in (*operator.parameters(), *operator.buffers())):
         raise ValueError(
             "fidelity='backprojection' weights the residual by the operator itself, and a learned "
-            "kernel would shrink until the weights vanish; set fidelity='likelihood', or give the "
-            "operator's kernel or angles as a tensor that is not learned"
+            "kernel would shrink until the weights vanish; set fidelity='likelihood', or freeze "
+            "the operator (operator.requires_grad_(False))"
         )
     if problem.noise is not None and problem.noise.has_outliers:
         raise ValueError(
@@ -102,7 +103,7 @@ def expected_backprojection(problem: InverseProblem, out: Tensor, weighted: floa
 
 @torch.no_grad()
 def weighted_variance(problem: InverseProblem, epsilon: float) -> Tensor:
-    """E(ε), the variance of the weighted noise, 0-dim; the trace is that of one random probe.
+    """E(ε), the variance of the weighted noise, 0-dim; the trace is estimated by one random probe.
 
     Args:
         problem: The inverse problem, with a noise model.
@@ -116,35 +117,19 @@ def weighted_variance(problem: InverseProblem, epsilon: float) -> Tensor:
 
 
 @torch.no_grad()
-def automatic_epsilon(problem: InverseProblem) -> float:
+def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
     """ε for this operator and noise, so that the same λ and μ suit blurs at many noise levels.
 
-    ε solves E(ε) = `target_variance` to 0.5 %, within 10⁻⁶ to 10³ times ‖A‖². For an operator that
-    attenuates little, and for `Radon` with little noise, E stays below that value and ε is at its
-    least; λ and μ are then smaller in proportion (`DeepRED`).
+    ε solves E(ε) = 0.00133 · √C · (s² + 2)^0.3 for C channels, with s = 255 σ̄ / ‖A‖ the noise in
+    grey levels of the image, within 10⁻⁶ to 10³ times ‖A‖²; if only a share of the values was
+    measured, E is that share of it. With fewer channels the network learns the weighted noise
+    sooner, with stronger noise later. Chosen on 128×128 crops, of one and three channels, of
+    scikit-image's astronaut and camera, blurred by a mean of 9×9, at σ = 0.5, √2, 5 and 10, with
+    λ = μ = 0.7 and non-local means of σ_f = 4.
 
-    Raises:
-        ValueError: The problem has no noise model.
-    """
-    target = target_variance(problem)
-    low, high = (math.log(bound * _largest_eigenvalue(problem)) for bound in EPSILON_RANGE)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        if weighted_variance(problem, math.exp(middle)) > target:
-            low = middle
-        else:
-            high = middle
-    return math.exp(low)
-
-
-@torch.no_grad()
-def target_variance(problem: InverseProblem) -> float:
-    """E at which λ = μ = 0.7 suit the problem, 0.00133 · √C · (s² + 2)^0.3 for C channels.
-
-    s = 255 σ̄ / ‖A‖ is the noise in grey levels of the image. With fewer channels the network learns
-    the weighted noise sooner, with stronger noise later. Chosen on 128×128 crops, of one and three
-    channels, of scikit-image's astronaut and camera, blurred by a mean of 9×9, at σ = 0.5, √2, 5
-    and 10, with non-local means of σ_f = 4.
+    Returns:
+        ε and a factor for λ and μ: 1, or where ε is at its least and E still below the value
+        above, their ratio; so for operators that attenuate little, and `Radon` with little noise.
 
     Raises:
         ValueError: The problem has no noise model.
@@ -155,25 +140,38 @@ def target_variance(problem: InverseProblem) -> float:
             "epsilon='auto' needs a noise model, but this problem has none; set noise, or epsilon "
             "to a number such as 0.01"
         )
-    noise = 255**2 * float(variance) / _largest_eigenvalue(problem)
-    channels = problem.image_shape[1]
-    return WEIGHTED_VARIANCE * math.sqrt(channels) * (noise + LEAST_VARIANCE) ** GROWTH
+    largest = _largest_eigenvalue(problem)
+    noise = 255**2 * float(variance) / largest
+    target = WEIGHTED_VARIANCE * math.sqrt(problem.image_shape[1])
+    target *= (noise + VARIANCE_OFFSET) ** GROWTH * float(_probe(problem).abs().mean())
+    low, high = (math.log(bound * largest) for bound in EPSILON_RANGE)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if weighted_variance(problem, math.exp(middle)) > target:
+            low = middle
+        else:
+            high = middle
+    epsilon = math.exp(low)
+    return epsilon, min(1.0, float(weighted_variance(problem, epsilon)) / target)
 
 
 def _largest_eigenvalue(problem: InverseProblem) -> float:
     """‖A‖², the largest eigenvalue of A Aᵀ, by power iteration."""
-    vector, value = _probe(problem), 1.0
+    vector = _probe(problem)
     for _ in range(POWER_ITERATIONS):
         vector = vector / torch.linalg.vector_norm(vector)
         vector = problem.operator(problem.operator.adjoint(vector))
-        value = float(torch.linalg.vector_norm(vector))
-    return value
+    return float(torch.linalg.vector_norm(vector))
 
 
 def _probe(problem: InverseProblem) -> Tensor:
-    """±1 at random where the measurement was observed (Hutchinson 1990)."""
+    """±1 at random (Hutchinson 1990), and 0 for values that were not measured."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, problem.y.shape, generator=generator, device="cpu")
     probe = (2.0 * signs - 1).to(problem.y)
     observed = problem.operator.observed
-    return probe if observed is None else probe * observed
+    if observed is not None:
+        return probe * observed
+    # An adapted operator may set values to 0, and y has no noise there.
+    mapped = problem.operator(problem.operator.adjoint(probe)).abs()
+    return probe * ((mapped > ROUNDING * mapped.max()) | (problem.y != 0))

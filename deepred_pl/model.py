@@ -23,7 +23,6 @@ from deepred_pl.fidelity import (
     backprojection,
     check_backprojection,
     expected_backprojection,
-    target_variance,
     weighted_variance,
 )
 from deepred_pl.files import last_checkpoint, load_checkpoint
@@ -137,7 +136,8 @@ class DeepImagePrior(LightningModule):
         self.average_decay = average_decay
         self.fidelity = fidelity
         self.epsilon = epsilon
-        self.weighted_variance = 0.0  # of the back-projection; `build` sets it
+        self.expected_term = 0.0  # E(ε) of the back-projection; `build` sets it and the factor
+        self.weight_scale = 1.0  # of λ and μ
         self.regularizer = regularizer
         self.result = result
         self.init_from = init_from
@@ -166,32 +166,30 @@ class DeepImagePrior(LightningModule):
             return
         if self.problem is not None:
             raise ValueError("this module already restores another image; create a new module")
-        fresh = self.network is None
-        if fresh:
+        if self.fidelity == "backprojection":
+            self._prepare_backprojection(problem)
+        if self.network is None:
             with _seeded(self.seed):
                 network = self._new_network(problem.image_shape[1])
                 _check_size(network, problem)
                 saved = {} if self.init_from is None else _load_into(network, self.init_from)
                 z = self._new_input(network, problem, saved.get("z"))
-        else:
-            problem.load_state_dict(self._saved_problem)  # raises for another measurement
-        if self.fidelity == "backprojection":
-            self._prepare_backprojection(problem)
-        if fresh:
             self.network = network.to(problem.y.device)
             for name, tensor in {"z": z, **self._initial_state(problem)}.items():
                 self.register_buffer(name, tensor.to(problem.y.device))
-        self._saved_problem = {}
+        else:
+            problem.load_state_dict(self._saved_problem)  # raises for another measurement
+            self._saved_problem = {}
         self.problem = problem
         if isinstance(self.regularizer, Term):
             self.regularizer.check(self)
 
     def _prepare_backprojection(self, problem: InverseProblem) -> None:
         check_backprojection(problem)
-        if self.epsilon == "auto":
-            self.epsilon = automatic_epsilon(problem)
+        if self.hparams["epsilon"] == "auto":
+            self.epsilon, self.weight_scale = automatic_epsilon(problem)
         if problem.noise is not None:
-            self.weighted_variance = float(weighted_variance(problem, self._epsilon()))
+            self.expected_term = float(weighted_variance(problem, self._epsilon()))
 
     def _new_network(self, channels: int) -> nn.Module:
         network = self.make_network(channels)
@@ -414,8 +412,8 @@ class DeepRED(DeepImagePrior):
         f_x: f(x), the latest denoised x; starts at x.
         prior: mean(x · (x − f(x))) at the x that was denoised to f_x, 0-dim.
         lam, mu, threshold: Current λ, μ, and threshold of their rise in dB, 0-dim.
-        strength: Factor of `lam` and `mu`: 1, or less where the operator attenuates so little that
-            no ε gives the weighted noise the variance that they are for (`epsilon="auto"`).
+        weight_scale: Factor of λ and μ, 1 or less, that comes with an automatic ε
+            (`fidelity.automatic_epsilon`).
         x_pending, v_pending, lam_pending, mu_pending: The snapshot being denoised.
 
     Raises:
@@ -455,21 +453,14 @@ class DeepRED(DeepImagePrior):
         self.weighting = weighting
         self.rise_step = rise_step
         self.rise_start = rise_start
-        self.strength = 1.0
         self.driven = False  # a REDUpdate sets it
         super().__init__(result=result, **kwargs)  # type: ignore[arg-type]
-
-    def _prepare_backprojection(self, problem: InverseProblem) -> None:
-        automatic = self.epsilon == "auto"
-        super()._prepare_backprojection(problem)
-        if automatic:
-            self.strength = min(1.0, self.weighted_variance / target_variance(problem))
 
     def _initial_state(self, problem: InverseProblem) -> dict[str, Tensor]:
         state = super()._initial_state(problem)
         guess = state["out"]
-        lam = torch.tensor(self.strength * self.initial_lam)
-        mu = torch.tensor(self.strength * self.initial_mu)
+        lam = torch.tensor(self.weight_scale * self.initial_lam)
+        mu = torch.tensor(self.weight_scale * self.initial_mu)
         return {
             **state,
             "x": guess.clone(),
@@ -504,16 +495,16 @@ class DeepRED(DeepImagePrior):
         if self.weighting == "rise":
             psnr = -10 * torch.log10(self.problem.residual(self.out))
             self.lam, self.mu, self.threshold = admm.rise(
-                self.lam, self.mu, self.threshold, psnr, self.rise_step
+                self.lam, self.mu, self.threshold, psnr, self.weight_scale * self.rise_step
             )
         elif self.weighting == "discrepancy":
             self.lam = self._lam_by_discrepancy(self.problem)
             self.mu = self.lam * (self.initial_mu / self.initial_lam)
 
     def _lam_by_discrepancy(self, problem: InverseProblem) -> Tensor:
-        least = self.strength * self.initial_lam
+        least = self.weight_scale * self.initial_lam
         if self.fidelity == "backprojection":
-            expected = expected_backprojection(problem, self.out, self.weighted_variance)
+            expected = expected_backprojection(problem, self.out, self.expected_term)
             return admm.discrepancy_of_backprojection(least, self.data_term(self.out), expected)
         expected_residual = problem.expected_residual(self.out)
         assert expected_residual is not None

@@ -24,7 +24,7 @@ from deepred_pl.tiles import Region
 Boundary = Literal["circular", "replicate", "reflect", "zero"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 
-GRAM_ITERATIONS = 30  # for eigenvalues of A Aᵀ + ε I that differ by less than some hundreds
+GRAM_ITERATIONS = 30  # enough while the eigenvalues of A Aᵀ + ε I span a factor of some hundreds
 TINY = 1e-30  # keeps a division finite once conjugate gradients have converged
 MISMATCH = 0.01  # of ⟨A x, A x⟩; float32 has 1e-5, and an approximate adjoint a few percent
 
@@ -595,6 +595,9 @@ class Observed(Operator):
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.operator.image_shape(measurement_shape)
 
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.operator.adjoint(y * self.mask)
+
     def inverse_gram(self, residual: Tensor, epsilon: float) -> Tensor:
         """That of the operator, on r with zeros where nothing was observed: an approximation."""
         return self.operator.inverse_gram(residual * self.mask, epsilon) * self.mask
@@ -679,7 +682,7 @@ class Adapted(Operator):
             raise ValueError(
                 "the operator's A_adjoint is not the adjoint of its A: expected ⟨x, A_adjoint(v)⟩ "
                 f"= ⟨A(x), v⟩ = {expected:.6g} for a random v, got {got:.6g}; correct A_adjoint, "
-                "which must undo nothing that A does, such as a mask"
+                "which must transpose every step of A, also a mask"
             )
 
     @torch.no_grad()

@@ -9,7 +9,8 @@
 
 Every fit is one of the shipped configurations, and takes as many threads as OMP_NUM_THREADS. The
 curve of each goes to `lightning_logs/backprojection/fits.jsonl` at once, so that the same command
-resumes; two commands may run at the same time. The tables are printed.
+resumes; two commands may run at the same time. The tables are printed. After a change of the
+package or of its configurations, start in another folder: fits are known by their settings only.
 """
 
 import argparse
@@ -54,7 +55,7 @@ LIKELIHOOD = [
 RIVALS = {
     "before": LIKELIHOOD,
     "default": [],
-    "BM3D": ["--config=paper/deblurring/bm3d", "--model.fidelity=likelihood"],
+    "BM3D": ["--config=paper/deblurring/bm3d"],
     "RED + BP": [
         *("--config=methods/red", "--trainer.max_steps=300", "--model.lr_scheduler=null"),
         *("--model.lam=0.5", "--model.mu=0.5", "--model.epsilon=0.03", "--red.denoiser.sigma=7"),
@@ -147,13 +148,7 @@ def motion() -> list[str]:
 
 def deblurring() -> None:
     """Five samples and three kernels at σ = √2: before, now, and rivals."""
-    print(
-        "| kernel | image | "
-        + " | ".join(RIVALS)
-        + " |\n|---" * 1
-        + "|---" * (len(RIVALS) + 1)
-        + "|"
-    )
+    print(f"| kernel | image | {' | '.join(RIVALS)} |\n|---|---|{'---|' * len(RIVALS)}")
     rows = []
     for kernel, task in {"uniform": UNIFORM, "Gaussian": GAUSSIAN, "motion": motion()}.items():
         for sample in SAMPLES:
@@ -175,6 +170,7 @@ def deblurring() -> None:
 
 def rule(grid: bool) -> None:
     """The automatic ε at four noise levels: end, own peak, and the best end of a grid."""
+    print("| image | σ | end | own peak | best of the grid |\n|---|---|---|---|---|")
     for sample in SAMPLES:
         for sigma in SIGMAS:
             task = [*UNIFORM, f"--data.noise.sigma={sigma:.7f}", f"--data.ground_truth={sample}"]

@@ -628,7 +628,7 @@ class Adapted(Operator):
 
     Gradients reach the image through `A_adjoint`, so A need not be differentiable, and its own
     parameters get no gradient. With the back-projection every θ-step takes 30 more pairs of A and
-    `A_adjoint`, and the choice of ε some 400. `as_operator` applies it where such an object is
+    `A_adjoint`, and the choice of ε some 500. `as_operator` applies it where such an object is
     given.
     """
 

@@ -57,11 +57,11 @@ RIVALS = {
     "default": [],
     "BM3D": ["--config=paper/deblurring/bm3d"],
     "RED + BP": [
-        "--config=methods/red",
+        *("--config=methods/red", "--model.lr_scheduler=null"),
         *("--model.lam=0.5", "--model.mu=0.5", "--model.epsilon=0.03", "--red.denoiser.sigma=7"),
     ],
     "PnP + BP": [
-        "--config=methods/pnp",
+        *("--config=methods/pnp", "--model.lr_scheduler=null"),
         *("--model.lam=1", "--model.mu=1", "--model.epsilon=0.01", "--red.denoiser.sigma=10"),
     ],
     "DIP + BP": [

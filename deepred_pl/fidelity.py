@@ -128,8 +128,8 @@ def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
     λ = μ = 0.7 and non-local means of σ_f = 4.
 
     Returns:
-        ε and a factor for λ and μ: 1, or where ε is at its least and E still below the value
-        above, their ratio; so for operators that attenuate little, and `Radon` with little noise.
+        ε, and a factor for λ and μ. The factor is 1 unless E stays below that value even at the
+        smallest ε, as for operators that attenuate little; then it is their ratio.
 
     Raises:
         ValueError: The problem has no noise model.

@@ -136,7 +136,7 @@ class DeepImagePrior(LightningModule):
         self.average_decay = average_decay
         self.fidelity = fidelity
         self.epsilon = epsilon
-        self.expected_term = 0.0  # E(ε) of the back-projection; `build` sets it and the factor
+        self.weighted_variance = 0.0  # E(ε) of the back-projection; `build` sets it and the factor
         self.weight_scale = 1.0  # of λ and μ
         self.regularizer = regularizer
         self.result = result
@@ -189,7 +189,7 @@ class DeepImagePrior(LightningModule):
         if self.hparams["epsilon"] == "auto":
             self.epsilon, self.weight_scale = automatic_epsilon(problem)
         if problem.noise is not None:
-            self.expected_term = float(weighted_variance(problem, self._epsilon()))
+            self.weighted_variance = float(weighted_variance(problem, self._epsilon()))
 
     def _new_network(self, channels: int) -> nn.Module:
         network = self.make_network(channels)
@@ -504,7 +504,7 @@ class DeepRED(DeepImagePrior):
     def _lam_by_discrepancy(self, problem: InverseProblem) -> Tensor:
         least = self.weight_scale * self.initial_lam
         if self.fidelity == "backprojection":
-            expected = expected_backprojection(problem, self.out, self.expected_term)
+            expected = expected_backprojection(problem, self.out, self.weighted_variance)
             return admm.discrepancy_of_backprojection(least, self.data_term(self.out), expected)
         expected_residual = problem.expected_residual(self.out)
         assert expected_residual is not None

@@ -69,8 +69,8 @@ def diagnosis(result: dict[str, Any]) -> str:
         f"The residual is {ratio:.1f} times the noise: detail is missing, because the fit was too "
         "short (trainer.max_steps and, if set, model.lr_scheduler.total_steps), or the operator is "
         "wrong (such as a blur's kernel or boundary); or the noise is stronger than specified (set "
-        "data.noise.sigma) or not white, as in a former JPEG (in deblurring add "
-        "--config methods/likelihood)."
+        "data.noise.sigma) or not white, as in a former JPEG (in deblurring use "
+        "methods/likelihood)."
     )
 
 

@@ -305,7 +305,7 @@ def test_epsilon_is_chosen_where_the_weighted_noise_has_its_variance():
 
 @pytest.mark.parametrize("weighting", ["fixed", "discrepancy"])
 def test_lam_and_mu_are_reduced_where_no_epsilon_reaches_the_variance(weighting):
-    """A blur of hardly more than a pixel leaves the noise nearly as it is."""
+    """A blur hardly wider than a pixel leaves the noise nearly as it is."""
     blur, noise, truth = Blur.gaussian(5, 0.4), GaussianNoise(math.sqrt(2)), picture(3, 12, 17)
     y = noise.sample(blur(truth), torch.Generator().manual_seed(0))
     problem = InverseProblem(y, blur, noise)
@@ -473,7 +473,9 @@ def test_lam_rises_when_the_weighted_noise_is_being_learned():
     problem = blurred()
     model = small_model(problem, lam=0.5, mu=0.25, weighting="discrepancy")
     noise = (problem.y - problem.operator(problem.ground_truth)).double()
-    expected = float(expected_backprojection(problem, problem.ground_truth, model.expected_term))
+    expected = float(
+        expected_backprojection(problem, problem.ground_truth, model.weighted_variance)
+    )
     a = matrix(problem.operator, 12, 17)
     at_truth = np.mean([dense(a, n.ravel().numpy(), model.epsilon)[0] for n in noise[0]])
     assert at_truth == pytest.approx(expected, rel=0.15)  # one draw of the noise

@@ -11,7 +11,7 @@ from torch import nn
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.networks import DeepDecoder, SkipNet
 from deepred_pl.noise import GaussianNoise
-from deepred_pl.operators import Downsample
+from deepred_pl.operators import Downsample, Mask
 from deepred_pl.optim import WarmupCosine
 from tests.helpers import TinyNet, assert_same_state, noisy_problem, picture, smooth
 
@@ -162,6 +162,17 @@ def test_the_result_asked_for_is_returned_clipped(result):
     )
     want = {"average": 0.1, "out": 0.2, "x": 0.3, "x-u": 1.0}[result]
     torch.testing.assert_close(model.restored, torch.full_like(model.x, want))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("noise", [None, GaussianNoise(5)])
+def test_known_pixels_without_noise_are_returned_unchanged(channels, noise, make_trainer):
+    x, known = picture(channels, 9, 12), picture(1, 9, 12) > 0.5
+    model = make(DeepImagePrior, problem=InverseProblem(x, Mask(known), noise))
+    make_trainer(max_steps=3).fit(model)
+    kept = known.expand_as(x)
+    assert torch.equal(model.restored[kept], x[kept]) == (noise is None)
+    assert torch.equal(model.restored[~kept], model.average[~kept].clamp(0, 1))
 
 
 @pytest.mark.parametrize("noise_sigma", [10, 25, 50])

@@ -1,13 +1,16 @@
 """The paper's tables and its Figure 3 (arXiv:1903.10176), as measured on this machine.
 
-    python tests/benchmarks/paper.py denoising --quick
+    python tests/benchmarks/paper.py denoising --reduced
     python tests/benchmarks/paper.py sr4 --set set14 --config trainer/gpu
-    python tests/benchmarks/paper.py figure3 --quick
+    python tests/benchmarks/paper.py deblur_uniform --set set5_grey --reduced
+    python tests/benchmarks/paper.py figure3 --reduced
 
-A table is `deepred-batch` over a set with the methods of `configs/paper`: that command is printed,
-and its options for the machine and `--section.key=value` may be given here. Repeat the command to
-resume it. The table in Markdown, and a CSV, go to `tests/benchmarks/results`; the run directories
-stay in `lightning_logs/paper`.
+A table is `deepred-batch` over the whole images of a set, with the methods of `configs/paper`. Its
+commands are printed, and its options for the machine and `--section.key=value` may be given here.
+
+The results, a CSV and the table in Markdown, are in `tests/benchmarks/results`; the run directories
+stay in `lightning_logs/paper`. The CSV grows image by image. Repeat the command to go on: what the
+CSV has is not run again (delete its rows, and the run directories, to measure it anew).
 """
 
 import argparse
@@ -16,7 +19,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -24,25 +27,35 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepred_pl.batch.main import main as deepred_batch
 from deepred_pl.cli import CONFIGS
+from deepred_pl.sources import find_set
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("lightning_logs") / "paper"
-QUICK = "paper/quick"
+REDUCED = "paper/reduced"
+MASKS = "--data.operator.mask=set:inpainting/{name}_mask"
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 DENOISERS = ("bm3d", "scikit-image")  # packages
 OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
-REDUCED = ("dip", "dip8", "dip_tv", "deepred")  # methods whose steps and network are the task's
-DIP = "DIP"  # the column beside which its best is shown
+GREY = "_grey"  # ends the name of a set whose images are made grey
+WEIGHTS = 0.2989, 0.5870, 0.1140  # of red, green and blue in grey
+DIP, OURS = "DIP", "DeepRED, ours"  # headings
 BEST = f"{DIP}, best*"
+TWICE = f"{OURS}, mean of two"  # restarts
+COLUMNS = ("image", "method", "psnr", "metric_on", "steps", "seconds", "date", "machine", "threads")
+COLUMNS += (*PACKAGES, *DENOISERS, "options")
 Curve = list[tuple[int, float]]  # steps and values
+Row = dict[str, str]  # of the CSV
+Rows = dict[tuple[str, str], Row]  # by image and heading
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Table:
         title: What the images suffer from.
         configs: The task, and the paper's overlay on it.
         set: The name of the paper's set.
-        folder: Of the methods, in `configs/paper`.
+        folder: Of the methods, in `configs`.
         before: What is shown of the measurement.
         methods: The heading of each column.
         dip_steps: Steps after which Deep Image Prior's release stops, where it has that task.
@@ -70,25 +83,27 @@ class Table:
     published: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-DEEPRED = {"deepred": "DeepRED, released", "ours": "DeepRED, ours"}
-SR = {"red": "RED", "dip": DIP, **DEEPRED}
-SR8 = {"red": "RED", "dip8": DIP, "deepred": "DeepRED, as released for ×4", "ours": "DeepRED, ours"}
-DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": DIP, **DEEPRED}
+RELEASED = {"deepred": "DeepRED, released"}
+SR = {"red": "RED", "dip": DIP, **RELEASED, "ours": OURS}
+SR8 = {"red": "RED", "dip8": DIP, "deepred": "DeepRED, as released for ×4", "ours": OURS}
+DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": DIP, **RELEASED, "ours": OURS}
+DENOISING = {"nlm": "NLM", "bm3d": "BM3D", "red": "RED", "dip": DIP, "dip_tv": "DIP + TV"}
+INPAINTING = {"red": "RED", "dip": DIP, "dip_tv": "DIP + TV", "deepred": OURS}
 TABLES = {
     "denoising": Table(
         "Denoising, σ = 25",
         ("denoising", "paper/denoising"),
         "cbm3d9",
-        "denoising",
+        "paper/denoising",
         "noisy",
-        {"nlm": "NLM", "bm3d": "BM3D", "red": "RED", "dip": DIP, "dip_tv": "DIP + TV", **DEEPRED},
+        {**DENOISING, **RELEASED, "ours": OURS},
         dip_steps=3000,
     ),
     "sr4": Table(
         "Super-resolution ×4",
         ("super_resolution", "paper/sr4"),
         "set5",
-        "super_resolution",
+        "paper/super_resolution",
         "bicubic",
         SR,
         dip_steps=2000,
@@ -98,7 +113,7 @@ TABLES = {
         "Super-resolution ×8",
         ("super_resolution", "paper/sr8"),
         "set5",
-        "super_resolution",
+        "paper/super_resolution",
         "bicubic",
         SR8,
         dip_steps=4000,
@@ -108,7 +123,7 @@ TABLES = {
         "Deblurring, uniform 9×9, noise of σ = √2",
         ("deblurring_uniform", "paper/deblurring"),
         "ncsr",
-        "deblurring",
+        "paper/deblurring",
         "blurred",
         DEBLURRING,
         published={("ncsr", "butterfly"): 31.44},
@@ -117,9 +132,17 @@ TABLES = {
         "Deblurring, Gaussian 25×25 of width 1.6, noise of σ = √2",
         ("deblurring_gaussian", "paper/deblurring"),
         "ncsr",
-        "deblurring",
+        "paper/deblurring",
         "blurred",
         DEBLURRING,
+    ),
+    "inpainting": Table(
+        "Inpainting, the masks of Deep Image Prior",
+        ("inpainting",),
+        "inpainting",
+        "methods",
+        "masked",
+        INPAINTING,
     ),
 }
 
@@ -138,7 +161,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=[*TABLES, "figure3"])
-    parser.add_argument("--quick", action="store_true", help=f"the reduced form, {QUICK}")
+    parser.add_argument("--reduced", action="store_true", help=f"the reduced form, {REDUCED}")
     parser.add_argument("--set", help="another set than the paper's first, as set14 for sr4")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directories go")
@@ -153,17 +176,18 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.what == "figure3":
         figure3(given, options)
     else:
-        table(TABLES[given.what], given, options, shlex.join(command))
+        table(given, options, shlex.join(command))
 
 
 def run(
-    task: str, truth: str, methods: Sequence[str], out: Path, quick: bool, options: Sequence[str]
+    task: str, truth: str, methods: Sequence[str], out: Path, reduced: bool, options: Sequence[str]
 ) -> list[dict[str, str]]:
     """`deepred-batch`, and the rows of its `results.csv`; images that fail have no figures."""
-    configs = [*TABLES[task].configs, *(reductions(task) if quick else [])]
+    configs = [*TABLES[task].configs, *(reductions(task) if reduced else [])]
     named = [word for config in configs for word in ("--config", config)]
     named += [word for method in methods for word in ("--method", method)]
-    command = [*named, "--ground_truth", truth, "--out", str(out), *options]
+    masks = [MASKS] if task == "inpainting" else []
+    command = [*named, "--ground_truth", truth, "--out", str(out), *masks, *options]
     print("deepred-batch", *command, file=sys.stderr)
     try:
         deepred_batch(command)
@@ -175,9 +199,9 @@ def run(
 
 
 def reductions(task: str) -> list[str]:
-    """The configurations of a task's reduced form: `QUICK`, and one of its methods' folder."""
-    own = f"paper/{TABLES[task].folder}/quick"
-    return [QUICK, *([own] if (CONFIGS / f"{own}.yaml").exists() else [])]
+    """The configurations of a task's reduced form: `REDUCED`, and one of its methods' folder."""
+    own = f"{TABLES[task].folder}/reduced"
+    return [REDUCED, *([own] if (CONFIGS / f"{own}.yaml").exists() else [])]
 
 
 def curve(directory: Path, name: str) -> Curve:
@@ -189,78 +213,111 @@ def curve(directory: Path, name: str) -> Curve:
     return [(e.step + 1, e.value) for e in events.Scalars(tag)] if known else []
 
 
-def table(what: Table, given: argparse.Namespace, options: Sequence[str], command: str) -> None:
-    """Run a table, print it, and write it as CSV and Markdown."""
+def images_of(of_set: str, runs: Path) -> dict[str, str]:
+    """By image the file of a set; of its grey form one made of it."""
+    files = find_set(f"set:{of_set.removesuffix(GREY)}")
+    if not of_set.endswith(GREY):
+        return {path.stem: str(path) for path in files}
+    made = {}
+    (runs / of_set).mkdir(parents=True, exist_ok=True)
+    for path in files:
+        colours = np.asarray(Image.open(path).convert("RGB"))
+        grey = (colours @ np.array(WEIGHTS)).round().astype(np.uint8)
+        made[path.stem] = str(runs / of_set / f"{path.stem}.png")
+        Image.fromarray(grey).save(made[path.stem])
+    return made
+
+
+def table(given: argparse.Namespace, options: Sequence[str], command: str) -> None:
+    """Run what a table lacks, image by image, and write it as CSV and Markdown."""
+    what = TABLES[given.what]
     of_set = given.set or what.set
-    name = f"{given.what}_{of_set}" + ("_quick" if given.quick else "")
-    methods = [m if m == "deepred" else f"paper/{what.folder}/{m}" for m in what.methods]
-    out = given.runs / name
-    rows = run(given.what, f"set:{of_set}", methods, out, given.quick, options)
-    done = [row for row in rows if row["psnr_restored"]]
-    if not done:
+    name = f"{given.what}_{of_set}" + ("_reduced" if given.reduced else "")
+    out, written = given.runs / name, given.results / f"{name}.csv"
+    sources = images_of(of_set, given.runs)
+    rows = read(written)
+    for image, source in sources.items():
+        missing = [m for m, heading in what.methods.items() if (image, heading) not in rows]
+        once = [m for m in missing if what.methods[m] != OURS]
+        twice = [m for m in missing if what.methods[m] == OURS]
+        for methods, more in ((once, []), (twice, ["--restarts=2"])):
+            if methods:
+                paths = [m if m == "deepred" else f"{what.folder}/{m}" for m in methods]
+                done = run(given.what, source, paths, out, given.reduced, [*options, *more])
+                rows |= rows_of(what, done, out, shlex.join(options))
+                write(written, rows)
+    if not rows:
         sys.exit(f"expected restored images, got none; {out / 'summary.md'} says why")
-    columns, scores = columns_of(what, done, out)
-    images = list(dict.fromkeys(row["image"] for row in rows))
-    minutes = sum(float(row["seconds"]) for row in done) / 60
-    about = {
-        "date": max(measured(out / row["directory"]) for row in done).isoformat(),
-        "machine": machine(),
-        "threads": ", ".join(sorted({row["threads"] for row in done})),
-        **{package: ", ".join(sorted({row[package] for row in done})) for package in PACKAGES},
-        **{package: version(package) for package in DENOISERS},
-    }
-    versions = ", ".join(f"{package} {about[package]}" for package in (*PACKAGES, *DENOISERS))
-    form = f", reduced by {' and '.join(reductions(given.what))}" if given.quick else ""
+    columns = [what.before]
+    for heading in what.methods.values():
+        columns += [heading, *({DIP: [BEST], OURS: [TWICE]}.get(heading, []))]
     lines = [
-        f"# {what.title}, {of_set}{form}",
+        f"# {what.title}, {of_set}" + (", networks of 32 channels" if given.reduced else ""),
         "",
-        f"PSNR in dB, {about['date']}, {about['machine']}, threads of a fit: {about['threads']}; "
-        f"{versions}; {minutes:.0f} minutes, summed over the fits.",
+        about(rows.values()),
         "",
         f"    {command}",
         "",
-        *markdown(images, columns, scores, {} if given.quick else of_paper(what, of_set)),
-        *remarks(what, of_set, done, given.quick),
+        *markdown(list(sources), columns, rows, of_paper(what, of_set)),
+        *remarks(what, of_set, rows, given.reduced),
     ]
     (given.results / f"{name}.md").write_text("\n".join(lines) + "\n")
-    with (given.results / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "method", "psnr", "steps", "seconds", *about])
-        for (image, column), score in scores.items():
-            seconds = f"{score.seconds:.1f}"
-            writer.writerow(
-                [image, column, f"{score.psnr:.4f}", score.steps, seconds, *about.values()]
-            )
     print("\n".join(lines))
 
 
-def columns_of(
-    what: Table, rows: Sequence[dict[str, str]], out: Path
-) -> tuple[list[str], dict[tuple[str, str], Score]]:
-    """The headings of the columns, and by image and heading what is there.
+def read(path: Path) -> Rows:
+    """The rows of a table's CSV; none if there is no such file yet."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {(row["image"], row["method"]): row for row in csv.DictReader(file)}
+
+
+def write(path: Path, rows: Rows) -> None:
+    """Write a table's CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
+def rows_of(what: Table, found: Sequence[dict[str, str]], out: Path, options: str) -> Rows:
+    """The rows of finished runs in the CSV, by image and heading."""
+    rows: Rows = {}
+    for run in found:
+        if not run["psnr_restored"]:
+            continue
+        directory = out / run["directory"]
+        about = {name: run[name] for name in ("image", "metric_on", "threads", *PACKAGES)}
+        about |= {"date": measured(directory).isoformat(), "machine": machine()}
+        about |= {package: version(package) for package in DENOISERS} | {"options": options}
+        for heading, score in scores_of(what, run, directory).items():
+            figures = {"psnr": f"{score.psnr:.4f}", "steps": str(score.steps)}
+            figures["seconds"] = f"{score.seconds:.1f}"
+            rows[run["image"], heading] = {"method": heading, **figures, **about}
+    return rows
+
+
+def scores_of(what: Table, run: dict[str, str], directory: Path) -> dict[str, Score]:
+    """What a run gives, by heading.
 
     Deep Image Prior's release stops early, so that the fit's PSNR then is its result (and its
-    seconds in proportion); beside it is the fit's best, which only the true image tells.
+    seconds in proportion); beside it is the fit's best, which only the true image tells. Of two
+    restarts there are the first and the mean image.
     """
-    columns = [what.before]
-    for heading in what.methods.values():
-        columns += [heading, BEST] if heading == DIP else [heading]
-    scores: dict[tuple[str, str], Score] = {}
-    for row in rows:
-        image, heading = row["image"], what.methods[row["method"]]
-        steps, seconds = int(row["steps"]), float(row["seconds"])
-        scores[image, what.before] = Score(float(row["psnr_measurement"]), 0, 0.0)
-        end = float(row["psnr_restored"])
-        if heading != DIP:
-            scores[image, heading] = Score(end, steps, seconds)
-            continue
-        points = curve(out / row["directory"], "psnr_average")
-        until = what.dip_steps or steps
-        stop, stopped = (steps, end) if steps <= until else max(p for p in points if p[0] <= until)
-        scores[image, heading] = Score(stopped, stop, seconds * stop / steps)
-        best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
-        scores[image, BEST] = Score(best, at, 0.0)  # the same fit
-    return columns, scores
+    if run["restart"] == "1":
+        return {}
+    heading = TWICE if run["restart"] == "mean" else what.methods[run["method"]]
+    steps, seconds, end = int(run["steps"]), float(run["seconds"]), float(run["psnr_restored"])
+    scores = {what.before: Score(float(run["psnr_measurement"]), 0, 0.0)}
+    if heading != DIP:
+        return scores | {heading: Score(end, steps, seconds)}
+    points = curve(directory, "psnr_average")
+    until = what.dip_steps or steps
+    stop, stopped = (steps, end) if steps <= until else max(p for p in points if p[0] <= until)
+    best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
+    scores[DIP] = Score(stopped, stop, seconds * stop / steps)
+    return scores | {BEST: Score(best, at, 0.0)}  # the same fit
 
 
 def of_paper(what: Table, of_set: str) -> dict[str, float]:
@@ -268,16 +325,28 @@ def of_paper(what: Table, of_set: str) -> dict[str, float]:
     return {image: psnr for (s, image), psnr in what.published.items() if s == of_set}
 
 
+def about(rows: Iterable[Row]) -> str:
+    """When, where and with what the rows were measured."""
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({row[name] for row in rows}))
+
+    rows = list(rows)
+    versions = ", ".join(f"{package} {all_of(package)}" for package in (*PACKAGES, *DENOISERS))
+    minutes = sum(float(row["seconds"]) for row in rows) / 60
+    return (
+        f"PSNR in dB, {all_of('date')}, {all_of('machine')}, threads of a fit: "
+        f"{all_of('threads')}; {versions}; {minutes:.0f} minutes, summed over the fits."
+    )
+
+
 def markdown(
-    images: Sequence[str],
-    columns: Sequence[str],
-    scores: dict[tuple[str, str], Score],
-    published: dict[str, float],
+    images: Sequence[str], columns: Sequence[str], rows: Rows, published: dict[str, float]
 ) -> list[str]:
-    """The table, with the mean over the images that all methods restored."""
+    """The table, with the means over the images that all methods restored."""
     header = ["image", *columns, *(["published†"] if published else [])]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    complete = [i for i in images if all((i, c) in scores for c in columns)]
+    complete = [i for i in images if all((i, c) in rows for c in columns)]
 
     def line(name: str, cells: Sequence[str], of_paper: float | None, strong: str = "") -> str:
         more = ["" if of_paper is None else str(of_paper)] if published else []
@@ -285,17 +354,23 @@ def markdown(
         return "| " + " | ".join(texts) + " |"
 
     for image in images:
-        known = [scores.get((image, column)) for column in columns]
-        cells = [f"{score.psnr:.2f}" if score else "" for score in known]
+        known = [rows.get((image, column)) for column in columns]
+        cells = [f"{float(row['psnr']):.2f}" if row else "" for row in known]
         lines.append(line(image, cells, published.get(image)))
     if complete:
-        means = [f"{mean(scores[i, c].psnr for i in complete):.2f}" for c in columns]
+
+        def means(name: str) -> list[float]:
+            return [mean(float(rows[i, c][name]) for i in complete) for c in columns]
+
         whole = len(complete) == len(images)
         name = "mean" if whole else f"mean of {len(complete)}"
-        lines.append(line(name, means, published.get("mean") if whole else None, strong="**"))
+        cells = [f"{psnr:.2f}" for psnr in means("psnr")]
+        lines.append(line(name, cells, published.get("mean") if whole else None, strong="**"))
+        cells = [f"{seconds:.0f}" if seconds else "" for seconds in means("seconds")]
+        lines.append(line("seconds per image", cells, None))
     told = []
     for column in columns:
-        steps = sorted(scores[i, column].steps for i in images if (i, column) in scores)
+        steps = sorted(int(rows[i, column]["steps"]) for i in images if (i, column) in rows)
         if steps and steps[-1] > 1:
             more = f" to {steps[-1]}" if steps[-1] > steps[0] else ""
             told.append(f"{column} {steps[0]}{more}")
@@ -305,33 +380,20 @@ def markdown(
     return lines
 
 
-def remarks(what: Table, of_set: str, rows: Sequence[dict[str, str]], quick: bool) -> list[str]:
+def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
     """What is to be known beside a table."""
-    published = [f"{image} {psnr}" for image, psnr in of_paper(what, of_set).items()]
     lines = []
-    if published:
-        lines += [
-            "",
-            f"{'' if quick else '† '}DeepRED in the paper (second-hand), on whole images with "
-            f"the full network, a soft target: {', '.join(published)} dB.",
-        ]
-    for metric in sorted({row["metric_on"] for row in rows}):
-        of_metric = dict.fromkeys(row["image"] for row in rows if row["metric_on"] == metric)
-        lines += ["", f"PSNR on {metric}: {', '.join(of_metric)}."]
+    if of_paper(what, of_set):
+        lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
+    on: dict[str, dict[str, None]] = {}
+    for row in rows.values():
+        on.setdefault(row["metric_on"], {})[row["image"]] = None
+    lines += [f"\nPSNR on {metric}: {', '.join(images)}." for metric, images in on.items()]
     if what.dip_steps:
         lines += ["", f"The release of DIP stops after {what.dip_steps} steps."]
-    if quick:
-        reduced = [what.methods[method] for method in REDUCED if method in what.methods]
-        lines += [
-            "",
-            f"Fewer channels and steps than published: {', '.join(reduced)}; the other methods "
-            "only have smaller images. Do not compare with published figures.",
-        ]
-    back = [
-        f"{row['image']}, {what.methods[row['method']]}" for row in rows if int(row["rollbacks"])
-    ]
-    if back:
-        lines += ["", f"Rolled back by the guard after a collapse: {'; '.join(back)}."]
+    if reduced and what.folder != "methods":
+        names = [h for m, h in what.methods.items() if m in (*RELEASED, "dip", "dip8", "dip_tv")]
+        lines += ["", f"Fewer channels and steps than published: {', '.join(names)}."]
     return lines
 
 
@@ -355,12 +417,12 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained")
-    form = "_quick" if given.quick else ""
-    figure.suptitle("head of Set5" + (f", reduced by {QUICK}" if given.quick else ""))
+    form = "_reduced" if given.reduced else ""
+    figure.suptitle("head of Set5" + (", networks of 32 channels" if given.reduced else ""))
     for row, task in zip(axes, ("denoising", "sr4"), strict=True):
-        out = given.runs / f"figure3_{task}{form}"
-        methods = [f"paper/{TABLES[task].folder}/dip", "deepred"]
-        run(task, "set:set5/head", methods, out, given.quick, options)
+        out = given.runs / f"{task}_set5{form}"
+        methods = [f"{TABLES[task].folder}/dip", "deepred"]
+        run(task, "set:set5/head", methods, out, given.reduced, options)
         directories = {"DeepRED": out / "head" / "deepred", "DIP": out / "head" / "dip"}
         average = {name: curve(path, "psnr_average") for name, path in directories.items()}
         on = "luminance" if task == "sr4" else "RGB"

@@ -22,6 +22,7 @@ from deepred_pl.data import RestorationDataModule
 from deepred_pl.denoisers import BM3D, NonLocalMeans
 from deepred_pl.images import read_image, write_image
 from deepred_pl.noise import GaussianNoise
+from deepred_pl.tiles import Region
 from tests.benchmarks import paper
 from tests.helpers import picture, result_of, run_here
 
@@ -159,7 +160,7 @@ def test_a_denoiser_alone_is_the_denoised_measurement(tmp_path, method, denoiser
 
 @pytest.fixture
 def make_table(tmp_path, sets, fitted, tiny):
-    """Makes a table of tiny fits, and returns its Markdown and the rows of its CSV."""
+    """Make a table of tiny fits, and returns its Markdown and the rows of its CSV."""
 
     def make(name, *args, crop=36):
         args = (*args, f"--results={tmp_path}/results", f"--runs={tmp_path}/runs")
@@ -322,6 +323,40 @@ def test_figure_3_is_drawn(tmp_path, sets, fitted, tiny):
     ]
     one, both = [("DeepRED", 2)], [("DeepRED", 2), ("DIP", 2)]
     assert drawn == [one, one, both] * 2
+
+
+def test_a_rolled_back_fit_is_named():
+    rows = {
+        ("a", "DIP"): {"rollbacks": "1", "metric_on": "rgb", "image": "a"},
+        ("a", "y"): {"rollbacks": "1", "metric_on": "rgb", "image": "a"},
+        ("b", "DIP"): {"rollbacks": "0", "metric_on": "luminance", "image": "b"},
+    }
+    table = paper.Table("", (), "set5", "", "y", {"dip": "DIP"})
+    assert paper.remarks(table, "set5", rows, reduced=False) == [
+        *("", "PSNR on rgb: a.", "", "PSNR on luminance: b."),
+        *("", "Rolled back by the guard after a collapse: a, DIP."),
+    ]
+
+
+def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch):
+    methods = {m: paper.TABLES["sr4"].methods[m] for m in ("red", "dip", "ours")}
+    monkeypatch.setitem(
+        paper.TABLES, "sr4", dataclasses.replace(paper.TABLES["sr4"], methods=methods)
+    )
+    steps = ("--trainer.max_steps=4", "--red.every_n_steps=3")
+    make_table("sr4_set5", "sr4", *steps, crop=40)
+    part = Region(4, 8, 12, 10)
+    monkeypatch.setattr(paper, "CROPS", [("sr4", "set5", "head", part, "red")])
+    plt.switch_backend("agg")
+    paper.main(["crops", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
+    assert Image.open(tmp_path / "results" / "crops.png").width > 500
+    shown = [axis.get_images()[0].get_array() for axis in plt.gcf().axes]
+    assert [image.shape for image in shown] == [(12, 10, 3)] * 4
+    mean_of_two = Image.open(tmp_path / "runs" / "sr4_set5" / "head" / "ours" / "restored.png")
+    expected = np.asarray(mean_of_two)[4:16, 8:18] / 255
+    np.testing.assert_allclose(shown[2], expected, atol=1e-6)
+    truth = np.asarray(Image.open(tmp_path / "set5" / "head.png"))[4:16, 8:18] / 255
+    np.testing.assert_allclose(shown[3], truth, atol=1e-6)
 
 
 @pytest.mark.parametrize("option", ["--restarts=2", "--method=dip", "--tile=64"])

@@ -4,6 +4,7 @@
     python tests/benchmarks/paper.py sr4 --set set14 --config trainer/gpu
     python tests/benchmarks/paper.py deblur_uniform --set set5_grey --reduced
     python tests/benchmarks/paper.py figure3 --reduced
+    python tests/benchmarks/paper.py crops --reduced
 
 A table is `deepred-batch` over the whole images of a set, with the methods of `configs/paper`. Its
 commands are printed, and its options for the machine and `--section.key=value` may be given here.
@@ -34,7 +35,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from deepred_pl.batch.main import main as deepred_batch
 from deepred_pl.cli import CONFIGS
+from deepred_pl.images import read_image
 from deepred_pl.sources import find_set
+from deepred_pl.tiles import Region
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,8 +54,8 @@ WEIGHTS = 0.2989, 0.5870, 0.1140  # of red, green and blue in grey
 DIP, OURS = "DIP", "DeepRED, ours"  # headings
 BEST = f"{DIP}, best*"
 TWICE = f"{OURS}, mean of two"  # restarts
-COLUMNS = ("image", "method", "psnr", "metric_on", "steps", "seconds", "date", "machine", "threads")
-COLUMNS += (*PACKAGES, *DENOISERS, "options")
+COLUMNS = ("image", "method", "psnr", "metric_on", "steps", "seconds", "rollbacks")
+COLUMNS += ("date", "machine", "threads", *PACKAGES, *DENOISERS, "options")
 Curve = list[tuple[int, float]]  # steps and values
 Row = dict[str, str]  # of the CSV
 Rows = dict[tuple[str, str], Row]  # by image and heading
@@ -147,6 +150,12 @@ TABLES = {
 }
 
 
+CROPS = [  # table, set, image, part, another method
+    ("deblur_uniform", "ncsr", "butterfly", Region(20, 90, 90, 90), "red"),
+    ("sr4", "set5", "bird", Region(40, 60, 100, 100), "red"),
+]
+
+
 @dataclass(frozen=True)
 class Score:
     """What a method made of an image: PSNR in dB, and how long it took."""
@@ -160,7 +169,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a table, or Figure 3, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=[*TABLES, "figure3"])
+    parser.add_argument("what", choices=[*TABLES, *FIGURES])
     parser.add_argument("--reduced", action="store_true", help=f"the reduced form, {REDUCED}")
     parser.add_argument("--set", help="another set than the paper's first, as set14 for sr4")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results go")
@@ -169,12 +178,12 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in OWNED:
         if any(option.partition("=")[0] == name for option in options):
             parser.error(f"{name} is set by the table; for another comparison use deepred-batch")
-    if given.what == "figure3" and given.set:
-        parser.error("--set is for tables; Figure 3 is of head of Set5")
+    if given.what in FIGURES and given.set:
+        parser.error("--set is for tables")
     command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]
     given.results.mkdir(parents=True, exist_ok=True)
-    if given.what == "figure3":
-        figure3(given, options)
+    if given.what in FIGURES:
+        FIGURES[given.what](given, options)
     else:
         table(given, options, shlex.join(command))
 
@@ -288,7 +297,8 @@ def rows_of(what: Table, found: Sequence[dict[str, str]], out: Path, options: st
         if not run["psnr_restored"]:
             continue
         directory = out / run["directory"]
-        about = {name: run[name] for name in ("image", "metric_on", "threads", *PACKAGES)}
+        as_run = ("image", "metric_on", "rollbacks", "threads", *PACKAGES)
+        about = {name: run[name] for name in as_run}
         about |= {"date": measured(directory).isoformat(), "machine": machine()}
         about |= {package: version(package) for package in DENOISERS} | {"options": options}
         for heading, score in scores_of(what, run, directory).items():
@@ -388,12 +398,17 @@ def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
     on: dict[str, dict[str, None]] = {}
     for row in rows.values():
         on.setdefault(row["metric_on"], {})[row["image"]] = None
-    lines += [f"\nPSNR on {metric}: {', '.join(images)}." for metric, images in on.items()]
+    for metric, images in on.items():
+        lines += ["", f"PSNR on {metric}: {', '.join(images)}."]
     if what.dip_steps:
         lines += ["", f"The release of DIP stops after {what.dip_steps} steps."]
     if reduced and what.folder != "methods":
         names = [h for m, h in what.methods.items() if m in (*RELEASED, "dip", "dip8", "dip_tv")]
         lines += ["", f"Fewer channels and steps than published: {', '.join(names)}."]
+    fits = {*what.methods.values(), TWICE}
+    back = [f"{i}, {h}" for (i, h), row in rows.items() if h in fits and int(row["rollbacks"])]
+    if back:
+        lines += ["", f"Rolled back by the guard after a collapse: {'; '.join(back)}."]
     return lines
 
 
@@ -446,6 +461,14 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
     print(path)
 
 
+def show(axis: "Axes", title: str, image: torch.Tensor, part: Region) -> None:
+    """A part of an image (1, C, H, W), with a title."""
+    axis.imshow(part.of(image)[0].movedim(0, -1).squeeze(-1), cmap="gray", interpolation="nearest")
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
 def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
     """Curves against the steps."""
     styles = {"DeepRED": ("tab:blue", "-"), "DIP": ("tab:orange", "--")}
@@ -465,6 +488,35 @@ def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)
 
+
+def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
+    """Parts of images in the tables, enlarged: other methods' results, ours, and the true image.
+
+    The tables must have been made here, because the run directories are read.
+    """
+    import matplotlib.pyplot as plt
+
+    form = "_reduced" if given.reduced else ""
+    size = 10, 2.85 * len(CROPS)
+    figure, axes = plt.subplots(len(CROPS), 4, figsize=size, layout="constrained", squeeze=False)
+    for line, (task, of_set, image, part, rival) in zip(axes, CROPS, strict=True):
+        what, name = TABLES[task], f"{task}_{of_set}{form}"
+        rows = read(given.results / f"{name}.csv")
+        [ours] = [method for method, heading in what.methods.items() if heading == OURS]
+        shown = {f"{what.methods[rival]}, {{}} dB": (rival, what.methods[rival])}
+        shown |= {"DIP, {} dB": ("dip", DIP), "DeepRED, ours, {} dB": (ours, TWICE)}
+        for axis, (title, (method, heading)) in zip(line, shown.items(), strict=False):
+            restored = read_image(given.runs / name / image / method / "restored.png")[0]
+            show(axis, title.format(f"{float(rows[image, heading]['psnr']):.2f}"), restored, part)
+        truth = read_image(images_of(of_set, given.runs)[image])[0]
+        show(line[-1], "true image", truth, part)
+        line[0].set_ylabel(f"{what.title}, {image}", fontsize=8)
+    path = given.results / f"crops{form}.png"
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+FIGURES = {"figure3": figure3, "crops": crops}
 
 if __name__ == "__main__":
     main()

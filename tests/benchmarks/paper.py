@@ -376,7 +376,7 @@ def markdown(
         name = "mean" if whole else f"mean of {len(complete)}"
         cells = [f"{psnr:.2f}" for psnr in means("psnr")]
         lines.append(line(name, cells, published.get("mean") if whole else None, strong="**"))
-        cells = [f"{seconds:.0f}" if seconds else "" for seconds in means("seconds")]
+        cells = [f"{seconds:.0f}" if seconds >= 1 else "" for seconds in means("seconds")]
         lines.append(line("seconds per image", cells, None))
     told = []
     for column in columns:

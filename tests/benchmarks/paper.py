@@ -504,13 +504,13 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         rows = read(given.results / f"{name}.csv")
         [ours] = [method for method, heading in what.methods.items() if heading == OURS]
         shown = {f"{what.methods[rival]}, {{}} dB": (rival, what.methods[rival])}
-        shown |= {"DIP, {} dB": ("dip", DIP), "DeepRED, ours, {} dB": (ours, TWICE)}
+        shown |= {"DIP, {} dB": ("dip", DIP), "ours, mean of two, {} dB": (ours, TWICE)}
         for axis, (title, (method, heading)) in zip(line, shown.items(), strict=False):
             restored = read_image(given.runs / name / image / method / "restored.png")[0]
             show(axis, title.format(f"{float(rows[image, heading]['psnr']):.2f}"), restored, part)
         truth = read_image(images_of(of_set, given.runs)[image])[0]
         show(line[-1], "true image", truth, part)
-        line[0].set_ylabel(f"{what.title}, {image}", fontsize=8)
+        line[0].set_ylabel(f"{what.title.partition(',')[0]}, {image}", fontsize=9)
     path = given.results / f"crops{form}.png"
     figure.savefig(path, dpi=110)
     print(path)

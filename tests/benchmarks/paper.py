@@ -246,9 +246,10 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     sources = images_of(of_set, given.runs)
     rows = read(written)
     for image, source in sources.items():
-        missing = [m for m, heading in what.methods.items() if (image, heading) not in rows]
-        once = [m for m in missing if what.methods[m] != OURS]
-        twice = [m for m in missing if what.methods[m] == OURS]
+        last = {m: TWICE if heading == OURS else heading for m, heading in what.methods.items()}
+        missing = [m for m in last if (image, last[m]) not in rows]
+        once = [m for m in missing if last[m] != TWICE]
+        twice = [m for m in missing if last[m] == TWICE]
         for methods, more in ((once, []), (twice, ["--restarts=2"])):
             if methods:
                 paths = [m if m == "deepred" else f"{what.folder}/{m}" for m in methods]

@@ -325,6 +325,13 @@ def test_figure_3_is_drawn(tmp_path, sets, fitted, tiny):
     assert drawn == [one, one, both] * 2
 
 
+def test_the_minutes_have_each_restart_once():
+    seconds = {"DIP": 60.0, "DeepRED, ours": 120.0, "DeepRED, ours, mean of two": 240.0}
+    blank = dict.fromkeys(paper.COLUMNS, "")
+    rows = [blank | {"image": "a", "method": m, "seconds": str(s)} for m, s in seconds.items()]
+    assert "5 minutes, summed over the fits" in paper.about(rows)
+
+
 def test_a_rolled_back_fit_is_named():
     rows = {
         ("a", "DIP"): {"rollbacks": "1", "metric_on": "rgb", "image": "a"},
@@ -355,7 +362,8 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch):
     mean_of_two = Image.open(tmp_path / "runs" / "sr4_set5" / "head" / "ours" / "restored.png")
     expected = np.asarray(mean_of_two)[4:16, 8:18] / 255
     np.testing.assert_allclose(shown[2], expected, atol=1e-6)
-    truth = np.asarray(Image.open(tmp_path / "set5" / "head.png"))[4:16, 8:18] / 255
+    truth = np.asarray(Image.open(tmp_path / "set5" / "head.png"))  # 40×52, cropped to its centre
+    truth = truth[4:16, 6 + 8 : 6 + 18] / 255
     np.testing.assert_allclose(shown[3], truth, atol=1e-6)
 
 

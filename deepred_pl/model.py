@@ -323,8 +323,8 @@ class DeepImagePrior(LightningModule):
     def restored(self) -> Tensor:
         """The restored image, (1, C, H, W) in [0, 1]: `chosen`, or else the one named by `result`.
 
-        Without a noise model the known pixels of inpainting are those of the measurement, unless
-        the module was loaded without it.
+        Without a noise model, the known pixels of inpainting are those of the measurement, unless
+        the module was loaded without its problem.
 
         Raises:
             RuntimeError: No step has been made yet.
@@ -334,8 +334,8 @@ class DeepImagePrior(LightningModule):
                 "nothing is restored yet; fit this module, or load a checkpoint (ckpt_path)"
             )
         image = self._result() if self.chosen is None else self.chosen
-        if self.problem is not None:
-            image = self.problem.keep_known(image)
+        if self.problem is not None and self.problem.noise is None:
+            image = self.problem.operator.keep_known(image, self.problem.y)
         return image.detach().clamp(0, 1)
 
     def _result(self) -> Tensor:

@@ -84,6 +84,10 @@ class Operator(nn.Module, ABC):
         """A first image from y, (1, C, H, W), at which x and the average start."""
         return y
 
+    def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
+        """`image`, (1, C, H, W), with the pixels that a measurement y without noise shows."""
+        return image
+
     @property
     def observed(self) -> Tensor | None:
         """1 where the measurement was observed and 0 elsewhere; None if all of it was."""
@@ -422,6 +426,9 @@ class Mask(Operator):
     def first_guess(self, y: Tensor) -> Tensor:
         """The known pixels; missing ones are the mean of known pixels around, coarse to fine."""
         return y if self.mask is None else _fill(y, self.mask.to(y).expand_as(y))
+
+    def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
+        return image if self.mask is None else torch.where(self.mask.bool(), y, image)
 
     @property
     def observed(self) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
-from deepred_pl.operators import Adapted, Mask, Observed, Operator, Physics, as_operator
+from deepred_pl.operators import Adapted, Observed, Operator, Physics, as_operator
 from deepred_pl.tiles import Region, Tiling, cut
 
 LEAST_VARIANCE = 1e-10  # every value has been rounded
@@ -156,13 +156,6 @@ class InverseProblem(nn.Module):
         """The measurement if it is an image, else the first guess, (1, C, H, W) in [0, 1]."""
         is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
         return self.y.clamp(0, 1) if is_one else self.first_guess()
-
-    def keep_known(self, image: Tensor) -> Tensor:
-        """The image (1, C, H, W) with the known pixels of inpainting, if they have no noise."""
-        if self.noise is not None or not isinstance(self.operator, Mask):
-            return image
-        assert self.operator.mask is not None  # as `InverseProblem` was created
-        return torch.where(self.operator.mask.bool(), self.y, image)
 
     def part(self, region: Region) -> "InverseProblem":
         """The problem of a region of the image, with the same noise.

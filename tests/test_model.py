@@ -164,15 +164,17 @@ def test_the_result_asked_for_is_returned_clipped(result):
     torch.testing.assert_close(model.restored, torch.full_like(model.x, want))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("channels", "of_mask"), [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize("noise", [None, GaussianNoise(5)])
-def test_known_pixels_without_noise_are_returned_unchanged(channels, noise, make_trainer):
-    x, known = picture(channels, 9, 12), picture(1, 9, 12) > 0.5
+def test_known_pixels_without_noise_are_returned_unchanged(channels, of_mask, noise, make_trainer):
+    x, known = picture(channels, 9, 12), picture(of_mask, 9, 12) > 0.5
     model = make(DeepImagePrior, problem=InverseProblem(x, Mask(known), noise))
     make_trainer(max_steps=3).fit(model)
     kept = known.expand_as(x)
     assert torch.equal(model.restored[kept], x[kept]) == (noise is None)
     assert torch.equal(model.restored[~kept], model.average[~kept].clamp(0, 1))
+    model.chosen = torch.zeros_like(x)
+    assert torch.equal(model.restored[kept], x[kept]) == (noise is None)
 
 
 @pytest.mark.parametrize("noise_sigma", [10, 25, 50])

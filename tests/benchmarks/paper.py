@@ -10,12 +10,13 @@ A table is `deepred-batch` over the whole images of a set, with the methods of `
 commands are printed, and its options for the machine and `--section.key=value` may be given here.
 
 The results, a CSV and the table in Markdown, are in `tests/benchmarks/results`; the run directories
-stay in `lightning_logs/paper`. The CSV grows image by image. Repeat the command to go on: what the
-CSV has is not run again (delete its rows, and the run directories, to measure it anew).
+stay in `lightning_logs/paper`. The CSV grows image by image. Repeat the command to resume it: rows
+of the CSV are not measured again. For other settings, use another --results and --runs.
 """
 
 import argparse
 import csv
+import io
 import os
 import platform
 import shlex
@@ -34,7 +35,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepred_pl.batch.main import main as deepred_batch
-from deepred_pl.cli import CONFIGS
+from deepred_pl.cli import CONFIGS, EXPECTED, reason
+from deepred_pl.files import write_bytes
 from deepred_pl.images import read_image
 from deepred_pl.sources import find_set
 from deepred_pl.tiles import Region
@@ -150,9 +152,9 @@ TABLES = {
 }
 
 
-CROPS = [  # table, set, image, part, another method
-    ("deblur_uniform", "ncsr", "butterfly", Region(20, 90, 90, 90), "red"),
-    ("sr4", "set5", "bird", Region(40, 60, 100, 100), "red"),
+CROPS = [  # table, set, image, part
+    ("deblur_uniform", "ncsr", "butterfly", Region(20, 90, 90, 90)),
+    ("sr4", "set5", "bird", Region(40, 60, 100, 100)),
 ]
 
 
@@ -180,6 +182,8 @@ def main(args: Sequence[str] | None = None) -> None:
             parser.error(f"{name} is set by the table; for another comparison use deepred-batch")
     if given.what in FIGURES and given.set:
         parser.error("--set is for tables")
+    if given.what == "crops" and options:
+        parser.error(f"crops only reads tables; leave out {shlex.join(options)}")
     command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]
     given.results.mkdir(parents=True, exist_ok=True)
     if given.what in FIGURES:
@@ -223,7 +227,7 @@ def curve(directory: Path, name: str) -> Curve:
 
 
 def images_of(of_set: str, runs: Path) -> dict[str, str]:
-    """By image the file of a set; of its grey form one made of it."""
+    """The files of a set by image; of its grey form, converted copies."""
     files = find_set(f"set:{of_set.removesuffix(GREY)}")
     if not of_set.endswith(GREY):
         return {path.stem: str(path) for path in files}
@@ -245,8 +249,14 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     out, written = given.runs / name, given.results / f"{name}.csv"
     sources = images_of(of_set, given.runs)
     rows = read(written)
+    for row in rows.values():
+        if settings(shlex.split(row["options"])) != settings(options):
+            sys.exit(
+                f"expected results with the same settings in {written}, got those of "
+                f"{row['options'] or 'no options'}; use another --results and --runs"
+            )
+    last = {m: TWICE if heading == OURS else heading for m, heading in what.methods.items()}
     for image, source in sources.items():
-        last = {m: TWICE if heading == OURS else heading for m, heading in what.methods.items()}
         missing = [m for m in last if (image, last[m]) not in rows]
         once = [m for m in missing if last[m] != TWICE]
         twice = [m for m in missing if last[m] == TWICE]
@@ -275,6 +285,16 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     print("\n".join(lines))
 
 
+def settings(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The configurations and other options that are not about the machine."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config", action="append", default=[])
+    for name in ("--gpus", "--ray", "--threads", "--workers"):
+        parser.add_argument(name)
+    known, rest = parser.parse_known_args(list(options))
+    return [config for config in known.config if not config.startswith("trainer/")], rest
+
+
 def read(path: Path) -> Rows:
     """The rows of a table's CSV; none if there is no such file yet."""
     if not path.exists():
@@ -285,42 +305,44 @@ def read(path: Path) -> Rows:
 
 def write(path: Path, rows: Rows) -> None:
     """Write a table's CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    write_bytes(path, text.getvalue().encode())
 
 
 def rows_of(what: Table, found: Sequence[dict[str, str]], out: Path, options: str) -> Rows:
     """The rows of finished runs in the CSV, by image and heading."""
     rows: Rows = {}
-    for run in found:
-        if not run["psnr_restored"]:
+    for result in found:
+        if not result["psnr_restored"]:
             continue
-        directory = out / run["directory"]
-        as_run = ("image", "metric_on", "rollbacks", "threads", *PACKAGES)
-        about = {name: run[name] for name in as_run}
-        about |= {"date": measured(directory).isoformat(), "machine": machine()}
-        about |= {package: version(package) for package in DENOISERS} | {"options": options}
-        for heading, score in scores_of(what, run, directory).items():
+        directory = out / result["directory"]
+        kept = ("image", "metric_on", "rollbacks", "threads", *PACKAGES)
+        common = {name: result[name] for name in kept}
+        common |= {"date": measured(directory).isoformat(), "machine": machine()}
+        common |= {package: version(package) for package in DENOISERS} | {"options": options}
+        for heading, score in scores_of(what, result, directory).items():
             figures = {"psnr": f"{score.psnr:.4f}", "steps": str(score.steps)}
             figures["seconds"] = f"{score.seconds:.1f}"
-            rows[run["image"], heading] = {"method": heading, **figures, **about}
+            rows[result["image"], heading] = {"method": heading, **figures, **common}
     return rows
 
 
-def scores_of(what: Table, run: dict[str, str], directory: Path) -> dict[str, Score]:
-    """What a run gives, by heading.
+def scores_of(what: Table, result: dict[str, str], directory: Path) -> dict[str, Score]:
+    """The scores of a run, by heading.
 
-    Deep Image Prior's release stops early, so that the fit's PSNR then is its result (and its
-    seconds in proportion); beside it is the fit's best, which only the true image tells. Of two
-    restarts there are the first and the mean image.
+    Deep Image Prior's release stops early, so its result is the PSNR at that step (with seconds in
+    proportion); next to it is the best PSNR of the fit, which only the true image reveals. Of two
+    restarts, the first and the mean image are scored.
     """
-    if run["restart"] == "1":
+    if result["restart"] == "1":
         return {}
-    heading = TWICE if run["restart"] == "mean" else what.methods[run["method"]]
-    steps, seconds, end = int(run["steps"]), float(run["seconds"]), float(run["psnr_restored"])
-    scores = {what.before: Score(float(run["psnr_measurement"]), 0, 0.0)}
+    heading = TWICE if result["restart"] == "mean" else what.methods[result["method"]]
+    steps, seconds = int(result["steps"]), float(result["seconds"])
+    end = float(result["psnr_restored"])
+    scores = {what.before: Score(float(result["psnr_measurement"]), 0, 0.0)}
     if heading != DIP:
         return scores | {heading: Score(end, steps, seconds)}
     points = curve(directory, "psnr_average")
@@ -362,7 +384,7 @@ def markdown(
     complete = [i for i in images if all((i, c) in rows for c in columns)]
 
     def line(name: str, cells: Sequence[str], of_paper: float | None, strong: str = "") -> str:
-        more = ["" if of_paper is None else str(of_paper)] if published else []
+        more = ["" if of_paper is None else f"{of_paper:.2f}"] if published else []
         texts = [f"{strong}{text}{strong}" if text else "" for text in (name, *cells, *more)]
         return "| " + " | ".join(texts) + " |"
 
@@ -381,20 +403,23 @@ def markdown(
         lines.append(line(name, cells, published.get("mean") if whole else None, strong="**"))
         cells = [f"{seconds:.0f}" if seconds >= 1 else "" for seconds in means("seconds")]
         lines.append(line("seconds per image", cells, None))
-    told = []
+    counts = []
     for column in columns:
         steps = sorted(int(rows[i, column]["steps"]) for i in images if (i, column) in rows)
         if steps and steps[-1] > 1:
             more = f" to {steps[-1]}" if steps[-1] > steps[0] else ""
-            told.append(f"{column} {steps[0]}{more}")
-    lines += ["", f"Steps: {'; '.join(told)}."]
+            counts.append(f"{column} {steps[0]}{more}")
+    lines += ["", f"Steps: {'; '.join(counts)}."]
+    lacking = [f"{i}, {c}" for i in images for c in columns if (i, c) not in rows]
+    if lacking:
+        lines += ["", f"Failed, or without a finite PSNR: {'; '.join(lacking)}."]
     if BEST in columns:
         lines += ["", "\\* At its best step, which only the true image reveals: an oracle."]
     return lines
 
 
 def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
-    """What is to be known beside a table."""
+    """Notes below a table."""
     lines = []
     if of_paper(what, of_set):
         lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
@@ -505,15 +530,17 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
     form = "_reduced" if given.reduced else ""
     size = 10, 2.85 * len(CROPS)
     figure, axes = plt.subplots(len(CROPS), 4, figsize=size, layout="constrained", squeeze=False)
-    for line, (task, of_set, image, part, rival) in zip(axes, CROPS, strict=True):
+    for line, (task, of_set, image, part) in zip(axes, CROPS, strict=True):
         what, name = TABLES[task], f"{task}_{of_set}{form}"
         rows = read(given.results / f"{name}.csv")
         [ours] = [method for method, heading in what.methods.items() if heading == OURS]
-        shown = {f"{what.methods[rival]}, {{}} dB": (rival, what.methods[rival])}
-        shown |= {"DIP, {} dB": ("dip", DIP), "ours, mean of two, {} dB": (ours, TWICE)}
-        for axis, (title, (method, heading)) in zip(line, shown.items(), strict=False):
+        shown = {"RED": "red", DIP: "dip", TWICE: ours}
+        for axis, (heading, method) in zip(line, shown.items(), strict=False):
+            if (image, heading) not in rows:
+                sys.exit(f"crops needs {image} in the table {name}; compute that table first")
             restored = read_image(given.runs / name / image / method / "restored.png")[0]
-            show(axis, title.format(f"{float(rows[image, heading]['psnr']):.2f}"), restored, part)
+            psnr = float(rows[image, heading]["psnr"])
+            show(axis, f"{heading}, {psnr:.2f} dB", restored, part)
         truth = read_image(images_of(of_set, given.runs)[image])[0]
         height, width = restored.shape[-2:]  # of its centre, as the table cropped it
         top, left = (truth.shape[-2] - height) // 2, (truth.shape[-1] - width) // 2
@@ -528,4 +555,7 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
 FIGURES = {"figure3": figure3, "crops": crops}
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EXPECTED as error:
+        sys.exit(f"paper.py: error: {reason(error)}")

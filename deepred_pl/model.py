@@ -334,8 +334,8 @@ class DeepImagePrior(LightningModule):
                 "nothing is restored yet; fit this module, or load a checkpoint (ckpt_path)"
             )
         image = self._result() if self.chosen is None else self.chosen
-        if self.problem is not None and self.problem.noise is None:
-            image = self.problem.operator.keep_known(image, self.problem.y)
+        if self.problem is not None:
+            image = self.problem.keep_known(image)
         return image.detach().clamp(0, 1)
 
     def _result(self) -> Tensor:

@@ -157,6 +157,10 @@ class InverseProblem(nn.Module):
         is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
         return self.y.clamp(0, 1) if is_one else self.first_guess()
 
+    def keep_known(self, image: Tensor) -> Tensor:
+        """`image`, (1, C, H, W), with the pixels that the measurement shows without noise."""
+        return self.operator.keep_known(image, self.y) if self.noise is None else image
+
     def part(self, region: Region) -> "InverseProblem":
         """The problem of a region of the image, with the same noise.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
+from deepred_pl.callbacks.monitor import measure
 from deepred_pl.networks import DeepDecoder, SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Downsample, Mask
@@ -173,6 +174,10 @@ def test_known_pixels_without_noise_are_returned_unchanged(channels, of_mask, no
     kept = known.expand_as(x)
     assert torch.equal(model.restored[kept], x[kept]) == (noise is None)
     assert torch.equal(model.restored[~kept], model.average[~kept].clamp(0, 1))
+    model.problem.ground_truth = x
+    error = (model.average - x).where(~kept, 0) if noise is None else model.average - x
+    want = -10 * error.square().mean().log10()
+    torch.testing.assert_close(measure(model)["psnr_average"], want)
     model.chosen = torch.zeros_like(x)
     assert torch.equal(model.restored[kept], x[kept]) == (noise is None)
 

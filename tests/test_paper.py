@@ -139,6 +139,17 @@ def test_the_tasks_have_the_released_settings(name):
     assert model["network"]["init_args"]["width"] == 128
 
 
+@pytest.mark.parametrize("name", ["sr4", "deblur_uniform", "deblur_gaussian"])
+def test_ours_is_the_task_as_configured(name):
+    table = paper.TABLES[name]
+    ours = settings_of([*configs(name), "--config", f"{table.folder}/ours"])
+    task = settings_of(["--config", table.configs[0]])
+    for part in (ours, task):
+        del part["data"]  # the test conditions are the paper's
+        part["trainer"].pop("log_every_n_steps", None)
+    assert ours == task
+
+
 @pytest.mark.parametrize(
     ("method", "denoiser"), [("nlm", NonLocalMeans(25)), ("bm3d", BM3D(25, threads=1))]
 )
@@ -265,6 +276,36 @@ def test_inpainting_takes_each_images_mask(tmp_path, make_table, monkeypatch):
         assert mask == f"set:inpainting/{name}_mask"
 
 
+def test_only_some_methods_of_a_table(tmp_path, make_table, fitted):
+    written, _ = make_table("sr4_set5", "sr4", "--only", "dip", "--trainer.max_steps=3")
+    assert (
+        "| image | bicubic | DIP | DIP, best* | published† |\n" in written
+        and "Failed" not in written
+    )
+    more = ("--only", "red", "--trainer.max_steps=3", "--red.every_n_steps=3")
+    with pytest.raises(SystemExit, match="same settings"):
+        make_table("sr4_set5", "sr4", *more)
+    written, _ = make_table("sr4_set5", "sr4", "--only", "red", "--trainer.max_steps=3")
+    assert "| image | bicubic | RED | DIP | DIP, best* | published† |\n" in written
+    assert [d.parts[-2:] for d in fitted] == [
+        (image, method) for method in ("dip", "red") for image in ("head", "tail")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["sr4", "--only", "bm3d"], "--only expects some of red, dip, deepred, ours, got bm3d"),
+        (["inpainting", "--set=set5"], "inpainting needs masks"),
+        (["crops", "--only", "red"], "--set and --only are for tables"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(args, said, capsys):
+    with pytest.raises(SystemExit):
+        paper.main(args)
+    assert said in capsys.readouterr().err
+
+
 def test_dip_is_read_where_its_release_stops_and_at_its_best(tmp_path):
     run = tmp_path / "head" / "dip"
     with SummaryWriter(run) as writer:
@@ -361,10 +402,12 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch):
     steps = ("--trainer.max_steps=4", "--red.every_n_steps=3")
     make_table("sr4_set5", "sr4", *steps, crop=40)
     part = Region(4, 8, 12, 10)
-    monkeypatch.setattr(paper, "CROPS", [("sr4", "set5", "head", part)])
+    elsewhere = ("deblur_uniform", "ncsr", "head", part)
+    monkeypatch.setattr(paper, "CROPS", [elsewhere, ("sr4", "set5", "head", part)])
     plt.switch_backend("agg")
-    paper.main(["crops", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
-    assert Image.open(tmp_path / "results" / "crops.png").width > 500
+    with pytest.raises(SystemExit, match="got none of head of deblur_uniform_ncsr"):
+        paper.main(["crops", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
+    assert Image.open(tmp_path / "results" / "sr4_head.png").width > 500
     shown = [axis.get_images()[0].get_array() for axis in plt.gcf().axes]
     assert [image.shape for image in shown] == [(12, 10, 3)] * 4
     mean_of_two = Image.open(tmp_path / "runs" / "sr4_set5" / "head" / "ours" / "restored.png")

@@ -30,7 +30,8 @@ class Monitor(RestorationCallback):
         data_term           D(A T_θ(z), y), in squared grey levels: by the likelihood, σ² once only
                             the noise is left
         gap                 ‖x − T_θ(z)‖₂
-        psnr_…              PSNR of out, average and x in dB, if the ground truth is known
+        psnr_…              PSNR of out, average and x in dB, if the ground truth is known, with
+                            known pixels as in the result
         residual_to_sigma   root mean square of the residual over its expectation, if the noise is
                             known: at 1 only the noise is left, below, noise is fitted
         lam, mu             λ and μ
@@ -99,7 +100,8 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
         images["x"] = model.x
     if problem.ground_truth is not None:
         for name, image in images.items():
-            curves[f"psnr_{name}"] = psnr(image, problem.ground_truth, problem.metric_on)
+            result = problem.keep_known(image)
+            curves[f"psnr_{name}"] = psnr(result, problem.ground_truth, problem.metric_on)
     ratio = problem.residual_ratio(model.out)
     if ratio is not None:
         curves["residual_to_sigma"] = ratio.sqrt()

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/paper.py denoising --reduced
     python tests/benchmarks/paper.py sr4 --set set14 --config trainer/gpu
-    python tests/benchmarks/paper.py deblur_uniform --set set5_grey --reduced
+    python tests/benchmarks/paper.py deblur_uniform --set set5_grey --reduced --only bm3d red ours
     python tests/benchmarks/paper.py figure3 --reduced
     python tests/benchmarks/paper.py crops --reduced
 
@@ -155,6 +155,8 @@ TABLES = {
 CROPS = [  # table, set, image, part
     ("deblur_uniform", "ncsr", "butterfly", Region(20, 90, 90, 90)),
     ("sr4", "set5", "bird", Region(40, 60, 100, 100)),
+    ("sr4", "set14", "zebra", Region(150, 150, 120, 120)),
+    ("inpainting", "inpainting", "kate", Region(200, 200, 120, 120)),
 ]
 
 
@@ -174,14 +176,20 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=[*TABLES, *FIGURES])
     parser.add_argument("--reduced", action="store_true", help=f"the reduced form, {REDUCED}")
     parser.add_argument("--set", help="another set than the paper's first, as set14 for sr4")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods of the table")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directories go")
     given, options = parser.parse_known_args(args)
     for name in OWNED:
         if any(option.partition("=")[0] == name for option in options):
             parser.error(f"{name} is set by the table; for another comparison use deepred-batch")
-    if given.what in FIGURES and given.set:
-        parser.error("--set is for tables")
+    if given.what in FIGURES and (given.set or given.only):
+        parser.error("--set and --only are for tables")
+    if given.what == "inpainting" and given.set:
+        parser.error("inpainting needs masks, which only its own set has; leave out --set")
+    if given.only and (unknown := set(given.only) - set(TABLES[given.what].methods)):
+        known = ", ".join(TABLES[given.what].methods)
+        parser.error(f"--only expects some of {known}, got {', '.join(sorted(unknown))}")
     if given.what == "crops" and options:
         parser.error(f"crops only reads tables; leave out {shlex.join(options)}")
     command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]
@@ -256,6 +264,8 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
                 f"{row['options'] or 'no options'}; use another --results and --runs"
             )
     last = {m: TWICE if heading == OURS else heading for m, heading in what.methods.items()}
+    if given.only:
+        last = {m: heading for m, heading in last.items() if m in given.only}
     for image, source in sources.items():
         missing = [m for m in last if (image, last[m]) not in rows]
         once = [m for m in missing if last[m] != TWICE]
@@ -271,6 +281,8 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     columns = [what.before]
     for heading in what.methods.values():
         columns += [heading, *({DIP: [BEST], OURS: [TWICE]}.get(heading, []))]
+    run_by_now = {heading for _, heading in rows} | set(last.values())
+    columns = [heading for heading in columns if heading in run_by_now]
     lines = [
         f"# {what.title}, {of_set}" + (", networks of 32 channels" if given.reduced else ""),
         "",
@@ -283,6 +295,8 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     ]
     (given.results / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if any((image, heading) not in rows for image in sources for heading in last.values()):
+        sys.exit(1)
 
 
 def settings(options: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -484,20 +498,12 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
             draw(axis, f"{TABLES[task].title}: {title}", curves, log=curves is not average)
         for name, points in average.items():
             best, at = max((psnr, step) for step, psnr in points)
-            end = f"at the end {points[-1][1]:.2f} dB"
-            print(f"{TABLES[task].title}, {name}: best {best:.2f} dB at step {at}, {end}")
+            last, end = points[-1]
+            text = f"best {best:.2f} dB at step {at}, {end:.2f} dB at step {last}"
+            print(f"{TABLES[task].title}, {name}: {text}")
     path = given.results / f"figure3{form}.png"
     figure.savefig(path, dpi=110)
     print(path)
-
-
-def show(axis: "Axes", title: str, image: torch.Tensor, part: Region) -> None:
-    """A part of an image (1, C, H, W), with a title."""
-    shown = part.of(image)[0].movedim(0, -1).squeeze(-1)
-    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(title, fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
 
 
 def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
@@ -521,35 +527,52 @@ def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
 
 
 def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
-    """Parts of images in the tables, enlarged: other methods' results, ours, and the true image.
+    """Parts of images, enlarged: other methods' results, ours, and the true image.
 
-    The tables must have been made here, because the run directories are read.
+    Only those whose run directories are here are drawn, each in a file of its own.
     """
-    import matplotlib.pyplot as plt
-
     form = "_reduced" if given.reduced else ""
-    size = 10, 2.85 * len(CROPS)
-    figure, axes = plt.subplots(len(CROPS), 4, figsize=size, layout="constrained", squeeze=False)
-    for line, (task, of_set, image, part) in zip(axes, CROPS, strict=True):
+    lacking = []
+    for task, of_set, image, part in CROPS:
         what, name = TABLES[task], f"{task}_{of_set}{form}"
         rows = read(given.results / f"{name}.csv")
-        [ours] = [method for method, heading in what.methods.items() if heading == OURS]
-        shown = {"RED": "red", DIP: "dip", TWICE: ours}
-        for axis, (heading, method) in zip(line, shown.items(), strict=False):
-            if (image, heading) not in rows:
-                sys.exit(f"crops needs {image} in the table {name}; compute that table first")
-            restored = read_image(given.runs / name / image / method / "restored.png")[0]
-            psnr = float(rows[image, heading]["psnr"])
-            show(axis, f"{heading}, {psnr:.2f} dB", restored, part)
-        truth = read_image(images_of(of_set, given.runs)[image])[0]
-        height, width = restored.shape[-2:]  # of its centre, as the table cropped it
-        top, left = (truth.shape[-2] - height) // 2, (truth.shape[-1] - width) // 2
-        truth = Region(top, left, height, width).of(truth)
-        show(line[-1], "true image", truth, part)
-        line[0].set_ylabel(f"{what.title.partition(',')[0]}, {image}", fontsize=9)
-    path = given.results / f"crops{form}.png"
+        methods = {heading: method for method, heading in what.methods.items()}
+        methods |= {TWICE: methods[OURS]}  # the mean image is in the method's directory
+        shown = [h for h in ("RED", DIP, TWICE) if (image, h) in rows]
+        files = [given.runs / name / image / methods[h] / "restored.png" for h in shown]
+        if TWICE in shown and all(file.exists() for file in files):
+            titles = [f"{h}, {float(rows[image, h]['psnr']):.2f} dB" for h in shown]
+            path = given.results / f"{task}_{image}{form}.png"
+            draw_crops(path, titles, files, Path(images_of(of_set, given.runs)[image]), part)
+            print(path)
+        else:
+            lacking.append(f"{image} of {name}")
+    if lacking:
+        sys.exit(
+            f"expected runs in {given.runs}, got none of {', '.join(lacking)}; compute those "
+            "tables here first (delete the images' rows in the CSV to compute them again)"
+        )
+
+
+def draw_crops(
+    path: Path, titles: Sequence[str], files: Sequence[Path], of_truth: Path, part: Region
+) -> None:
+    """Write a row of parts of images, the true image last."""
+    import matplotlib.pyplot as plt
+
+    images = [read_image(file)[0] for file in files]
+    truth = read_image(of_truth)[0]
+    height, width = images[0].shape[-2:]  # of its centre, as the table cropped it
+    top, left = (truth.shape[-2] - height) // 2, (truth.shape[-1] - width) // 2
+    images.append(Region(top, left, height, width).of(truth))
+    size = 2.5 * len(images), 2.8
+    figure, axes = plt.subplots(1, len(images), figsize=size, layout="constrained")
+    for axis, title, image in zip(axes, [*titles, "true image"], images, strict=True):
+        shown = part.of(image)[0].movedim(0, -1).squeeze(-1)
+        axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
     figure.savefig(path, dpi=110)
-    print(path)
 
 
 FIGURES = {"figure3": figure3, "crops": crops}

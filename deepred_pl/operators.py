@@ -270,8 +270,8 @@ class Downsample(Operator):
 
     Args:
         factor: Ratio of the image's sides to the measurement's, at least 2.
-        kernel: "lanczos2", as in the paper's experiments, "lanczos3", "bicubic" (a = −1/2),
-            or "box", the mean of each block.
+        kernel: "lanczos2", as in the paper's experiments, "lanczos3", that of Pillow's resize and
+            of the task, "bicubic" (a = −1/2), or "box", the mean of each block.
 
     Raises:
         ValueError: factor is below 2 or above the image's sides, or does not divide them.

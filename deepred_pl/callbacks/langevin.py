@@ -74,9 +74,9 @@ class Langevin(RestorationCallback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         model = self.model
-        assert model.network is not None
+        assert model.network is not None and model.problem is not None
         if trainer.global_step > self.burn_in * trainer.max_steps:
-            self._samples.add(model.out)
+            self._samples.add(model.problem.keep_known(model.out))
             model.chosen = self._samples.mean
         rates = {
             p: g["lr"] for o in trainer.optimizers for g in o.param_groups for p in g["params"]

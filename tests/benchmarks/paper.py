@@ -155,8 +155,8 @@ TABLES = {
 CROPS = [  # table, set, image, part
     ("deblur_uniform", "ncsr", "butterfly", Region(20, 90, 90, 90)),
     ("sr4", "set5", "bird", Region(40, 60, 100, 100)),
-    ("sr4", "set14", "zebra", Region(150, 150, 120, 120)),
-    ("inpainting", "inpainting", "kate", Region(200, 200, 120, 120)),
+    ("sr4", "set14", "zebra", Region(70, 330, 120, 120)),
+    ("inpainting", "inpainting", "kate", Region(105, 190, 120, 120)),
 ]
 
 

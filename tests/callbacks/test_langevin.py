@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from pytorch_lightning import Callback
 
-from deepred_pl import DeepImagePrior
+from deepred_pl import DeepImagePrior, InverseProblem
 from deepred_pl.callbacks import Langevin, LastCheckpoint, Writer
-from tests.helpers import Cut, Outs, Scissors, TinyNet, noisy_problem
+from deepred_pl.operators import Mask
+from tests.helpers import Cut, Outs, Scissors, TinyNet, noisy_problem, picture
 
 
 def still(parameters):
@@ -54,6 +55,16 @@ def test_mean_and_std_are_those_of_the_outputs_behind_the_burn_in(make_trainer, 
     picture = np.asarray(Image.open(tmp_path / "uncertainty.png"))
     grey = samples.std(0)[0].mean(0)
     np.testing.assert_allclose(picture, 255 * grey / grey.max(), atol=1)
+
+
+def test_known_pixels_have_no_uncertainty(make_trainer):
+    y, known = picture(3, 12, 13), picture(1, 12, 13) > 0.5
+    model = DeepImagePrior(TinyNet, problem=InverseProblem(y, Mask(known)))
+    langevin = Langevin()
+    make_trainer(max_steps=10, callbacks=[langevin]).fit(model)
+    kept = known.expand_as(y)
+    assert (langevin.std[kept] < 1e-6).all() and (langevin.std[~kept] > 1e-5).all()
+    assert torch.equal(model.restored[kept], y[kept])
 
 
 def test_without_the_noise_the_fit_is_another(make_trainer):

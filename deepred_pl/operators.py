@@ -85,7 +85,7 @@ class Operator(nn.Module, ABC):
         return y
 
     def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
-        """`image`, (1, C, H, W), with the pixels that a measurement y without noise shows."""
+        """Put back the pixels of `image`, (1, C, H, W), that y shows directly, if there are any."""
         return image
 
     @property
@@ -270,8 +270,8 @@ class Downsample(Operator):
 
     Args:
         factor: Ratio of the image's sides to the measurement's, at least 2.
-        kernel: "lanczos2", as in the paper's experiments, "lanczos3", that of Pillow's resize and
-            of the task, "bicubic" (a = −1/2), or "box", the mean of each block.
+        kernel: "lanczos2", as in the paper's experiments; "lanczos3", as in Pillow's resize and the
+            task `super_resolution`; "bicubic" (a = −1/2); or "box", the mean of each block.
 
     Raises:
         ValueError: factor is below 2 or above the image's sides, or does not divide them.

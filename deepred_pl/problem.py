@@ -158,7 +158,7 @@ class InverseProblem(nn.Module):
         return self.y.clamp(0, 1) if is_one else self.first_guess()
 
     def keep_known(self, image: Tensor) -> Tensor:
-        """`image`, (1, C, H, W), with the pixels that the measurement shows without noise."""
+        """Put back the pixels of `image`, (1, C, H, W), that were measured without noise."""
         return self.operator.keep_known(image, self.y) if self.noise is None else image
 
     def part(self, region: Region) -> "InverseProblem":

@@ -28,7 +28,7 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
     Args:
         problem: The problem; without a ground truth its PSNR and SSIM are None.
         restored: The restored image, (1, C, H, W).
-        others: Further images to score, by name.
+        others: Further images to score, by name, with known pixels put back as in `restored`.
     """
     truth = problem.ground_truth
     images = {"measurement": problem.as_image(), "restored": restored, **others}
@@ -36,7 +36,7 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
     def value(metric: Callable[..., Tensor], image: Tensor | None) -> float | None:
         if truth is None or image is None:
             return None
-        number = float(metric(image, truth, problem.metric_on))
+        number = float(metric(problem.keep_known(image), truth, problem.metric_on))
         return number if math.isfinite(number) else None
 
     variance = problem.noise_variance()

@@ -18,8 +18,9 @@ class Langevin(RestorationCallback):
     After each θ-step, Gaussian noise of standard deviation `noise` · learning rate is added to
     every convolution weight, so that the fit does not end at a single θ but explores those that
     explain the measurement (arXiv:1904.07457, whose code has 2 · 0.01). The outputs after the
-    burn-in are the samples: their mean becomes the module's `chosen`, which `restored` returns, and
-    their standard deviation per value, which `Writer` writes, shows the uncertainty. With Adam as
+    burn-in are the samples, with known pixels put back as in `restored`: their mean becomes the
+    module's `chosen`, which `restored` returns, and their standard deviation per value, which
+    `Writer` writes, shows the uncertainty. With Adam as
     the optimizer these are not exactly samples of the posterior. The learning rate should be
     constant.
 

@@ -31,7 +31,7 @@ class Monitor(RestorationCallback):
                             the noise is left
         gap                 ‖x − T_θ(z)‖₂
         psnr_…              PSNR of out, average and x in dB, if the ground truth is known, with
-                            known pixels as in the result
+                            known pixels put back as in `restored`
         residual_to_sigma   root mean square of the residual over its expectation, if the noise is
                             known: at 1 only the noise is left, below, noise is fitted
         lam, mu             λ and μ
@@ -100,8 +100,8 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
         images["x"] = model.x
     if problem.ground_truth is not None:
         for name, image in images.items():
-            result = problem.keep_known(image)
-            curves[f"psnr_{name}"] = psnr(result, problem.ground_truth, problem.metric_on)
+            image = problem.keep_known(image)
+            curves[f"psnr_{name}"] = psnr(image, problem.ground_truth, problem.metric_on)
     ratio = problem.residual_ratio(model.out)
     if ratio is not None:
         curves["residual_to_sigma"] = ratio.sqrt()

@@ -11,7 +11,8 @@ commands are printed, and its options for the machine and `--section.key=value` 
 
 The results, a CSV and the table in Markdown, are in `tests/benchmarks/results`; the run directories
 stay in `lightning_logs/paper`. The CSV grows image by image. Repeat the command to resume it: rows
-of the CSV are not measured again. For other settings, use another --results and --runs.
+of the CSV are not measured again. For other settings, use another --results and --runs. The exit
+status is 1 if a method has no result for an image.
 """
 
 import argparse
@@ -176,7 +177,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=[*TABLES, *FIGURES])
     parser.add_argument("--reduced", action="store_true", help=f"the reduced form, {REDUCED}")
     parser.add_argument("--set", help="another set than the paper's first, as set14 for sr4")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods of the table")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="run only these methods")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directories go")
     given, options = parser.parse_known_args(args)
@@ -281,12 +282,13 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     columns = [what.before]
     for heading in what.methods.values():
         columns += [heading, *({DIP: [BEST], OURS: [TWICE]}.get(heading, []))]
-    run_by_now = {heading for _, heading in rows} | set(last.values())
-    columns = [heading for heading in columns if heading in run_by_now]
+    shown = {heading for _, heading in rows} | set(last.values())
+    columns = [heading for heading in columns if heading in shown]
     lines = [
         f"# {what.title}, {of_set}" + (", networks of 32 channels" if given.reduced else ""),
         "",
         about(rows.values()),
+        "Last command:",
         "",
         f"    {command}",
         "",
@@ -423,10 +425,11 @@ def markdown(
         if steps and steps[-1] > 1:
             more = f" to {steps[-1]}" if steps[-1] > steps[0] else ""
             counts.append(f"{column} {steps[0]}{more}")
-    lines += ["", f"Steps: {'; '.join(counts)}."]
+    if counts:
+        lines += ["", f"Steps: {'; '.join(counts)}."]
     lacking = [f"{i}, {c}" for i in images for c in columns if (i, c) not in rows]
     if lacking:
-        lines += ["", f"Failed, or without a finite PSNR: {'; '.join(lacking)}."]
+        lines += ["", f"Failed, not run, or without a finite PSNR: {'; '.join(lacking)}."]
     if BEST in columns:
         lines += ["", "\\* At its best step, which only the true image reveals: an oracle."]
     return lines
@@ -442,12 +445,15 @@ def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
         on.setdefault(row["metric_on"], {})[row["image"]] = None
     for metric, images in on.items():
         lines += ["", f"PSNR on {metric}: {', '.join(images)}."]
-    if what.dip_steps:
+    headings = {heading for _, heading in rows}
+    if what.dip_steps and DIP in headings:
         lines += ["", f"The release of DIP stops after {what.dip_steps} steps."]
     if reduced and what.folder != "methods":
-        names = [h for m, h in what.methods.items() if m in (*RELEASED, "dip", "dip8", "dip_tv")]
-        lines += ["", f"Fewer channels and steps than published: {', '.join(names)}."]
-        if what.before == "bicubic":
+        of_paper_too = (*RELEASED, "dip", "dip8", "dip_tv")
+        names = [h for m, h in what.methods.items() if m in of_paper_too and h in headings]
+        if names:
+            lines += ["", f"Fewer channels and steps than published: {', '.join(names)}."]
+        if what.before == "bicubic" and what.methods["deepred"] in headings:
             lines[-1] += " DeepRED's BM3D is called every 40 steps instead of 10."
     fits = {*what.methods.values(), TWICE}
     back = [f"{i}, {h}" for (i, h), row in rows.items() if h in fits and int(row["rollbacks"])]
@@ -498,8 +504,8 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
             draw(axis, f"{TABLES[task].title}: {title}", curves, log=curves is not average)
         for name, points in average.items():
             best, at = max((psnr, step) for step, psnr in points)
-            last, end = points[-1]
-            text = f"best {best:.2f} dB at step {at}, {end:.2f} dB at step {last}"
+            end, last = points[-1]
+            text = f"best {best:.2f} dB at step {at}, {last:.2f} dB at step {end}"
             print(f"{TABLES[task].title}, {name}: {text}")
     path = given.results / f"figure3{form}.png"
     figure.savefig(path, dpi=110)
@@ -527,12 +533,12 @@ def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
 
 
 def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
-    """Parts of images, enlarged: other methods' results, ours, and the true image.
+    """Draw enlarged parts of images by RED, DIP and ours, and of the true image, each in its file.
 
-    Only those whose run directories are here are drawn, each in a file of its own.
+    Methods that are not in a table are left out, images without run directories here skipped.
     """
     form = "_reduced" if given.reduced else ""
-    lacking = []
+    drawn = []
     for task, of_set, image, part in CROPS:
         what, name = TABLES[task], f"{task}_{of_set}{form}"
         rows = read(given.results / f"{name}.csv")
@@ -542,26 +548,23 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         files = [given.runs / name / image / methods[h] / "restored.png" for h in shown]
         if TWICE in shown and all(file.exists() for file in files):
             titles = [f"{h}, {float(rows[image, h]['psnr']):.2f} dB" for h in shown]
-            path = given.results / f"{task}_{image}{form}.png"
-            draw_crops(path, titles, files, Path(images_of(of_set, given.runs)[image]), part)
-            print(path)
+            drawn.append(given.results / f"{name}_{image}.png")
+            draw_crops(drawn[-1], titles, files, images_of(of_set, given.runs)[image], part)
+            print(drawn[-1])
         else:
-            lacking.append(f"{image} of {name}")
-    if lacking:
-        sys.exit(
-            f"expected runs in {given.runs}, got none of {', '.join(lacking)}; compute those "
-            "tables here first (delete the images' rows in the CSV to compute them again)"
-        )
+            print(f"skipped {image} of {name}: not all of its runs are here", file=sys.stderr)
+    if not drawn:
+        sys.exit(f"expected runs of a table in {given.runs}, got none; compute a table first")
 
 
 def draw_crops(
-    path: Path, titles: Sequence[str], files: Sequence[Path], of_truth: Path, part: Region
+    path: Path, titles: Sequence[str], files: Sequence[Path], truth_path: str, part: Region
 ) -> None:
     """Write a row of parts of images, the true image last."""
     import matplotlib.pyplot as plt
 
     images = [read_image(file)[0] for file in files]
-    truth = read_image(of_truth)[0]
+    truth = read_image(truth_path)[0]
     height, width = images[0].shape[-2:]  # of its centre, as the table cropped it
     top, left = (truth.shape[-2] - height) // 2, (truth.shape[-1] - width) // 2
     images.append(Region(top, left, height, width).of(truth))

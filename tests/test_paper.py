@@ -268,7 +268,8 @@ def test_inpainting_takes_each_images_mask(tmp_path, make_table, monkeypatch):
     (tmp_path / "sources.csv").write_text("\n".join(rows) + "\n")
     table = dataclasses.replace(paper.TABLES["inpainting"], methods={"dip": "DIP"})
     monkeypatch.setitem(paper.TABLES, "inpainting", table)
-    make_table("inpainting_inpainting", "inpainting", crop=34)
+    written, _ = make_table("inpainting_inpainting", "inpainting", crop=34)
+    assert paper.TABLES["inpainting"].note in written
     for name in ("head", "tail"):
         run = tmp_path / "runs" / "inpainting_inpainting" / name / "dip"
         config = yaml.safe_load((run / "config.yaml").read_text())

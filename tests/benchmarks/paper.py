@@ -77,6 +77,7 @@ class Table:
         methods: The heading of each column.
         dip_steps: Steps after which Deep Image Prior's release stops, where it has that task.
         published: By set and image, or "mean", DeepRED's PSNR in the paper (second-hand).
+        note: What else the reader of the table should know.
     """
 
     title: str
@@ -87,6 +88,7 @@ class Table:
     methods: dict[str, str]
     dip_steps: int | None = None
     published: dict[tuple[str, str], float] = field(default_factory=dict)
+    note: str = ""
 
 
 RELEASED = {"deepred": "DeepRED, released"}
@@ -149,6 +151,8 @@ TABLES = {
         "methods",
         "masked",
         INPAINTING,
+        note="In vase, an object is to be removed. The true image shows the object, not what is "
+        "behind it, so the PSNR says little about the methods.",
     ),
 }
 
@@ -437,7 +441,7 @@ def markdown(
 
 def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
     """Notes below a table."""
-    lines = []
+    lines = ["", what.note] if what.note else []
     if of_paper(what, of_set):
         lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
     on: dict[str, dict[str, None]] = {}

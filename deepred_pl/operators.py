@@ -413,10 +413,11 @@ class Mask(Operator):
                 "(operator.mask), an image in which known pixels are white"
             )
         channels, height, width = (1, 1, *measurement_shape)[-3:]
-        if tuple(self.mask.shape) not in ((1, 1, height, width), (1, channels, height, width)):
+        shapes = dict.fromkeys([(1, 1, height, width), (1, channels, height, width)])
+        if tuple(self.mask.shape) not in shapes:
             raise ValueError(
-                f"mask must be (1, 1, {height}, {width}) or (1, {channels}, {height}, {width}) "
-                f"like the image, got {tuple(self.mask.shape)}; save it at the image's size"
+                f"mask must be {' or '.join(map(str, shapes))} like the image, got "
+                f"{tuple(self.mask.shape)}; save it at the image's size"
             )
         return measurement_shape
 

@@ -190,7 +190,9 @@ def results_in(runs):
     }
 
 
-def test_a_table_grows_image_by_image_and_resumes(tmp_path, make_table, fitted, monkeypatch):
+def test_a_table_grows_image_by_image_and_resumes(
+    tmp_path, make_table, fitted, monkeypatch, capsys
+):
     methods = {m: paper.TABLES["sr4"].methods[m] for m in ("dip", "deepred", "ours")}
     published = {("set5", "mean"): 30.0}
     table = dataclasses.replace(
@@ -221,7 +223,8 @@ def test_a_table_grows_image_by_image_and_resumes(tmp_path, make_table, fitted, 
             assert row["steps"] == "2"  # the last curve before its release stops, after 3
         assert "--trainer.max_steps=4" in row["options"]
     again, _ = make_table("sr4_set5_reduced", "sr4", "--reduced", *steps)
-    assert len(fitted) == 8 and again == written  # nothing was left to do
+    assert len(fitted) == 8 and again == written
+    assert "nothing to run" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="expected results with the same settings"):
         make_table("sr4_set5_reduced", "sr4", "--reduced", *steps, crop=40)
     assert len(fitted) == 8
@@ -283,6 +286,7 @@ def test_only_some_methods_of_a_table(tmp_path, make_table, fitted):
     assert "Failed" not in written and "channels and steps" not in written
     written, _ = make_table("sr4_set5", "sr4", "--only", "red", "--trainer.max_steps=3")
     assert "| image | bicubic | RED | DIP | DIP, best* | published† |\n" in written
+    assert "\n    python tests/benchmarks/paper.py sr4 --only red dip --trainer" in written
     assert [d.parts[-2:] for d in fitted] == [
         (image, method) for method in ("dip", "red") for image in ("head", "tail")
     ]

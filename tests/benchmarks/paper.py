@@ -197,12 +197,11 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(f"--only expects some of {known}, got {', '.join(sorted(unknown))}")
     if given.what == "crops" and options:
         parser.error(f"crops only reads tables; leave out {shlex.join(options)}")
-    command = ["python", "tests/benchmarks/paper.py", *(sys.argv[1:] if args is None else args)]
     given.results.mkdir(parents=True, exist_ok=True)
     if given.what in FIGURES:
         FIGURES[given.what](given, options)
     else:
-        table(given, options, shlex.join(command))
+        table(given, options)
 
 
 def run(
@@ -254,7 +253,7 @@ def images_of(of_set: str, runs: Path) -> dict[str, str]:
     return made
 
 
-def table(given: argparse.Namespace, options: Sequence[str], command: str) -> None:
+def table(given: argparse.Namespace, options: Sequence[str]) -> None:
     """Run what a table lacks, image by image, and write it as CSV and Markdown."""
     what = TABLES[given.what]
     of_set = given.set or what.set
@@ -271,6 +270,9 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     last = {m: TWICE if heading == OURS else heading for m, heading in what.methods.items()}
     if given.only:
         last = {m: heading for m, heading in last.items() if m in given.only}
+    if all((image, heading) in rows for image in sources for heading in last.values()):
+        again = "to measure them again, use another --results and --runs"
+        print(f"nothing to run, {written} has all results; {again}", file=sys.stderr)
     for image, source in sources.items():
         missing = [m for m in last if (image, last[m]) not in rows]
         once = [m for m in missing if last[m] != TWICE]
@@ -292,9 +294,8 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
         f"# {what.title}, {of_set}" + (", networks of 32 channels" if given.reduced else ""),
         "",
         about(rows.values()),
-        "Last command:",
         "",
-        f"    {command}",
+        *commands(given, what, rows),
         "",
         *markdown(list(sources), columns, rows, of_paper(what, of_set)),
         *remarks(what, of_set, rows, given.reduced),
@@ -303,6 +304,20 @@ def table(given: argparse.Namespace, options: Sequence[str], command: str) -> No
     print("\n".join(lines))
     if any((image, heading) not in rows for image in sources for heading in last.values()):
         sys.exit(1)
+
+
+def commands(given: argparse.Namespace, what: Table, rows: Rows) -> list[str]:
+    """The commands that measured the rows, indented for Markdown; several if options differ."""
+    found = []
+    for options in dict.fromkeys(row["options"] for row in rows.values()):
+        of_these = {heading for (_, heading), row in rows.items() if row["options"] == options}
+        methods = [method for method, heading in what.methods.items() if heading in of_these]
+        words = [given.what, *(["--set", given.set] if given.set else [])]
+        words += ["--only", *methods] if len(methods) < len(what.methods) else []
+        words += ["--reduced"] if given.reduced else []
+        command = shlex.join(["python", "tests/benchmarks/paper.py", *words])
+        found.append(f"    {command} {options}".rstrip())
+    return found
 
 
 def settings(options: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -558,7 +573,10 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         else:
             print(f"skipped {image} of {name}: not all of its runs are here", file=sys.stderr)
     if not drawn:
-        sys.exit(f"expected runs of a table in {given.runs}, got none; compute a table first")
+        sys.exit(
+            f"expected runs of a table in {given.runs}, got none; compute a table with a --results "
+            "and --runs of its own, and give both here, too"
+        )
 
 
 def draw_crops(

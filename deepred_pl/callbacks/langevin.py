@@ -20,9 +20,8 @@ class Langevin(RestorationCallback):
     explain the measurement (arXiv:1904.07457, whose code has 2 · 0.01). The outputs after the
     burn-in are the samples, with known pixels put back as in `restored`: their mean becomes the
     module's `chosen`, which `restored` returns, and their standard deviation per value, which
-    `Writer` writes, shows the uncertainty. With Adam as
-    the optimizer these are not exactly samples of the posterior. The learning rate should be
-    constant.
+    `Writer` writes, shows the uncertainty. With Adam as the optimizer these are not exactly samples
+    of the posterior. The learning rate should be constant.
 
     Args:
         noise: Standard deviation of the noise on the weights in units of the learning rate, > 0.

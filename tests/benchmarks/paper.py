@@ -468,8 +468,8 @@ def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
     if what.dip_steps and DIP in headings:
         lines += ["", f"The release of DIP stops after {what.dip_steps} steps."]
     if reduced and what.folder != "methods":
-        of_paper_too = (*RELEASED, "dip", "dip8", "dip_tv")
-        names = [h for m, h in what.methods.items() if m in of_paper_too and h in headings]
+        shortened = (*RELEASED, "dip", "dip8", "dip_tv")
+        names = [h for m, h in what.methods.items() if m in shortened and h in headings]
         if names:
             lines += ["", f"Fewer channels and steps than published: {', '.join(names)}."]
         if what.before == "bicubic" and what.methods["deepred"] in headings:
@@ -552,9 +552,10 @@ def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
 
 
 def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
-    """Draw enlarged parts of images by RED, DIP and ours, and of the true image, each in its file.
+    """Draw an enlarged part of each image in `CROPS`, by RED, DIP and ours, and of the true image.
 
-    Methods that are not in a table are left out, images without run directories here skipped.
+    Each is a file of its own. Methods that the table lacks are left out, and images without run
+    directories here are skipped.
     """
     form = "_reduced" if given.reduced else ""
     drawn = []

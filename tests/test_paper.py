@@ -173,9 +173,9 @@ def test_a_denoiser_alone_is_the_denoised_measurement(tmp_path, method, denoiser
 def make_table(tmp_path, sets, fitted, tiny):
     """Makes a table of tiny fits, and returns its Markdown and the rows of its CSV."""
 
-    def make(name, *args, crop=36):
+    def make(name, *args):
         args = (*args, f"--results={tmp_path}/results", f"--runs={tmp_path}/runs")
-        paper.main([*args, "--config", str(tiny), f"--data.crop={crop}", "--threads=1"])
+        paper.main([*args, "--config", str(tiny), "--threads=1"])
         with (tmp_path / "results" / f"{name}.csv").open() as file:
             return (tmp_path / "results" / f"{name}.md").read_text(), list(csv.DictReader(file))
 
@@ -226,7 +226,7 @@ def test_a_table_grows_image_by_image_and_resumes(
     assert len(fitted) == 8 and again == written
     assert "nothing to run" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="expected results with the same settings"):
-        make_table("sr4_set5_reduced", "sr4", "--reduced", *steps, crop=40)
+        make_table("sr4_set5_reduced", "sr4", "--reduced", *steps, "--data.crop=36")
     assert len(fitted) == 8
 
     # Of the second image only what was measured elsewhere is there, and no run directory.
@@ -271,7 +271,8 @@ def test_inpainting_takes_each_images_mask(tmp_path, make_table, monkeypatch):
     (tmp_path / "sources.csv").write_text("\n".join(rows) + "\n")
     table = dataclasses.replace(paper.TABLES["inpainting"], methods={"dip": "DIP"})
     monkeypatch.setitem(paper.TABLES, "inpainting", table)
-    written, _ = make_table("inpainting_inpainting", "inpainting", crop=34)
+    written, _ = make_table("inpainting_inpainting", "inpainting", "--data.crop", "34")
+    assert "crops (34 pixels)" in written.splitlines()[0]
     assert paper.TABLES["inpainting"].note in written
     for name in ("head", "tail"):
         run = tmp_path / "runs" / "inpainting_inpainting" / name / "dip"
@@ -357,7 +358,9 @@ def test_published_figures_are_in_a_column_of_their_own():
 
 def test_settings_are_the_options_that_are_not_about_the_machine():
     machine = ["--config", "trainer/gpu", "--threads=1", "--workers", "2"]
-    assert paper.settings([*machine, "--data.crop=96"]) == ([], ["--data.crop=96"])
+    crop = ([], ["--data.crop", "96"])
+    assert paper.settings([*machine, "--data.crop=96"]) == crop
+    assert paper.settings(["--data.crop", "96"]) == crop
     assert paper.settings(["--config=methods/dip"]) == (["methods/dip"], [])
 
 
@@ -388,7 +391,7 @@ def test_a_rolled_back_fit_is_named():
         ("b", "DIP"): {"rollbacks": "0", "metric_on": "luminance", "image": "b"},
     }
     table = paper.Table("", (), "set5", "", "y", {"dip": "DIP"})
-    assert paper.remarks(table, "set5", rows, reduced=False) == [
+    assert paper.remarks(table, False, rows, reduced=False) == [
         *("", "PSNR on rgb: a.", "", "PSNR on luminance: b."),
         *("", "Rolled back by the guard after a collapse: a, DIP."),
     ]
@@ -400,7 +403,7 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch, c
         paper.TABLES, "sr4", dataclasses.replace(paper.TABLES["sr4"], methods=methods)
     )
     steps = ("--trainer.max_steps=4", "--red.every_n_steps=3")
-    make_table("sr4_set5", "sr4", *steps, crop=40)
+    make_table("sr4_set5", "sr4", *steps, "--data.operator.factor=5")
     part = Region(4, 8, 12, 10)
     elsewhere = ("deblur_uniform", "ncsr", "head", part)
     monkeypatch.setattr(paper, "CROPS", [elsewhere, ("sr4", "set5", "head", part)])
@@ -413,8 +416,8 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch, c
     mean_of_two = Image.open(tmp_path / "runs" / "sr4_set5" / "head" / "ours" / "restored.png")
     expected = np.asarray(mean_of_two)[4:16, 8:18] / 255
     np.testing.assert_allclose(shown[2], expected, atol=1e-6)
-    truth = np.asarray(Image.open(tmp_path / "set5" / "head.png"))  # 40×52, cropped to its centre
-    truth = truth[4:16, 6 + 8 : 6 + 18] / 255
+    truth = np.asarray(Image.open(tmp_path / "set5" / "head.png"))  # 40×52, cropped to 40×50
+    truth = truth[4:16, 1 + 8 : 1 + 18] / 255
     np.testing.assert_allclose(shown[3], truth, atol=1e-6)
 
     (tmp_path / "runs" / "sr4_set5" / "head" / "red" / "restored.png").unlink()

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ MASKS = "--data.operator.mask=set:inpainting/{name}_mask"
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 DENOISERS = ("bm3d", "scikit-image")  # packages
 OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
+CROP = "--data.crop"
 GREY = "_grey"  # ends the name of a set whose images are made grey
 WEIGHTS = 0.2989, 0.5870, 0.1140  # of red, green and blue in grey
 DIP, OURS = "DIP", "DeepRED, ours"  # headings
@@ -261,8 +263,9 @@ def table(given: argparse.Namespace, options: Sequence[str]) -> None:
     out, written = given.runs / name, given.results / f"{name}.csv"
     sources = images_of(of_set, given.runs)
     rows = read(written)
+    these = settings(options)
     for row in rows.values():
-        if settings(shlex.split(row["options"])) != settings(options):
+        if settings(shlex.split(row["options"])) != these:
             sys.exit(
                 f"expected results with the same settings in {written}, got those of "
                 f"{row['options'] or 'no options'}; use another --results and --runs"
@@ -283,27 +286,45 @@ def table(given: argparse.Namespace, options: Sequence[str]) -> None:
                 done = run(given.what, source, paths, out, given.reduced, [*options, *more])
                 rows |= rows_of(what, done, out, shlex.join(options))
                 write(written, rows)
+                text = page(given, what, of_set, list(sources), rows, last.values())
+                written.with_suffix(".md").write_text(text)
     if not rows:
         sys.exit(f"expected restored images, got none; {out / 'summary.md'} says why")
+    text = page(given, what, of_set, list(sources), rows, last.values())
+    written.with_suffix(".md").write_text(text)
+    print(text, end="")
+    if any((image, heading) not in rows for image in sources for heading in last.values()):
+        sys.exit(1)
+
+
+def page(
+    given: argparse.Namespace,
+    what: Table,
+    of_set: str,
+    images: Sequence[str],
+    rows: Rows,
+    asked: Iterable[str],
+) -> str:
+    """A table as a page of Markdown, with the columns that have rows or are `asked` for."""
     columns = [what.before]
     for heading in what.methods.values():
         columns += [heading, *({DIP: [BEST], OURS: [TWICE]}.get(heading, []))]
-    shown = {heading for _, heading in rows} | set(last.values())
+    shown = {heading for _, heading in rows} | set(asked)
     columns = [heading for heading in columns if heading in shown]
+    crops = {part for row in rows.values() if (part := crop(row["options"]))}
+    published = {} if crops else of_paper(what, of_set)
+    title = f"# {what.title}, {of_set}" + "".join(f", crops ({part} pixels)" for part in crops)
     lines = [
-        f"# {what.title}, {of_set}" + (", networks of 32 channels" if given.reduced else ""),
+        title + (", networks of 32 channels" if given.reduced else ""),
         "",
         about(rows.values()),
         "",
         *commands(given, what, rows),
         "",
-        *markdown(list(sources), columns, rows, of_paper(what, of_set)),
-        *remarks(what, of_set, rows, given.reduced),
+        *markdown(images, columns, rows, published),
+        *remarks(what, bool(published), rows, given.reduced),
     ]
-    (given.results / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    if any((image, heading) not in rows for image in sources for heading in last.values()):
-        sys.exit(1)
+    return "\n".join(lines) + "\n"
 
 
 def commands(given: argparse.Namespace, what: Table, rows: Rows) -> list[str]:
@@ -327,7 +348,15 @@ def settings(options: Sequence[str]) -> tuple[list[str], list[str]]:
     for name in ("--gpus", "--ray", "--threads", "--workers"):
         parser.add_argument(name)
     known, rest = parser.parse_known_args(list(options))
-    return [config for config in known.config if not config.startswith("trainer/")], rest
+    pairs = [word.split("=", 1) if word.startswith("--") else [word] for word in rest]
+    configs = [config for config in known.config if not config.startswith("trainer/")]
+    return configs, list(chain.from_iterable(pairs))
+
+
+def crop(options: str) -> str | None:
+    """The part of each image that was restored, if not the whole, as given in a row's options."""
+    _, words = settings(shlex.split(options))
+    return words[words.index(CROP) + 1] if CROP in words else None
 
 
 def read(path: Path) -> Rows:
@@ -454,10 +483,10 @@ def markdown(
     return lines
 
 
-def remarks(what: Table, of_set: str, rows: Rows, reduced: bool) -> list[str]:
+def remarks(what: Table, published: bool, rows: Rows, reduced: bool) -> list[str]:
     """Notes below a table."""
     lines = ["", what.note] if what.note else []
-    if of_paper(what, of_set):
+    if published:
         lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
     on: dict[str, dict[str, None]] = {}
     for row in rows.values():
@@ -555,7 +584,7 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
     """Draw an enlarged part of each image in `CROPS`, by RED, DIP and ours, and of the true image.
 
     Each is a file of its own. Methods that the table lacks are left out, and images without run
-    directories here are skipped.
+    directories here, or of which only a crop was restored, are skipped.
     """
     form = "_reduced" if given.reduced else ""
     drawn = []
@@ -566,7 +595,9 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         methods |= {TWICE: methods[OURS]}  # the mean image is in the method's directory
         shown = [h for h in ("RED", DIP, TWICE) if (image, h) in rows]
         files = [given.runs / name / image / methods[h] / "restored.png" for h in shown]
-        if TWICE in shown and all(file.exists() for file in files):
+        if any(crop(row["options"]) for row in rows.values()):
+            print(f"skipped {image} of {name}: the table is of crops", file=sys.stderr)
+        elif TWICE in shown and all(file.exists() for file in files):
             titles = [f"{h}, {float(rows[image, h]['psnr']):.2f} dB" for h in shown]
             drawn.append(given.results / f"{name}_{image}.png")
             draw_crops(drawn[-1], titles, files, images_of(of_set, given.runs)[image], part)

@@ -475,7 +475,11 @@ def markdown(
             counts.append(f"{column} {steps[0]}{more}")
     if counts:
         lines += ["", f"Steps: {'; '.join(counts)}."]
-    lacking = [f"{i}, {c}" for i in images for c in columns if (i, c) not in rows]
+    lacking = []
+    for image in images:
+        missing = [column for column in columns if (image, column) not in rows]
+        whole = len(missing) == len(columns)
+        lacking += [image] if whole else [f"{image}, {column}" for column in missing]
     if lacking:
         lines += ["", f"Failed, not run, or without a finite PSNR: {'; '.join(lacking)}."]
     if BEST in columns:

@@ -276,6 +276,12 @@ def table(given: argparse.Namespace, options: Sequence[str]) -> None:
     if all((image, heading) in rows for image in sources for heading in last.values()):
         again = "to measure them again, use another --results and --runs"
         print(f"nothing to run, {written} has all results; {again}", file=sys.stderr)
+
+    def save() -> str:  # after each image, so that a stop loses nothing
+        text = page(given, list(sources), rows, last.values())
+        write_bytes(written.with_suffix(".md"), text.encode())
+        return text
+
     for image, source in sources.items():
         missing = [m for m in last if (image, last[m]) not in rows]
         once = [m for m in missing if last[m] != TWICE]
@@ -286,34 +292,26 @@ def table(given: argparse.Namespace, options: Sequence[str]) -> None:
                 done = run(given.what, source, paths, out, given.reduced, [*options, *more])
                 rows |= rows_of(what, done, out, shlex.join(options))
                 write(written, rows)
-                text = page(given, what, of_set, list(sources), rows, last.values())
-                written.with_suffix(".md").write_text(text)
+                save()
     if not rows:
         sys.exit(f"expected restored images, got none; {out / 'summary.md'} says why")
-    text = page(given, what, of_set, list(sources), rows, last.values())
-    written.with_suffix(".md").write_text(text)
-    print(text, end="")
+    print(save(), end="")
     if any((image, heading) not in rows for image in sources for heading in last.values()):
         sys.exit(1)
 
 
-def page(
-    given: argparse.Namespace,
-    what: Table,
-    of_set: str,
-    images: Sequence[str],
-    rows: Rows,
-    asked: Iterable[str],
-) -> str:
+def page(given: argparse.Namespace, images: Sequence[str], rows: Rows, asked: Iterable[str]) -> str:
     """A table as a page of Markdown, with the columns that have rows or are `asked` for."""
+    what = TABLES[given.what]
+    of_set = given.set or what.set
     columns = [what.before]
     for heading in what.methods.values():
         columns += [heading, *({DIP: [BEST], OURS: [TWICE]}.get(heading, []))]
     shown = {heading for _, heading in rows} | set(asked)
     columns = [heading for heading in columns if heading in shown]
-    crops = {part for row in rows.values() if (part := crop(row["options"]))}
-    published = {} if crops else of_paper(what, of_set)
-    title = f"# {what.title}, {of_set}" + "".join(f", crops ({part} pixels)" for part in crops)
+    part = cropped(rows)
+    published = {} if part else of_paper(what, of_set)
+    title = f"# {what.title}, {of_set}" + (f", crops ({part} pixels)" if part else "")
     lines = [
         title + (", networks of 32 channels" if given.reduced else ""),
         "",
@@ -353,10 +351,12 @@ def settings(options: Sequence[str]) -> tuple[list[str], list[str]]:
     return configs, list(chain.from_iterable(pairs))
 
 
-def crop(options: str) -> str | None:
-    """The part of each image that was restored, if not the whole, as given in a row's options."""
-    _, words = settings(shlex.split(options))
-    return words[words.index(CROP) + 1] if CROP in words else None
+def cropped(rows: Rows) -> str | None:
+    """What part of each image was restored, if not the whole; all rows have the same settings."""
+    for row in rows.values():
+        _, words = settings(shlex.split(row["options"]))
+        return words[words.index(CROP) + 1] if CROP in words else None
+    return None
 
 
 def read(path: Path) -> Rows:
@@ -599,7 +599,7 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         methods |= {TWICE: methods[OURS]}  # the mean image is in the method's directory
         shown = [h for h in ("RED", DIP, TWICE) if (image, h) in rows]
         files = [given.runs / name / image / methods[h] / "restored.png" for h in shown]
-        if any(crop(row["options"]) for row in rows.values()):
+        if cropped(rows):
             print(f"skipped {image} of {name}: the table is of crops", file=sys.stderr)
         elif TWICE in shown and all(file.exists() for file in files):
             titles = [f"{h}, {float(rows[image, h]['psnr']):.2f} dB" for h in shown]

@@ -46,7 +46,7 @@ def backprojection(problem: InverseProblem, out: Tensor, epsilon: float) -> Tens
         out: T_θ(z), (1, C, H, W).
         epsilon: ε > 0, in the units of A Aᵀ's eigenvalues, which are in [0, 1] for a blur.
     """
-    measured = problem.operator(out)
+    measured = problem.measured(out)
     residual = measured - problem.y
     if problem.operator.observed is not None:
         residual = residual * problem.operator.observed

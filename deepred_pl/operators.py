@@ -41,10 +41,13 @@ class Operator(nn.Module, ABC):
         keeps_units: Whether a constant image is measured as the same constant. If not, the
             measurement's file format does not apply to the image.
         factor: Ratio of the image's sides to the measurement's.
+        overshoots: Whether A x may leave [0, 1] next to edges, because a filter has negative
+            weights. Then values of y that were clipped to 0 or 1 count as "at most" and "at least".
     """
 
     keeps_units: bool = True
     factor: int = 1
+    overshoots: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -293,6 +296,7 @@ class Downsample(Operator):
         offsets = torch.arange(-reach, reach) + (0.5 if factor % 2 == 0 else 0.0)
         offsets = offsets[offsets.abs() < support * factor]
         profile = weight(offsets.double() / factor)
+        self.overshoots = bool((profile < 0).any())
         self.register_buffer("profile", (profile / profile.sum()).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -595,6 +599,7 @@ class Observed(Operator):
         self.operator = operator
         self.keeps_units = operator.keeps_units
         self.factor = operator.factor
+        self.overshoots = operator.overshoots
         _keep(self, "mask", mask.float())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -94,15 +94,28 @@ class InverseProblem(nn.Module):
         low_is_cut = noisy_black and bool(y.min() >= 0)
         return 0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf
 
+    def measured(self, out: Tensor) -> Tensor:
+        """A out, clipped to [0, 1] where y was, if the operator overshoots.
+
+        Next to sharp edges a resizing filter often leads below black or above white, where files
+        keep 0 or 1. Other values of A out are not clipped, which would leave them without a
+        gradient.
+        """
+        measured = self.operator(out)
+        if not self.operator.overshoots:
+            return measured
+        clipped = ((self.y == 0) & (measured < 0)) | ((self.y == 1) & (measured > 1))
+        return torch.where(clipped, self.y, measured)
+
     def data_term(self, out: Tensor) -> Tensor:
         """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W)."""
         if self.noise is None:
             return self.residual(out)
-        return self.noise.data_term(self.operator(out), self.y, self.operator.observed)
+        return self.noise.data_term(self.measured(out), self.y, self.operator.observed)
 
     def residual(self, out: Tensor) -> Tensor:
         """mean((A out − y)²) over the observed values, 0-dim; σ² in expectation at the true x."""
-        return mean_over((self.operator(out) - self.y).square(), self.operator.observed)
+        return mean_over((self.measured(out) - self.y).square(), self.operator.observed)
 
     def residual_ratio(self, out: Tensor) -> Tensor | None:
         """`residual` over its expectation, 0-dim: 1 if only noise is left; None without a model."""

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.integrate import trapezoid
 
 from deepred_pl import InverseProblem
+from deepred_pl.fidelity import backprojection
 from deepred_pl.noise import (
     GammaNoise,
     GaussianNoise,
@@ -11,7 +13,7 @@ from deepred_pl.noise import (
     PoissonGaussianNoise,
     PoissonNoise,
 )
-from deepred_pl.operators import Blur, Mask
+from deepred_pl.operators import Blur, Downsample, Identity, Mask
 from tests.helpers import noisy_problem, picture
 
 
@@ -21,6 +23,39 @@ def test_residual_and_data_term_are_the_mean_squared_residual():
     assert problem.residual(out).item() == pytest.approx(want, rel=1e-5)
     assert problem.data_term(out).item() == pytest.approx(want, rel=1e-5)
     assert InverseProblem(problem.y).data_term(out).item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "factor"), [(3, 4), (1, 3)])
+def test_a_true_image_leaves_only_rounding_where_pillow_clipped_its_small_image(channels, factor):
+    # Constant down its columns: Pillow also clips between its two passes, along rows and columns.
+    levels = np.full((5 * factor, 7 * factor, channels), 255, np.uint8)
+    levels[:, factor + 2 : 4 * factor] = 0  # Lanczos overshoots next to it
+    small = Image.fromarray(levels.squeeze()).resize((7, 5), Image.Resampling.LANCZOS)
+    y = torch.from_numpy(np.asarray(small).reshape(5, 7, channels) / 255).movedim(-1, 0)[None]
+    truth = torch.from_numpy(levels / 255).movedim(-1, 0)[None].float()
+    operator = Downsample(factor, "lanczos3")
+    assert operator(truth).max() > 1.03
+    assert operator(truth).min() < -0.03
+    problem = InverseProblem(y.float(), operator)
+    assert problem.residual(truth).item() < (1 / 255) ** 2  # Pillow rounds twice, by 1/2 at most
+    assert problem.data_term(truth).item() == problem.residual(truth).item()
+    noisy = InverseProblem(y.float(), operator, GaussianNoise(1))
+    assert noisy.data_term(truth).item() == problem.residual(truth).item()
+
+
+def test_only_values_beyond_a_clipped_one_have_no_gradient():
+    y = torch.tensor([[[[0.0, 0.0, 1.0, 1.0, 0.1, 0.9]]]])
+    out = torch.tensor([[[[-0.2, 0.3, 1.2, 0.6, -0.2, 1.2]]]], requires_grad=True)
+    want = torch.tensor([0, 0.3, 0, -0.4, -0.3, 0.3]) * 2 / 6
+    identity = Identity()
+    identity.overshoots = True
+    problem = InverseProblem(y, identity)
+    for value, scale in (
+        (problem.data_term(out), 1),
+        (backprojection(problem, out, epsilon=1.0), 2),  # (A Aᵀ + ε I) = 2
+    ):
+        (gradient,) = torch.autograd.grad(value, out)
+        torch.testing.assert_close(gradient.flatten(), want / scale)
 
 
 def test_an_open_sigma_is_estimated_without_touching_the_model_given():

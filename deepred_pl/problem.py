@@ -137,7 +137,7 @@ class InverseProblem(nn.Module):
         """
         if self.noise is None:
             return None
-        bias, variance = self._moments(self.operator(out))
+        bias, variance = self._moments(self.measured(out))
         return mean_over(variance + bias.square(), self.operator.observed)
 
     def variance_at(self, clean: Tensor) -> Tensor:

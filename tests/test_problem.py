@@ -43,6 +43,18 @@ def test_a_true_image_leaves_only_rounding_where_pillow_clipped_its_small_image(
     assert noisy.data_term(truth).item() == problem.residual(truth).item()
 
 
+def test_the_true_image_leaves_the_expected_residual_where_noise_and_overshoot_were_clipped():
+    truth = torch.ones(1, 1, 64, 96)
+    truth[..., 24:72] = 0
+    operator, noise = Downsample(4, "lanczos3"), GaussianNoise(2)
+    generator = torch.Generator().manual_seed(0)
+    draws = [noise.sample(operator(truth), generator).clamp(0, 1) for _ in range(20)]
+    problems = [InverseProblem(y, operator, noise) for y in draws]
+    found = np.mean([problem.residual(truth).item() for problem in problems])
+    expected = np.mean([problem.expected_residual(truth).item() for problem in problems])
+    assert found == pytest.approx(expected, rel=0.15)  # a bit less, beyond black and white
+
+
 def test_only_values_beyond_a_clipped_one_have_no_gradient():
     y = torch.tensor([[[[0.0, 0.0, 1.0, 1.0, 0.1, 0.9]]]])
     out = torch.tensor([[[[-0.2, 0.3, 1.2, 0.6, -0.2, 1.2]]]], requires_grad=True)

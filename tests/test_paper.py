@@ -205,7 +205,7 @@ def test_a_table_grows_image_by_image_and_resumes(
         "| image | bicubic | DIP | DIP, best* | DeepRED, released | DeepRED, ours "
         "| DeepRED, ours, mean of two | published† |\n"
     )
-    assert header in written and "| **30.00** |\n| seconds per image |" in written
+    assert header in written and "| **30.00** |\n| mean inside‡ |" in written
     assert "python tests/benchmarks/paper.py sr4 --reduced" in written
     assert len(rows) == 2 * 6 and len(fitted) == 2 * (1 + 1 + 2)
     results = results_in(tmp_path / "runs" / "sr4_set5_reduced")
@@ -221,6 +221,8 @@ def test_a_table_grows_image_by_image_and_resumes(
             assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-3)
         if row["method"] == "DIP":
             assert row["steps"] == "2"  # the last curve before its release stops, after 3
+        of_end = row["method"].startswith("DeepRED")  # its image is that of the run
+        assert of_end == bool(row["psnr_inside"]) or row["method"] == "DIP, best*"
         assert "--trainer.max_steps=4" in row["options"]
     again, _ = make_table("sr4_set5_reduced", "sr4", "--reduced", *steps)
     assert len(fitted) == 8 and again == written
@@ -354,6 +356,22 @@ def test_published_figures_are_in_a_column_of_their_own():
     lines = paper.markdown(["a", "bb", "c"], ["y", "m"], rows, of_paper)
     assert lines[5] == "| **mean of 2** | **21.50** | **21.50** |  |"
     assert lines[-1] == "Failed, not run, or without a finite PSNR: c."
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_psnr_inside_is_that_of_luminance_without_a_border(tmp_path, channels):
+    truth, restored = picture(channels, 30, 37), 0.9 * picture(channels, 28, 36)
+    write_image(tmp_path / "truth.png", truth)
+    write_image(tmp_path / "restored.png", restored)
+
+    def luma(name):
+        rgb = np.asarray(Image.open(tmp_path / name).convert("RGB")) / 255
+        return (16 + rgb @ np.array([65.481, 128.553, 24.966])).round()
+
+    error = luma("truth.png")[1 + 4 : 29 - 4, 4 : 36 - 4] - luma("restored.png")[4:-4, 4:-4]
+    want = 10 * np.log10(255**2 / (error**2).mean())
+    found = paper.psnr_inside(tmp_path / "restored.png", str(tmp_path / "truth.png"), 4)
+    assert found == pytest.approx(want, abs=1e-4)
 
 
 def test_settings_are_the_options_that_are_not_about_the_machine():

@@ -35,7 +35,9 @@ import numpy as np
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
+from deepred_pl import metrics
 from deepred_pl.batch.main import main as deepred_batch
 from deepred_pl.cli import CONFIGS, EXPECTED, reason
 from deepred_pl.files import write_bytes
@@ -59,7 +61,7 @@ WEIGHTS = 0.2989, 0.5870, 0.1140  # of red, green and blue in grey
 DIP, OURS = "DIP", "DeepRED, ours"  # headings
 BEST = f"{DIP}, best*"
 TWICE = f"{OURS}, mean of two"  # restarts
-COLUMNS = ("image", "method", "psnr", "metric_on", "steps", "seconds", "rollbacks")
+COLUMNS = ("image", "method", "psnr", "metric_on", "psnr_inside", "steps", "seconds", "rollbacks")
 COLUMNS += ("date", "machine", "threads", *PACKAGES, *DENOISERS, "options")
 Curve = list[tuple[int, float]]  # steps and values
 Row = dict[str, str]  # of the CSV
@@ -79,6 +81,7 @@ class Table:
         methods: The heading of each column.
         dip_steps: Steps after which Deep Image Prior's release stops, where it has that task.
         published: By set and image, or "mean", DeepRED's PSNR in the paper (second-hand).
+        border: Pixels at each side that a second PSNR leaves out, 0 for none.
         note: What else the reader of the table should know.
     """
 
@@ -90,6 +93,7 @@ class Table:
     methods: dict[str, str]
     dip_steps: int | None = None
     published: dict[tuple[str, str], float] = field(default_factory=dict)
+    border: int = 0
     note: str = ""
 
 
@@ -118,6 +122,7 @@ TABLES = {
         SR,
         dip_steps=2000,
         published={("set5", "mean"): 30.72, ("set14", "mean"): 27.63},
+        border=4,
     ),
     "sr8": Table(
         "Super-resolution ×8",
@@ -128,6 +133,7 @@ TABLES = {
         SR8,
         dip_steps=4000,
         published={("set5", "mean"): 26.04, ("set14", "mean"): 24.28},
+        border=4,
     ),
     "deblur_uniform": Table(
         "Deblurring, uniform 9×9, noise of σ = √2",
@@ -290,7 +296,7 @@ def table(given: argparse.Namespace, options: Sequence[str]) -> None:
             if methods:
                 paths = [m if m == "deepred" else f"{what.folder}/{m}" for m in methods]
                 done = run(given.what, source, paths, out, given.reduced, [*options, *more])
-                rows |= rows_of(what, done, out, shlex.join(options))
+                rows |= rows_of(what, done, out, source, shlex.join(options))
                 write(written, rows)
                 save()
     if not rows:
@@ -376,7 +382,9 @@ def write(path: Path, rows: Rows) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def rows_of(what: Table, found: Sequence[dict[str, str]], out: Path, options: str) -> Rows:
+def rows_of(
+    what: Table, found: Sequence[dict[str, str]], out: Path, truth: str, options: str
+) -> Rows:
     """The rows of finished runs in the CSV, by image and heading."""
     rows: Rows = {}
     for result in found:
@@ -390,6 +398,10 @@ def rows_of(what: Table, found: Sequence[dict[str, str]], out: Path, options: st
         for heading, score in scores_of(what, result, directory).items():
             figures = {"psnr": f"{score.psnr:.4f}", "steps": str(score.steps)}
             figures["seconds"] = f"{score.seconds:.1f}"
+            if what.border and score.steps == int(result["steps"]):  # is the restored image
+                (restored,) = directory.glob("restored.*")  # of a restart in floats
+                inside = psnr_inside(restored, truth, what.border)
+                figures["psnr_inside"] = f"{inside:.4f}"
             rows[result["image"], heading] = {"method": heading, **figures, **common}
     return rows
 
@@ -415,6 +427,25 @@ def scores_of(what: Table, result: dict[str, str], directory: Path) -> dict[str,
     best, at = max((psnr, step) for step, psnr in [*points, (steps, end)])
     scores[DIP] = Score(stopped, stop, seconds * stop / steps)
     return scores | {BEST: Score(best, at, 0.0)}  # the same fit
+
+
+def psnr_inside(restored: Path, truth_path: str, border: int) -> float:
+    """PSNR on luminance without a border; a grey image counts as one of equal channels.
+
+    The authors' script for the tables of Deep Image Prior scores so, with a border of 4.
+    """
+    image, truth = read_image(restored)[0], read_image(truth_path)[0]
+    truth = centre(truth, image.shape[-2:])
+    part = Region(border, border, image.shape[-2] - 2 * border, image.shape[-1] - 2 * border)
+    image, truth = (part.of(whole).expand(-1, 3, -1, -1) for whole in (image, truth))
+    return metrics.psnr(image, truth, on="luminance").item()
+
+
+def centre(image: Tensor, size: Sequence[int]) -> Tensor:
+    """The centre of an image, height×width pixels, as a table crops it."""
+    height, width = size
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return Region(top, left, height, width).of(image)
 
 
 def of_paper(what: Table, of_set: str) -> dict[str, float]:
@@ -465,6 +496,10 @@ def markdown(
         name = "mean" if whole else f"mean of {len(complete)}"
         cells = [f"{psnr:.2f}" for psnr in means("psnr")]
         lines.append(line(name, cells, published.get("mean") if whole else None, strong="**"))
+        inside = [[rows[i, c].get("psnr_inside") for i in complete] for c in columns]
+        cells = [f"{mean(map(float, known)):.2f}" if all(known) else "" for known in inside]
+        if any(cells):
+            lines.append(line(f"{name} inside‡", cells, None))
         cells = [f"{seconds:.0f}" if seconds >= 1 else "" for seconds in means("seconds")]
         lines.append(line("seconds per image", cells, None))
     counts = []
@@ -492,6 +527,10 @@ def remarks(what: Table, published: bool, rows: Rows, reduced: bool) -> list[str
     lines = ["", what.note] if what.note else []
     if published:
         lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
+    if any(row.get("psnr_inside") for row in rows.values()):
+        text = f"‡ Without {what.border} pixels at each side, and of grey images on the range of "
+        text += "luminance, as the authors' script for the tables of Deep Image Prior scores."
+        lines += ["", text]
     on: dict[str, dict[str, None]] = {}
     for row in rows.values():
         on.setdefault(row["metric_on"], {})[row["image"]] = None
@@ -623,9 +662,7 @@ def draw_crops(
 
     images = [read_image(file)[0] for file in files]
     truth = read_image(truth_path)[0]
-    height, width = images[0].shape[-2:]  # of its centre, as the table cropped it
-    top, left = (truth.shape[-2] - height) // 2, (truth.shape[-1] - width) // 2
-    images.append(Region(top, left, height, width).of(truth))
+    images.append(centre(truth, images[0].shape[-2:]))
     size = 2.5 * len(images), 2.8
     figure, axes = plt.subplots(1, len(images), figsize=size, layout="constrained")
     for axis, title, image in zip(axes, [*titles, "true image"], images, strict=True):

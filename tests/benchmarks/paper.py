@@ -496,9 +496,11 @@ def markdown(
         name = "mean" if whole else f"mean of {len(complete)}"
         cells = [f"{psnr:.2f}" for psnr in means("psnr")]
         lines.append(line(name, cells, published.get("mean") if whole else None, strong="**"))
-        inside = [[rows[i, c].get("psnr_inside") for i in complete] for c in columns]
-        cells = [f"{mean(map(float, known)):.2f}" if all(known) else "" for known in inside]
-        if any(cells):
+        scored = [i for i in complete if any(rows[i, c].get("psnr_inside") for c in columns)]
+        if scored:
+            inside = [[rows[i, c].get("psnr_inside") for i in scored] for c in columns]
+            cells = [f"{mean(map(float, known)):.2f}" if all(known) else "" for known in inside]
+            name = "mean" if len(scored) == len(images) else f"mean of {len(scored)}"
             lines.append(line(f"{name} inside‡", cells, None))
         cells = [f"{seconds:.0f}" if seconds >= 1 else "" for seconds in means("seconds")]
         lines.append(line("seconds per image", cells, None))

@@ -432,18 +432,19 @@ def scores_of(what: Table, result: dict[str, str], directory: Path) -> dict[str,
 def psnr_inside(restored: Path, truth_path: str, border: int) -> float:
     """PSNR on luminance without a border; a grey image counts as one of equal channels.
 
-    The authors' script for the tables of Deep Image Prior scores so, with a border of 4.
+    Close to how the authors of Deep Image Prior scored their tables, with a border of 4 (5 at the
+    right and the bottom) and without rounding: `super-resolution_eval_script.py` of their release.
     """
     image, truth = read_image(restored)[0], read_image(truth_path)[0]
-    truth = centre(truth, image.shape[-2:])
-    part = Region(border, border, image.shape[-2] - 2 * border, image.shape[-1] - 2 * border)
+    height, width = image.shape[-2:]
+    truth = centre(truth, height, width)
+    part = Region(border, border, height - 2 * border, width - 2 * border)
     image, truth = (part.of(whole).expand(-1, 3, -1, -1) for whole in (image, truth))
     return metrics.psnr(image, truth, on="luminance").item()
 
 
-def centre(image: Tensor, size: Sequence[int]) -> Tensor:
-    """The centre of an image, height×width pixels, as a table crops it."""
-    height, width = size
+def centre(image: Tensor, height: int, width: int) -> Tensor:
+    """The central height × width pixels of an image, to which a table crops the true image."""
     top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
     return Region(top, left, height, width).of(image)
 
@@ -530,8 +531,8 @@ def remarks(what: Table, published: bool, rows: Rows, reduced: bool) -> list[str
     if published:
         lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
     if any(row.get("psnr_inside") for row in rows.values()):
-        text = f"‡ Without {what.border} pixels at each side, and of grey images on the range of "
-        text += "luminance, as the authors' script for the tables of Deep Image Prior scores."
+        text = f"‡ Without {what.border} pixels at each side, and with grey images scored on the "
+        text += "range of luminance: close to how Deep Image Prior's tables were scored."
         lines += ["", text]
     on: dict[str, dict[str, None]] = {}
     for row in rows.values():
@@ -664,7 +665,7 @@ def draw_crops(
 
     images = [read_image(file)[0] for file in files]
     truth = read_image(truth_path)[0]
-    images.append(centre(truth, images[0].shape[-2:]))
+    images.append(centre(truth, *images[0].shape[-2:]))
     size = 2.5 * len(images), 2.8
     figure, axes = plt.subplots(1, len(images), figsize=size, layout="constrained")
     for axis, title, image in zip(axes, [*titles, "true image"], images, strict=True):

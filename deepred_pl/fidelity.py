@@ -9,7 +9,9 @@ to what ε permits. It then weights the noise too:
 
     E(ε) = σ̄² · trace((A Aᵀ + ε I)⁻¹) / N
 
-is the expected value of D_BP at the true image, the variance of the weighted noise.
+is the expected value of D_BP at the true image, the variance of the weighted noise. Of clipped
+values, their mean before clipping is taken as y (`InverseProblem.completed`), and the expectation
+is smaller (`expected_backprojection`).
 """
 
 import math
@@ -46,8 +48,9 @@ def backprojection(problem: InverseProblem, out: Tensor, epsilon: float) -> Tens
         out: T_θ(z), (1, C, H, W).
         epsilon: ε > 0, in the units of A Aᵀ's eigenvalues, which are in [0, 1] for a blur.
     """
-    measured = problem.measured(out)
-    residual = measured - problem.y
+    # Without noise, `measured` bounds what the operator overshoots.
+    measured = problem.measured(out) if problem.noise is None else problem.operator(out)
+    residual = measured - problem.completed(measured)
     if problem.operator.observed is not None:
         residual = residual * problem.operator.observed
     residual = residual * _standardization(problem, measured.detach())
@@ -97,7 +100,7 @@ def expected_backprojection(problem: InverseProblem, out: Tensor, weighted: floa
     measured, mean = problem.operator(out), problem.noise_variance()
     assert mean is not None
     scale = _standardization(problem, measured)
-    standardized = problem.variance_at(measured) * scale**2
+    standardized = problem.completed_variance(measured) * scale**2
     return weighted * mean_over(standardized, problem.operator.observed) / mean
 
 

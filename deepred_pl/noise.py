@@ -2,7 +2,8 @@
 
 Data terms are in squared-error units, D = 2σ̄² · (−log p(y | A x)) / N up to a constant,
 with σ̄² the noise's mean variance and N the number of observed values. For Gaussian noise
-this is the mean squared residual, so that λ and μ have the same scale for every model.
+this is the mean squared residual, so that λ and μ have the same scale for every model. How an
+`InverseProblem` compares values that were clipped is described at its `completed`.
 """
 
 import math
@@ -54,10 +55,20 @@ class NoiseModel(nn.Module, ABC):
         """σ̄², the mean variance of the observed values estimated from y, 0-dim."""
         return mean_over(self.variance(y), observed)  # unbiased if it is linear in A x
 
-    def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
-        """D(prediction, y) in squared-error units, 0-dim, over the observed values."""
-        unlikely = self.negative_log_likelihood(prediction, y)
-        return 2 * self.mean_variance(y, observed) * mean_over(unlikely, observed)
+    def data_term(
+        self,
+        prediction: Tensor,
+        y: Tensor,
+        observed: Tensor | None = None,
+        mean_variance: Tensor | None = None,
+    ) -> Tensor:
+        """D(prediction, y) in squared-error units, 0-dim, over the observed values.
+
+        Without a `mean_variance`, σ̄² is estimated from y.
+        """
+        if mean_variance is None:
+            mean_variance = self.mean_variance(y, observed)
+        return 2 * mean_variance * mean_over(self.negative_log_likelihood(prediction, y), observed)
 
     def fitted(self, y: Tensor) -> "NoiseModel":
         """The model with its open parameters estimated from the measurement y.
@@ -81,7 +92,8 @@ class GaussianNoise(NoiseModel):
     Args:
         sigma: Standard deviation in grey levels of an 8-bit image, in (0, 255]; None
             estimates it from the measurement (median absolute deviation of its wavelet
-            coefficients: Donoho & Johnstone 1994, by scikit-image).
+            coefficients: Donoho & Johnstone 1994, by scikit-image), too small if large parts of
+            it are clipped.
 
     Raises:
         ValueError: sigma outside (0, 255].
@@ -106,9 +118,6 @@ class GaussianNoise(NoiseModel):
 
     def variance(self, clean: Tensor) -> Tensor:
         return clean.new_full((), self._variance())
-
-    def data_term(self, prediction: Tensor, y: Tensor, observed: Tensor | None = None) -> Tensor:
-        return mean_over((prediction - y).square(), observed)  # σ̄² cancels
 
     def _variance(self) -> float:
         if self.sigma is None:

@@ -102,6 +102,39 @@ def test_sure_estimates_the_error_against_the_true_image_without_it():
     assert 4 * spread < 0.15 * error.mean()
 
 
+def test_sure_leaves_clipped_values_out_of_the_divergence():
+    levels = torch.tensor([0.0, 0.1, 0.4]).view(1, 1, 3, 1)
+    truth = levels.expand(1, 1, 3, 40_000)
+    noise = GaussianNoise(25)
+    y = noise.sample(truth, torch.Generator().manual_seed(0)).clamp(0, 1)
+
+    class Affine(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.5))
+            self.offset = nn.Parameter(torch.tensor(0.1))
+
+        def prepare(self, problem):
+            return problem.y.clone()
+
+        def forward(self, z):
+            return self.offset + self.slope * z
+
+    model = DeepImagePrior(
+        Affine, input_noise_std=0, regularizer=SURE(), problem=InverseProblem(y, noise=noise)
+    )
+    descent = torch.optim.Adam(model.network.parameters(), lr=0.02)
+    for model.step in range(400):
+        descent.zero_grad()
+        out = model.network(model.z)
+        (model.problem.data_term(out) + model.regularizer(out, model)).backward()
+        descent.step()
+    error = (model.network(y) - truth).square().mean().item()
+    slope, offset = np.polyfit(y.flatten().numpy(), truth.flatten().numpy(), 1)
+    least = ((slope * y + offset - truth) ** 2).mean().item()
+    assert error < 1.01 * least
+
+
 def test_the_random_direction_of_sure_is_a_function_of_seed_and_step():
     def value(seed, step):
         model = DeepImagePrior(

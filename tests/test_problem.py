@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.integrate import trapezoid
+from scipy.stats import norm, truncnorm
 
 from deepred_pl import InverseProblem
 from deepred_pl.fidelity import backprojection
@@ -14,15 +15,59 @@ from deepred_pl.noise import (
     PoissonNoise,
 )
 from deepred_pl.operators import Blur, Downsample, Identity, Mask
+from deepred_pl.tiles import Region
 from tests.helpers import noisy_problem, picture
 
 
 def test_residual_and_data_term_are_the_mean_squared_residual():
-    problem, out = noisy_problem(), picture(3, 9, 11).flip(-1)
-    want = ((out.double() - problem.y.double()) ** 2).mean().item()
+    y, out = 0.1 + 0.8 * noisy_problem().y, picture(3, 9, 11).flip(-1)  # nothing is clipped
+    problem = InverseProblem(y, noise=GaussianNoise(25))
+    want = ((out.double() - y.double()) ** 2).mean().item()
     assert problem.residual(out).item() == pytest.approx(want, rel=1e-5)
     assert problem.data_term(out).item() == pytest.approx(want, rel=1e-5)
-    assert InverseProblem(problem.y).data_term(out).item() == pytest.approx(want, rel=1e-5)
+    assert InverseProblem(y).data_term(out).item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sigma", [2, 25, 80])
+def test_the_data_terms_gradient_is_that_of_the_clipped_measurements_likelihood(channels, sigma):
+    truth = picture(channels, 9, 11)
+    truth[..., 0], truth[..., 1] = 0, 1
+    noise, s = GaussianNoise(sigma), sigma / 255
+    y = noise.sample(truth, torch.Generator().manual_seed(0)).clamp(0, 1)
+    problem = InverseProblem(y, noise=noise)
+    out = picture(channels, 9, 11).flip(-1).requires_grad_()
+    (got,) = torch.autograd.grad(problem.data_term(out), out)
+
+    def unlikely(prediction):  # −log p(y | prediction), Tobin 1958
+        within = -norm.logpdf(values, prediction, s)
+        at_white = -norm.logsf((1 - prediction) / s)
+        tails = np.where(values == 0, -norm.logcdf(-prediction / s), at_white)
+        return np.where((values > 0) & (values < 1), within, tails)
+
+    values, at, step = y.double().numpy(), out.detach().double().numpy(), 1e-4 * s
+    slope = (unlikely(at + step) - unlikely(at - step)) / (2 * step)
+    want = torch.from_numpy(slope * 2 * s**2 / values.size).float()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-7)
+    assert ((y == 0).any(), (y == 1).any()) == (True, True)
+
+
+@pytest.mark.parametrize("sigma", [1, 25, 100])
+def test_clipped_values_are_completed_by_the_mean_of_a_truncated_normal_distribution(sigma):
+    y = torch.tensor([[[[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.4]]]])
+    clean = torch.tensor([[[[0.0, 0.3, 1.0, -0.02, 1.0, 0.5, 1.02, 0.6]]]])
+    s, m = sigma / 255, clean.double().numpy().ravel()
+    below, above = truncnorm.mean(-np.inf, -m / s, m, s), truncnorm.mean((1 - m) / s, np.inf, m, s)
+    want = [*below[:4], *above[4:7], 0.4]
+    got = InverseProblem(y, noise=GaussianNoise(sigma)).completed(clean).flatten()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_measurement_that_was_not_clipped_is_complete():
+    y, clean = picture(3, 9, 11), picture(3, 9, 11).flip(-1)
+    y[..., 0], y[..., 1, 0], y[..., 1, 1] = 0, -0.1, 1.1
+    assert torch.equal(InverseProblem(y, noise=GaussianNoise(25)).completed(clean), y)
+    assert torch.equal(InverseProblem(y.clamp(0, 1)).completed(clean), y.clamp(0, 1))  # no noise
 
 
 @pytest.mark.parametrize(("channels", "factor"), [(3, 4), (1, 3)])
@@ -39,8 +84,6 @@ def test_a_true_image_leaves_only_rounding_where_pillow_clipped_its_small_image(
     problem = InverseProblem(y.float(), operator)
     assert problem.residual(truth).item() < (1 / 255) ** 2  # Pillow rounds twice, by 1/2 at most
     assert problem.data_term(truth).item() == problem.residual(truth).item()
-    noisy = InverseProblem(y.float(), operator, GaussianNoise(1))
-    assert noisy.data_term(truth).item() == problem.residual(truth).item()
 
 
 def test_the_true_image_leaves_the_expected_residual_where_noise_and_overshoot_were_clipped():
@@ -144,6 +187,24 @@ def test_the_expected_residual_of_a_clipped_measurement_is_that_of_clipped_noise
     assert free == pytest.approx((sigma / 255) ** 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("sigma", [5, 25, 80])
+def test_the_variance_of_a_completed_measurement(sigma):
+    clean = torch.linspace(0, 1, 7).repeat_interleave(40_000).view(1, 1, 7, -1)
+    noise = GaussianNoise(sigma)
+    y = noise.sample(clean, torch.Generator().manual_seed(0)).clamp(0, 1)
+    problem = InverseProblem(y, noise=noise)
+    error = problem.completed(clean) - clean
+    torch.testing.assert_close(
+        error.mean(-1), torch.zeros(1, 1, 7), rtol=0, atol=5 * sigma / 255 / 200
+    )
+    want = error.square().mean(-1)
+    torch.testing.assert_close(problem.completed_variance(clean).mean(-1), want, rtol=0.03, atol=0)
+    # At black and white the Fisher information, 1/2 + 1/π of that of the unclipped measurement.
+    if sigma < 50:
+        share = problem.completed_variance(clean)[0, 0, [0, -1], 0] / (sigma / 255) ** 2
+        torch.testing.assert_close(share, torch.full((2,), 0.5 + 1 / np.pi), rtol=1e-4, atol=0)
+
+
 NOISES = [
     GaussianNoise(25),
     LaplaceNoise(20),
@@ -185,3 +246,81 @@ def test_read_noise_is_cut_off_at_black():
     got, want = problem.expected_residual(truth).item(), problem.residual(truth).item()
     assert got == pytest.approx(want, rel=0.05)
     assert got < 0.6 * noise.variance(truth).mean().item()
+
+
+CLIPPED = [
+    (GaussianNoise(25), 0.02),
+    (GaussianNoise(25), 0.97),
+    (PoissonGaussianNoise(2, 5), 0.01),
+    (PoissonNoise(30), 0.95),
+    (GammaNoise(10), 0.9),
+]
+
+
+def fitted_level(problem, fidelity):
+    level = torch.tensor(0.5, requires_grad=True)
+    descent = torch.optim.SGD([level], lr=0.2)
+    for _ in range(100):
+        descent.zero_grad()
+        out = level.expand_as(problem.y)
+        if fidelity == "likelihood":
+            problem.data_term(out).backward()
+        else:
+            backprojection(problem, out, epsilon=0.1).backward()
+        descent.step()
+    return level.item()
+
+
+@pytest.mark.parametrize(("noise", "truth"), CLIPPED)
+@pytest.mark.parametrize("fidelity", ["likelihood", "backprojection"])
+def test_a_flat_area_is_fitted_as_dark_or_bright_as_before_its_noise_was_clipped(
+    noise, truth, fidelity
+):
+    flat = torch.full((1, 1, 200, 200), truth)
+    y = noise.sample(flat, torch.Generator().manual_seed(0)).clamp(0, 1)
+    problem = InverseProblem(y, noise=noise)
+    level = fitted_level(problem, fidelity)
+    error = 5 * noise.variance(flat).mean().sqrt().item() / 200
+    if isinstance(noise, GaussianNoise):
+        assert level == pytest.approx(truth, abs=error)
+    assert abs(level - truth) < 0.3 * abs(y.mean() - truth)  # others are taken as normal
+
+
+def test_laplace_noise_is_not_completed():
+    y = LaplaceNoise(25).sample(torch.zeros(1, 1, 9, 11), torch.Generator()).clamp(0, 1)
+    problem = InverseProblem(y, noise=LaplaceNoise(25))
+    assert torch.equal(problem.completed(y + 0.1), y)
+    assert not problem.clipped().any()
+
+
+@pytest.mark.parametrize("fidelity", ["likelihood", "backprojection"])
+def test_what_an_operator_undershoots_is_fitted_behind_clipped_noise(fidelity):
+    noise, truth, identity = GaussianNoise(25), -0.05, Identity()
+    identity.overshoots = True
+    y = noise.sample(torch.full((1, 1, 200, 200), truth), torch.Generator().manual_seed(0))
+    problem = InverseProblem(y.clamp(0, 1), identity, noise)
+    level = fitted_level(problem, fidelity)
+    assert level == pytest.approx(truth, abs=0.004)
+
+
+def test_clipping_reaches_parts_and_leaves_out_what_is_not_observed():
+    noise, clean = GaussianNoise(25), picture(3, 40, 52)
+    y = noise.sample(clean, torch.Generator().manual_seed(0)).clamp(0, 1)
+    problem, region = InverseProblem(y, noise=noise), Region(8, 16, 24, 24)
+    want = region.of(problem.completed(clean))
+    assert not torch.equal(want, region.of(y))
+    torch.testing.assert_close(problem.part(region).completed(region.of(clean)), want)
+    known = clean[:, :1] > 0.3
+    masked = InverseProblem(y, Mask(known), noise).data_term(clean)
+    error = ((clean - problem.completed(clean)).square() * known).sum() / known.sum() / 3
+    torch.testing.assert_close(masked, error)
+
+
+def test_outputs_far_beyond_the_range_keep_finite_gradients():
+    for noise in NOISES:
+        y = noise.sample(picture(3, 9, 11), torch.Generator().manual_seed(0)).clamp(0, 1)
+        y[..., 0], y[..., 1] = 0, 1
+        for value in (-1e3, -0.1, 0.0, 1.0, 1e3):
+            out = torch.full_like(y, value).requires_grad_()
+            (gradient,) = torch.autograd.grad(InverseProblem(y, noise=noise).data_term(out), out)
+            assert gradient.isfinite().all()

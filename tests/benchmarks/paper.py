@@ -101,7 +101,8 @@ RELEASED = {"deepred": "DeepRED, released"}
 SR = {"red": "RED", "dip": DIP, **RELEASED, "ours": OURS}
 SR8 = {"red": "RED", "dip8": DIP, "deepred": "DeepRED, as released for ×4", "ours": OURS}
 DEBLURRING = {"bm3d": "BM3D deblurring", "red": "RED", "dip": DIP, **RELEASED, "ours": OURS}
-DENOISING = {"nlm": "NLM", "bm3d": "BM3D", "red": "RED", "dip": DIP, "dip_tv": "DIP + TV"}
+DENOISING = {"nlm": "NLM", "bm3d": "BM3D", "bm3d_declipped": "BM3D, declipped"}
+DENOISING |= {"red": "RED", "dip": DIP, "dip_tv": "DIP + TV"}
 INPAINTING = {"red": "RED", "dip": DIP, "dip_tv": "DIP + TV", "deepred": OURS}
 TABLES = {
     "denoising": Table(

@@ -16,6 +16,8 @@ from skimage.restoration import (
 from deepred_pl.denoisers import (
     BM3D,
     Bilateral,
+    Declipped,
+    Learned,
     Median,
     NonLocalMeans,
     TotalVariation,
@@ -225,3 +227,26 @@ def test_other_impossible_settings_are_refused():
             kind(backend="cuda")
     with pytest.raises(ValueError, match="only the fast mode"):
         NonLocalMeans(fast=False, backend="torch")
+
+
+@pytest.mark.parametrize("sigma", [5, 25, 80])
+def test_declipping_recovers_what_clipped_noise_was_added_to(sigma):
+    # A denoiser that finds the mean of every row exactly, with its bias.
+    class Mean(Wavelet):
+        def __call__(self, x):
+            return x.mean(-1, keepdim=True).expand_as(x)
+
+    clean = torch.linspace(0, 1, 11).view(1, 1, 11, 1).expand(1, 3, 11, 100_000)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * sigma / 255
+    y = (clean + noise).clamp(0, 1)
+    error = (Declipped(Mean(sigma))(y) - clean).abs().max()
+    assert error < 5 * sigma / 255 / 100_000**0.5 / 0.5  # at black and white, half are clipped
+    assert (Mean(sigma)(y) - clean).abs().max() > 0.3 * sigma / 255
+    assert Declipped(Mean(sigma)).sigma == sigma
+
+
+def test_declipping_needs_a_noise_level():
+    with pytest.raises(ValueError, match="a sigma, as BM3D, got TotalVariation without one"):
+        Declipped(TotalVariation())
+    with pytest.raises(ValueError, match="got Learned without one"):
+        Declipped(Learned(module=torch.nn.Identity()))

@@ -89,10 +89,10 @@ class InverseProblem(nn.Module):
         self.register_buffer("ground_truth", truth, persistent=False)
 
     def _clipping(self, y: Tensor) -> tuple[float, float]:
-        # A measurement that ends at 0 or 1 was clipped; counts and speckle are never negative.
+        # A measurement within [0, 1] was clipped; counts and speckle are never negative anyway.
         noisy_black = self.noise is not None and bool(self.noise.variance(y.new_zeros(())) > 0)
-        low_is_cut = noisy_black and bool(y.min() == 0)
-        return 0.0 if low_is_cut else -math.inf, 1.0 if y.max() == 1 else math.inf
+        low_is_cut = noisy_black and bool(y.min() >= 0)
+        return 0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf
 
     def measured(self, out: Tensor) -> Tensor:
         """A out, clipped to [0, 1] where y was, if the operator overshoots; for `residual`.

@@ -104,7 +104,7 @@ def test_sure_estimates_the_error_against_the_true_image_without_it():
 
 def test_sure_leaves_clipped_values_out_of_the_divergence():
     levels = torch.tensor([0.0, 0.1, 0.4]).view(1, 1, 3, 1)
-    truth = levels.expand(1, 1, 3, 40_000)
+    truth = levels.expand(1, 1, 3, 10_000)
     noise = GaussianNoise(25)
     y = noise.sample(truth, torch.Generator().manual_seed(0)).clamp(0, 1)
 
@@ -123,8 +123,8 @@ def test_sure_leaves_clipped_values_out_of_the_divergence():
     model = DeepImagePrior(
         Affine, input_noise_std=0, regularizer=SURE(), problem=InverseProblem(y, noise=noise)
     )
-    descent = torch.optim.Adam(model.network.parameters(), lr=0.02)
-    for model.step in range(400):
+    descent = torch.optim.Adam(model.network.parameters(), lr=0.03)
+    for model.step in range(200):
         descent.zero_grad()
         out = model.network(model.z)
         (model.problem.data_term(out) + model.regularizer(out, model)).backward()

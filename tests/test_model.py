@@ -26,8 +26,12 @@ def make(kind=DeepImagePrior, **settings):
     return model
 
 
+def unclipped():
+    return InverseProblem(0.1 + 0.8 * noisy_problem().y, noise=GaussianNoise(25))
+
+
 def test_the_loss_of_dip_is_the_data_term_of_the_networks_output():
-    model = make()
+    model = make(problem=unclipped())
     loss = model.training_step()
     want = ((model.out.double() - model.problem.y) ** 2).mean().item()
     assert loss.item() == pytest.approx(want, rel=1e-5)
@@ -43,7 +47,7 @@ def test_z_has_as_many_channels_as_the_network_takes():
 
 
 def test_the_loss_of_deepred_adds_the_proximity_term():
-    model = make(DeepRED, mu=0.7)
+    model = make(DeepRED, mu=0.7, problem=unclipped())
     model.x = picture(3, 9, 11)
     model.u = 0.1 * picture(3, 9, 11).flip(-1)
     loss = model.training_step().item()

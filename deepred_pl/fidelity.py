@@ -9,9 +9,9 @@ to what ε permits. It then weights the noise too:
 
     E(ε) = σ̄² · trace((A Aᵀ + ε I)⁻¹) / N
 
-is the expected value of D_BP at the true image, the variance of the weighted noise. Of clipped
-values, their mean before clipping is taken as y (`InverseProblem.completed`), and the expectation
-is smaller (`expected_backprojection`).
+is the expected value of D_BP at the true image, the variance of the weighted noise. Clipped
+values of y are replaced by their mean before clipping (`InverseProblem.completed`), which makes the
+expectation smaller (`expected_backprojection`).
 """
 
 import math
@@ -48,8 +48,7 @@ def backprojection(problem: InverseProblem, out: Tensor, epsilon: float) -> Tens
         out: T_θ(z), (1, C, H, W).
         epsilon: ε > 0, in the units of A Aᵀ's eigenvalues, which are in [0, 1] for a blur.
     """
-    # Without noise, `measured` bounds what the operator overshoots.
-    measured = problem.measured(out) if problem.noise is None else problem.operator(out)
+    measured = problem.operator(out)
     residual = measured - problem.completed(measured)
     if problem.operator.observed is not None:
         residual = residual * problem.operator.observed

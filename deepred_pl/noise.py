@@ -2,8 +2,7 @@
 
 Data terms are in squared-error units, D = 2σ̄² · (−log p(y | A x)) / N up to a constant,
 with σ̄² the noise's mean variance and N the number of observed values. For Gaussian noise
-this is the mean squared residual, so that λ and μ have the same scale for every model. How an
-`InverseProblem` compares values that were clipped is described at its `completed`.
+this is the mean squared residual, so that λ and μ have the same scale for every model.
 """
 
 import math
@@ -56,18 +55,16 @@ class NoiseModel(nn.Module, ABC):
         return mean_over(self.variance(y), observed)  # unbiased if it is linear in A x
 
     def data_term(
-        self,
-        prediction: Tensor,
-        y: Tensor,
-        observed: Tensor | None = None,
-        mean_variance: Tensor | None = None,
+        self, prediction: Tensor, y: Tensor, mean_variance: Tensor, observed: Tensor | None = None
     ) -> Tensor:
         """D(prediction, y) in squared-error units, 0-dim, over the observed values.
 
-        Without a `mean_variance`, σ̄² is estimated from y.
+        Args:
+            prediction: A x, of y's shape.
+            y: The measurement, with clipped values completed (`InverseProblem.completed`).
+            mean_variance: σ̄², 0-dim.
+            observed: 1 where y was observed and 0 elsewhere; None means everywhere.
         """
-        if mean_variance is None:
-            mean_variance = self.mean_variance(y, observed)
         return 2 * mean_variance * mean_over(self.negative_log_likelihood(prediction, y), observed)
 
     def fitted(self, y: Tensor) -> "NoiseModel":
@@ -92,8 +89,8 @@ class GaussianNoise(NoiseModel):
     Args:
         sigma: Standard deviation in grey levels of an 8-bit image, in (0, 255]; None
             estimates it from the measurement (median absolute deviation of its wavelet
-            coefficients: Donoho & Johnstone 1994, by scikit-image), too small if large parts of
-            it are clipped.
+            coefficients: Donoho & Johnstone 1994, by scikit-image). The estimate is too small if
+            large parts of the measurement were clipped.
 
     Raises:
         ValueError: sigma outside (0, 255].

@@ -42,7 +42,8 @@ class Operator(nn.Module, ABC):
             measurement's file format does not apply to the image.
         factor: Ratio of the image's sides to the measurement's.
         overshoots: Whether A x may leave [0, 1] next to edges, because a filter has negative
-            weights. Then values of y that were clipped to 0 or 1 count as "at most" and "at least".
+            weights. Then, if there is no noise, values of y that were clipped to 0 or 1 count as
+            "at most" and "at least".
     """
 
     keeps_units: bool = True

@@ -94,19 +94,6 @@ class InverseProblem(nn.Module):
         low_is_cut = noisy_black and bool(y.min() >= 0)
         return 0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf
 
-    def measured(self, out: Tensor) -> Tensor:
-        """A out, clipped to [0, 1] where y was, if the operator overshoots; for `residual`.
-
-        Next to sharp edges a resizing filter often leads below black or above white, where files
-        keep 0 or 1. Other values of A out are not clipped, which would leave them without a
-        gradient.
-        """
-        measured = self.operator(out)
-        if not self.operator.overshoots:
-            return measured
-        clipped = ((self.y == 0) & (measured < 0)) | ((self.y == 1) & (measured > 1))
-        return torch.where(clipped, self.y, measured)
-
     def clipped(self) -> Tensor:
         """Which values of y were clipped, of its shape; False for noise with outliers."""
         if self.noise is None or self.noise.has_outliers:
@@ -121,12 +108,23 @@ class InverseProblem(nn.Module):
         Noise near black and white is clipped at one side, so that the measurement's mean is not
         A x. With these values instead, the data term has the gradient of the clipped measurement's
         likelihood (Tobin 1958), as the score of incomplete data is the mean score of the complete
-        data (Dempster et al. 1977). This is exact for Gaussian noise; the other models are taken
-        as normal with their variance, except those with outliers, which change little: y is
-        returned.
+        data (Dempster et al. 1977). This is exact for Gaussian noise; other models are taken as
+        normal with their variance, except those with outliers, for which y is returned.
+
+        Without noise, A x itself may have been clipped: next to sharp edges a resizing filter often
+        leads below black or above white (`Operator.overshoots`), where files keep 0 or 1. There
+        `measured` replaces y as far as it lies beyond.
+
+        Args:
+            measured: A x, of y's shape.
         """
+        if self.noise is None:
+            if not self.operator.overshoots:
+                return self.y
+            y = torch.where(self.y == 0, measured.clamp(max=0), self.y)
+            return torch.where(self.y == 1, measured.clamp(min=1), y)
         low, high = self.clipped_to
-        if self.noise is None or self.noise.has_outliers or (-low == high == math.inf):
+        if self.noise.has_outliers or (-low == high == math.inf):
             return self.y
         clean = measured.float()
         sigma = self._variance(clean).sqrt()
@@ -139,18 +137,24 @@ class InverseProblem(nn.Module):
     def data_term(self, out: Tensor) -> Tensor:
         """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W).
 
-        Without noise, `residual`. Of clipped values, `completed` is compared with A out, so that
-        the gradient is that of their likelihood.
+        Without noise, `residual`. A out is compared with `completed`, so that the gradient is that
+        of the likelihood also where y was clipped.
         """
         if self.noise is None:
             return self.residual(out)
         measured = self.operator(out)
-        y, observed = self.completed(measured), self.operator.observed
-        return self.noise.data_term(measured, y, observed, self.noise_variance())
+        mean_variance, observed = self.noise_variance(), self.operator.observed
+        assert mean_variance is not None
+        return self.noise.data_term(measured, self.completed(measured), mean_variance, observed)
 
     def residual(self, out: Tensor) -> Tensor:
-        """mean((A out − y)²) over the observed values, 0-dim; σ² in expectation at the true x."""
-        return mean_over((self.measured(out) - self.y).square(), self.operator.observed)
+        """mean((A out − y)²) over the observed values, 0-dim; σ² in expectation at the true x.
+
+        Without noise, y is `completed`.
+        """
+        measured = self.operator(out)
+        y = self.completed(measured) if self.noise is None else self.y
+        return mean_over((measured - y).square(), self.operator.observed)
 
     def residual_ratio(self, out: Tensor) -> Tensor | None:
         """`residual` over its expectation, 0-dim: 1 if only noise is left; None without a model."""
@@ -172,7 +176,7 @@ class InverseProblem(nn.Module):
         """
         if self.noise is None:
             return None
-        sigma, a, b, within = self._clipped_moments(self.measured(out))
+        sigma, a, b, within = self._clipped_moments(self.operator(out))
         clipped = torch.special.ndtr(a) * a.square() + torch.special.ndtr(-b) * b.square()
         return mean_over(sigma.square() * (within + clipped), self.operator.observed)
 

@@ -21,7 +21,7 @@ class Declipped(Denoiser):
 
     Args:
         denoiser: The denoiser of the measurement. Its sigma must be that of the noise before
-            clipping, as BM3D's and Wavelet's.
+            clipping, as it is for BM3D and Wavelet.
 
     Raises:
         ValueError: The denoiser has no sigma.
@@ -30,8 +30,8 @@ class Declipped(Denoiser):
     def __init__(self, denoiser: GreyLevelDenoiser) -> None:
         if getattr(denoiser, "sigma", None) is None:
             raise ValueError(
-                "Declipped needs the noise level: expected a denoiser with a sigma, as BM3D, got "
-                f"{type(denoiser).__name__} without one; use that without Declipped"
+                "Declipped needs the noise level: expected a denoiser with a sigma such as BM3D, "
+                f"got {type(denoiser).__name__} without one; use that without Declipped"
             )
         self.denoiser = denoiser
 

@@ -246,7 +246,7 @@ def test_declipping_recovers_what_clipped_noise_was_added_to(sigma):
 
 
 def test_declipping_needs_a_noise_level():
-    with pytest.raises(ValueError, match="a sigma, as BM3D, got TotalVariation without one"):
+    with pytest.raises(ValueError, match="a sigma such as BM3D, got TotalVariation without one"):
         Declipped(TotalVariation())
     with pytest.raises(ValueError, match="got Learned without one"):
         Declipped(Learned(module=torch.nn.Identity()))

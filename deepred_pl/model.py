@@ -402,8 +402,9 @@ class DeepRED(DeepImagePrior):
                             learn the noise (`admm.discrepancy`, or for the back-projection
                             `admm.discrepancy_of_backprojection`), with `lam` as its minimum; μ
                             keeps its proportion to λ; needs a noise model;
-            "rise"          the released rule: both grow by `rise_step` when PSNR(A T_θ(z), y)
-                            exceeds a threshold, which then grows by 0.01 dB.
+            "rise"          the released rule: both grow by `rise_step` when PSNR(A T_θ(z), y), as
+                            if the noise were not clipped, exceeds a threshold, which then grows
+                            by 0.01 dB.
         rise_step: Increment of the released rule, > 0; 0.03 as released.
         rise_start: Its first threshold in dB, 20 as released, or "noise": the noise's own PSNR
             less 0.17 dB, which is 20 dB at σ = 25 and suits other noise levels too.
@@ -498,7 +499,7 @@ class DeepRED(DeepImagePrior):
         """Set λ and μ for the next round by the rule `weighting`, without waiting for a GPU."""
         assert self.problem is not None
         if self.weighting == "rise":
-            psnr = -10 * torch.log10(self.problem.residual(self.out))
+            psnr = -10 * torch.log10(self.problem.unclipped_residual(self.out))
             self.lam, self.mu, self.threshold = admm.rise(
                 self.lam, self.mu, self.threshold, psnr, self.weight_scale * self.rise_step
             )

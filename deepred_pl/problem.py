@@ -161,6 +161,14 @@ class InverseProblem(nn.Module):
         expected = self.expected_residual(out)
         return None if expected is None else self.residual(out) / expected
 
+    def unclipped_residual(self, out: Tensor) -> Tensor:
+        """`residual` as if the noise had not been clipped, 0-dim; σ² is left at the true x.
+
+        It is `residual_ratio` times the noise's mean variance; without noise, `residual`.
+        """
+        ratio, variance = self.residual_ratio(out), self.noise_variance()
+        return self.residual(out) if ratio is None or variance is None else ratio * variance
+
     def noise_variance(self) -> Tensor | None:
         """The noise's mean variance on the [0, 1] scale, 0-dim; None without a noise model."""
         if self.noise is None:

@@ -207,6 +207,18 @@ def test_the_rise_starts_at_the_noises_own_psnr(noise_sigma):
     assert released.threshold.item() == 20
 
 
+def test_the_rise_does_not_take_clipped_noise_for_a_close_fit():
+    y = (25 / 255 * torch.randn(1, 1, 9, 11, generator=torch.Generator().manual_seed(0))).clamp(0)
+    model = make(DeepRED, problem=InverseProblem(y, noise=GaussianNoise(25)), weighting="rise")
+    model.out = torch.zeros_like(y)
+    # On black, clipping halves the mean square of the noise.
+    psnr = -10 * math.log10(2 * y.double().square().mean())
+    for threshold, lam in ((psnr + 0.01, 0.5), (psnr - 0.01, 0.53)):
+        model.threshold = torch.tensor(threshold)
+        model.update_weighting()
+        assert model.lam.item() == pytest.approx(lam)
+
+
 def test_the_discrepancy_rule_sets_lam_and_keeps_mus_proportion_and_lams_floor():
     # On the [0, 1] scale σ is 0.05, the variance 0.0025, and λ at a residual of that 450 times it.
     problem = InverseProblem(torch.full((1, 1, 9, 11), 0.5), noise=GaussianNoise(12.75))

@@ -499,7 +499,12 @@ class DeepRED(DeepImagePrior):
         """Set λ and μ for the next round by the rule `weighting`, without waiting for a GPU."""
         assert self.problem is not None
         if self.weighting == "rise":
-            psnr = -10 * torch.log10(self.problem.unclipped_residual(self.out))
+            ratio, variance = self.problem.residual_ratio(self.out), self.problem.noise_variance()
+            if ratio is None or variance is None:
+                residual = self.problem.residual(self.out)
+            else:  # as if the noise had not been clipped, which would look like a closer fit
+                residual = ratio * variance
+            psnr = -10 * torch.log10(residual)
             self.lam, self.mu, self.threshold = admm.rise(
                 self.lam, self.mu, self.threshold, psnr, self.weight_scale * self.rise_step
             )

@@ -1,8 +1,8 @@
 """Noise models: how a measurement is corrupted, and the data term that follows.
 
 Data terms are in squared-error units, D = 2σ̄² · (−log p(y | A x)) / N up to a constant,
-with σ̄² the noise's mean variance and N the number of observed values. For Gaussian noise
-this is the mean squared residual, so that λ and μ have the same scale for every model.
+with σ̄² the noise's mean variance and N the number of observed values. For Gaussian noise that was
+not clipped this is the mean squared residual, so that λ and μ have the same scale for every model.
 """
 
 import math

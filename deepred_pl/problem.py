@@ -1,6 +1,7 @@
 """The inverse problem: measurement, forward operator and noise model."""
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class InverseProblem(nn.Module):
 
     Attributes:
         image_shape: (1, C, H, W) of x.
-        clipped_to: The range (low, high) to which a noisy measurement was clipped, infinite where
-            it was not.
+        clipped_to: The range (low, high) to which the measurement was clipped, infinite where it
+            was not.
 
     Raises:
         ValueError: y or ground_truth is not a finite float tensor of a suitable shape, or an
@@ -90,16 +91,23 @@ class InverseProblem(nn.Module):
 
     def _clipping(self, y: Tensor) -> tuple[float, float]:
         # A measurement within [0, 1] was clipped; counts and speckle are never negative anyway.
-        noisy_black = self.noise is not None and bool(self.noise.variance(y.new_zeros(())) > 0)
-        low_is_cut = noisy_black and bool(y.min() >= 0)
-        return 0.0 if low_is_cut else -math.inf, 1.0 if y.max() <= 1 else math.inf
+        if self.noise is None:
+            below = above = self.operator.overshoots
+        else:
+            below, above = bool(self.noise.variance(y.new_zeros(())) > 0), True
+        low = 0.0 if below and y.min() >= 0 else -math.inf
+        return low, 1.0 if above and y.max() <= 1 else math.inf
 
     def clipped(self) -> Tensor:
         """Which values of y were clipped, of its shape; False for noise with outliers."""
-        if self.noise is None or self.noise.has_outliers:
+        if self.noise is not None and self.noise.has_outliers:
             return torch.zeros_like(self.y, dtype=torch.bool)
         low, high = self.clipped_to
         return (self.y <= low) | (self.y >= high)
+
+    @cached_property  # a GPU is waited for once, not in each step
+    def _any_clipped(self) -> bool:
+        return bool(self.clipped().any())
 
     @torch.no_grad()
     def completed(self, measured: Tensor) -> Tensor:
@@ -111,21 +119,19 @@ class InverseProblem(nn.Module):
         data (Dempster et al. 1977). This is exact for Gaussian noise; other models are taken as
         normal with their variance, except those with outliers, for which y is returned.
 
-        Without noise, A x itself may have been clipped: next to sharp edges a resizing filter often
-        leads below black or above white (`Operator.overshoots`), where files keep 0 or 1. There
-        `measured` replaces y as far as it lies beyond.
+        Without noise, A x itself may have been clipped: the filter of an operator that `overshoots`
+        often leads to values below 0 or above 1 next to sharp edges, where files store 0 or 1.
+        There `measured` replaces y if it lies outside [0, 1], too.
 
         Args:
             measured: A x, of y's shape.
         """
-        if self.noise is None:
-            if not self.operator.overshoots:
-                return self.y
-            y = torch.where(self.y == 0, measured.clamp(max=0), self.y)
-            return torch.where(self.y == 1, measured.clamp(min=1), y)
-        low, high = self.clipped_to
-        if self.noise.has_outliers or (-low == high == math.inf):
+        if not self._any_clipped:
             return self.y
+        low, high = self.clipped_to
+        if self.noise is None:
+            y = torch.where(self.y <= low, measured.clamp(max=low), self.y)
+            return torch.where(self.y >= high, measured.clamp(min=high), y)
         clean = measured.float()
         sigma = self._variance(clean).sqrt()
         bright = self.y >= high
@@ -160,14 +166,6 @@ class InverseProblem(nn.Module):
         """`residual` over its expectation, 0-dim: 1 if only noise is left; None without a model."""
         expected = self.expected_residual(out)
         return None if expected is None else self.residual(out) / expected
-
-    def unclipped_residual(self, out: Tensor) -> Tensor:
-        """`residual` as if the noise had not been clipped, 0-dim; σ² is left at the true x.
-
-        It is `residual_ratio` times the noise's mean variance; without noise, `residual`.
-        """
-        ratio, variance = self.residual_ratio(out), self.noise_variance()
-        return self.residual(out) if ratio is None or variance is None else ratio * variance
 
     def noise_variance(self) -> Tensor | None:
         """The noise's mean variance on the [0, 1] scale, 0-dim; None without a noise model."""

@@ -101,7 +101,7 @@ def configs(name):
 
 
 @pytest.mark.parametrize(("task", "method"), OVERLAYS)
-def test_every_method_of_a_table_runs_behind_its_task(tmp_path, tiny, task, method):
+def test_every_method_of_a_table_runs_with_its_task(tmp_path, tiny, task, method):
     image = tmp_path / "image.png"
     write_image(image, picture(3, 48, 56))
     deepred(
@@ -139,6 +139,8 @@ def test_the_tasks_have_the_released_settings(name):
         "deblur_uniform": blurred,
         "deblur_gaussian": blurred,
     }[name]
+    kernel = settings["data"].get("operator", {}).get("init_args", {}).get("kernel")
+    assert kernel == ("lanczos2" if name.startswith("sr") else None)
     assert (red["every_n_steps"], red["rounds_per_denoising"]) == (1, 10)
     assert model["network"]["init_args"]["width"] == 128
 
@@ -149,7 +151,8 @@ def test_ours_is_the_task_as_configured(name):
     ours = settings_of([*configs(name), "--config", f"{table.folder}/ours"])
     task = settings_of(["--config", table.configs[0]])
     for part in (ours, task):
-        del part["data"]  # the test conditions are the paper's
+        data = part.pop("data")  # the test conditions are the paper's
+        assert name != "sr4" or data["operator"]["init_args"]["kernel"] == "lanczos3"
         part["trainer"].pop("log_every_n_steps", None)
     assert ours == task
 
@@ -301,7 +304,7 @@ def test_only_some_methods_of_a_table(tmp_path, make_table, fitted):
     [
         (["sr4", "--only", "bm3d"], "--only expects some of red, dip, deepred, ours, got bm3d"),
         (["inpainting", "--set=set5"], "inpainting needs masks"),
-        (["crops", "--only", "red"], "--set and --only are for tables"),
+        (["parts", "--only", "red"], "--set and --only are for tables"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(args, said, capsys):
@@ -388,6 +391,8 @@ def test_figure_3_is_drawn(tmp_path, sets, fitted, tiny):
     options = ["--config", str(tiny), "--data.crop=36", "--threads=1"]
     paper.main(["figure3", f"--results={tmp_path}", f"--runs={tmp_path}/runs", *options])
     assert Image.open(tmp_path / "figure3.png").height > 500
+    runs = {directory.parts[-3] for directory in fitted}
+    assert runs == {"figure3_denoising", "figure3_sr4"}  # not those of the tables
     drawn = [
         [(line.get_label(), len(line.get_xdata())) for line in axis.get_lines()]
         for axis in plt.gcf().axes
@@ -427,9 +432,9 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch, c
     make_table("sr4_set5", "sr4", *steps, "--data.operator.factor=5")
     part = Region(4, 8, 12, 10)
     elsewhere = ("deblur_uniform", "ncsr", "head", part)
-    monkeypatch.setattr(paper, "CROPS", [elsewhere, ("sr4", "set5", "head", part)])
+    monkeypatch.setattr(paper, "PARTS", [elsewhere, ("sr4", "set5", "head", part)])
     plt.switch_backend("agg")
-    paper.main(["crops", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
+    paper.main(["parts", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
     assert "skipped head of deblur_uniform_ncsr" in capsys.readouterr().err
     assert Image.open(tmp_path / "results" / "sr4_set5_head.png").width > 500
     shown = [axis.get_images()[0].get_array() for axis in plt.gcf().axes]
@@ -443,7 +448,7 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch, c
 
     (tmp_path / "runs" / "sr4_set5" / "head" / "red" / "restored.png").unlink()
     with pytest.raises(SystemExit, match="expected runs of a table"):
-        paper.main(["crops", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
+        paper.main(["parts", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
 
 
 def test_an_image_that_fails_is_named_and_gives_status_1(tmp_path, make_table, sets):

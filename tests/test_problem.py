@@ -68,6 +68,12 @@ def test_a_measurement_that_was_not_clipped_is_complete():
     y[..., 0], y[..., 1, 0], y[..., 1, 1] = 0, -0.1, 1.1
     assert torch.equal(InverseProblem(y, noise=GaussianNoise(25)).completed(clean), y)
     assert torch.equal(InverseProblem(y.clamp(0, 1)).completed(clean), y.clamp(0, 1))  # no noise
+    bar = torch.zeros(1, 1, 32, 40)
+    bar[..., 12:20] = 1
+    operator = Downsample(4, "lanczos3")
+    y = operator(bar)
+    assert y.min() < 0 and (y == 0).any()
+    assert torch.equal(InverseProblem(y, operator).completed(y - 0.1), y)
 
 
 @pytest.mark.parametrize(("channels", "factor"), [(3, 4), (1, 3)])
@@ -294,11 +300,10 @@ def test_laplace_noise_is_not_completed():
 
 
 @pytest.mark.parametrize("fidelity", ["likelihood", "backprojection"])
-def test_what_an_operator_undershoots_is_fitted_behind_clipped_noise(fidelity):
-    noise, truth, identity = GaussianNoise(25), -0.05, Identity()
-    identity.overshoots = True
+def test_values_below_black_are_fitted_under_clipped_noise(fidelity):
+    noise, truth = GaussianNoise(25), -0.05
     y = noise.sample(torch.full((1, 1, 200, 200), truth), torch.Generator().manual_seed(0))
-    problem = InverseProblem(y.clamp(0, 1), identity, noise)
+    problem = InverseProblem(y.clamp(0, 1), noise=noise)
     level = fitted_level(problem, fidelity)
     assert level == pytest.approx(truth, abs=0.004)
 

@@ -27,8 +27,8 @@ class Monitor(RestorationCallback):
                             f(x), in squared grey levels of an 8-bit image, in which small values
                             remain readable; Plug-and-Play has v instead of x, and minimizes no
                             objective
-        data_term           D(A T_θ(z), y), in squared grey levels: by the likelihood, σ² once only
-                            the noise is left
+        data_term           D(A T_θ(z), y), in squared grey levels: by the likelihood of Gaussian
+                            noise, σ² once only the noise is left, or less where it was clipped
         gap                 ‖x − T_θ(z)‖₂
         psnr_…              PSNR of out, average and x in dB, if the ground truth is known, with
                             known pixels put back as in `restored`

@@ -40,6 +40,10 @@ class Declipped(Denoiser):
         """The noise level in grey levels of an 8-bit image."""
         return self.denoiser.sigma
 
+    @sigma.setter
+    def sigma(self, sigma: float) -> None:
+        self.denoiser.sigma = sigma
+
     def __call__(self, x: Tensor) -> Tensor:
         return through_numpy(self._inverse, self.denoiser(x))
 

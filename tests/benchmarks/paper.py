@@ -4,7 +4,7 @@
     python tests/benchmarks/paper.py sr4 --set set14 --config trainer/gpu
     python tests/benchmarks/paper.py deblur_uniform --set set5_grey --reduced --only bm3d red ours
     python tests/benchmarks/paper.py figure3 --reduced
-    python tests/benchmarks/paper.py crops --reduced
+    python tests/benchmarks/paper.py parts --reduced
 
 A table is `deepred-batch` over the whole images of a set, with the methods of `configs/paper`. Its
 commands are printed, and its options for the machine and `--section.key=value` may be given here.
@@ -54,7 +54,8 @@ REDUCED = "paper/reduced"
 MASKS = "--data.operator.mask=set:inpainting/{name}_mask"
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 DENOISERS = ("bm3d", "scikit-image")  # packages
-OWNED = ("--ground_truth", "--images", "--method", "--out", "--restarts", "--shard", "--tile")
+OWNED = ("--ground_truth", "--images", "--method", "--out", "--overwrite", "--restarts", "--shard")
+OWNED += ("--tile",)
 CROP = "--data.crop"
 GREY = "_grey"  # ends the name of a set whose images are made grey
 WEIGHTS = 0.2989, 0.5870, 0.1140  # of red, green and blue in grey
@@ -76,7 +77,7 @@ class Table:
         title: What the images suffer from.
         configs: The task, and the paper's overlay on it.
         set: The name of the paper's set.
-        folder: Of the methods, in `configs`.
+        folder: The folder of the methods' overlays in `configs`.
         before: What is shown of the measurement.
         methods: The heading of each column.
         dip_steps: Steps after which Deep Image Prior's release stops, where it has that task.
@@ -166,7 +167,7 @@ TABLES = {
 }
 
 
-CROPS = [  # table, set, image, part
+PARTS = [  # table, set, image, part
     ("deblur_uniform", "ncsr", "butterfly", Region(20, 90, 90, 90)),
     ("sr4", "set5", "bird", Region(40, 60, 100, 100)),
     ("sr4", "set14", "zebra", Region(70, 330, 120, 120)),
@@ -204,8 +205,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.only and (unknown := set(given.only) - set(TABLES[given.what].methods)):
         known = ", ".join(TABLES[given.what].methods)
         parser.error(f"--only expects some of {known}, got {', '.join(sorted(unknown))}")
-    if given.what == "crops" and options:
-        parser.error(f"crops only reads tables; leave out {shlex.join(options)}")
+    if given.what == "parts" and options:
+        parser.error(f"parts only reads tables; leave out {shlex.join(options)}")
     given.results.mkdir(parents=True, exist_ok=True)
     if given.what in FIGURES:
         FIGURES[given.what](given, options)
@@ -514,13 +515,17 @@ def markdown(
             counts.append(f"{column} {steps[0]}{more}")
     if counts:
         lines += ["", f"Steps: {'; '.join(counts)}."]
-    lacking = []
+    lacking: dict[tuple[str, ...], list[str]] = {}  # images by the columns that they lack
     for image in images:
-        missing = [column for column in columns if (image, column) not in rows]
-        whole = len(missing) == len(columns)
-        lacking += [image] if whole else [f"{image}, {column}" for column in missing]
-    if lacking:
-        lines += ["", f"Failed, not run, or without a finite PSNR: {'; '.join(lacking)}."]
+        missing = tuple(column for column in columns if (image, column) not in rows)
+        if missing:
+            lacking.setdefault(missing, []).append(image)
+    named = [
+        ", ".join(of_these) + (f" (by {'; '.join(missing)})" if len(missing) < len(columns) else "")
+        for missing, of_these in lacking.items()
+    ]
+    if named:
+        lines += ["", f"Failed, not run, or without a finite PSNR: {'; '.join(named)}."]
     if BEST in columns:
         lines += ["", "\\* At its best step, which only the true image reveals: an oracle."]
     return lines
@@ -530,7 +535,7 @@ def remarks(what: Table, published: bool, rows: Rows, reduced: bool) -> list[str
     """Notes below a table."""
     lines = ["", what.note] if what.note else []
     if published:
-        lines += ["", "† DeepRED in the paper, second-hand: a soft target."]
+        lines += ["", "† DeepRED in the paper, second-hand, not verified."]
     if any(row.get("psnr_inside") for row in rows.values()):
         text = f"‡ Without {what.border} pixels at each side, and with grey images scored on the "
         text += "range of luminance: close to how Deep Image Prior's tables were scored."
@@ -580,7 +585,7 @@ def figure3(given: argparse.Namespace, options: Sequence[str]) -> None:
     form = "_reduced" if given.reduced else ""
     figure.suptitle("head of Set5" + (", networks of 32 channels" if given.reduced else ""))
     for row, task in zip(axes, ("denoising", "sr4"), strict=True):
-        out = given.runs / f"{task}_set5{form}"
+        out = given.runs / f"figure3_{task}{form}"  # with other steps than the table's
         methods = [f"{TABLES[task].folder}/dip", "deepred"]
         run(task, "set:set5/head", methods, out, given.reduced, options)
         directories = {"DeepRED": out / "head" / "deepred", "DIP": out / "head" / "dip"}
@@ -627,15 +632,15 @@ def draw(axis: "Axes", title: str, curves: dict[str, Curve], log: bool) -> None:
     axis.grid(alpha=0.3)
 
 
-def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
-    """Draw an enlarged part of each image in `CROPS`, by RED, DIP and ours, and of the true image.
+def parts(given: argparse.Namespace, options: Sequence[str]) -> None:
+    """Draw an enlarged part of each image in `PARTS`, by RED, DIP and ours, and of the true image.
 
     Each is a file of its own. Methods that the table lacks are left out, and images without run
     directories here, or of which only a crop was restored, are skipped.
     """
     form = "_reduced" if given.reduced else ""
     drawn = []
-    for task, of_set, image, part in CROPS:
+    for task, of_set, image, part in PARTS:
         what, name = TABLES[task], f"{task}_{of_set}{form}"
         rows = read(given.results / f"{name}.csv")
         methods = {heading: method for method, heading in what.methods.items()}
@@ -647,7 +652,7 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         elif TWICE in shown and all(file.exists() for file in files):
             titles = [f"{h}, {float(rows[image, h]['psnr']):.2f} dB" for h in shown]
             drawn.append(given.results / f"{name}_{image}.png")
-            draw_crops(drawn[-1], titles, files, images_of(of_set, given.runs)[image], part)
+            draw_parts(drawn[-1], titles, files, images_of(of_set, given.runs)[image], part)
             print(drawn[-1])
         else:
             print(f"skipped {image} of {name}: not all of its runs are here", file=sys.stderr)
@@ -658,7 +663,7 @@ def crops(given: argparse.Namespace, options: Sequence[str]) -> None:
         )
 
 
-def draw_crops(
+def draw_parts(
     path: Path, titles: Sequence[str], files: Sequence[Path], truth_path: str, part: Region
 ) -> None:
     """Write a row of parts of images, the true image last."""
@@ -677,7 +682,7 @@ def draw_crops(
     figure.savefig(path, dpi=110)
 
 
-FIGURES = {"figure3": figure3, "crops": crops}
+FIGURES = {"figure3": figure3, "parts": parts}
 
 if __name__ == "__main__":
     try:

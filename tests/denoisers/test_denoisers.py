@@ -242,7 +242,9 @@ def test_declipping_recovers_what_clipped_noise_was_added_to(sigma):
     error = (Declipped(Mean(sigma))(y) - clean).abs().max()
     assert error < 5 * sigma / 255 / 100_000**0.5 / 0.5  # at black and white, half are clipped
     assert (Mean(sigma)(y) - clean).abs().max() > 0.3 * sigma / 255
-    assert Declipped(Mean(sigma)).sigma == sigma
+    denoiser = Declipped(Mean(sigma))
+    denoiser.sigma = 2 * sigma
+    assert denoiser.sigma == denoiser.denoiser.sigma == 2 * sigma
 
 
 def test_declipping_needs_a_noise_level():

@@ -1,7 +1,6 @@
 """The inverse problem: measurement, forward operator and noise model."""
 
 import math
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ class InverseProblem(nn.Module):
     noise: NoiseModel | None
     y: Tensor
     ground_truth: Tensor | None
+    _clipped_at: Tensor
 
     def __init__(
         self,
@@ -84,10 +84,15 @@ class InverseProblem(nn.Module):
                     f"ground_truth must be {self.image_shape} like the measured image, got "
                     f"{tuple(ground_truth.shape)}; use two files of the same scene"
                 )
-        self.clipped_to = self._clipping(y)
         self.register_buffer("y", y.detach().clone().float())
         truth = None if ground_truth is None else ground_truth.detach().clone().float()
         self.register_buffer("ground_truth", truth, persistent=False)
+        self._clip_to(*self._clipping(y))
+
+    def _clip_to(self, low: float, high: float) -> None:
+        self.clipped_to = low, high
+        at = self.clipped().flatten().nonzero().squeeze(1)  # once, as it waits for a GPU
+        self.register_buffer("_clipped_at", at, persistent=False)
 
     def _clipping(self, y: Tensor) -> tuple[float, float]:
         # A measurement within [0, 1] was clipped; counts and speckle are never negative anyway.
@@ -104,10 +109,6 @@ class InverseProblem(nn.Module):
             return torch.zeros_like(self.y, dtype=torch.bool)
         low, high = self.clipped_to
         return (self.y <= low) | (self.y >= high)
-
-    @cached_property  # a GPU is waited for once, not in each step
-    def _any_clipped(self) -> bool:
-        return bool(self.clipped().any())
 
     @torch.no_grad()
     def completed(self, measured: Tensor) -> Tensor:
@@ -126,19 +127,20 @@ class InverseProblem(nn.Module):
         Args:
             measured: A x, of y's shape.
         """
-        if not self._any_clipped:
+        if len(self._clipped_at) == 0:
             return self.y
         low, high = self.clipped_to
+        y = self.y.flatten()  # (N,)
+        clean = measured.flatten()[self._clipped_at].float()  # (clipped,)
+        bright = y[self._clipped_at] >= high
         if self.noise is None:
-            y = torch.where(self.y <= low, measured.clamp(max=low), self.y)
-            return torch.where(self.y >= high, measured.clamp(min=high), y)
-        clean = measured.float()
-        sigma = self._variance(clean).sqrt()
-        bright = self.y >= high
-        sign = 2.0 * bright - 1
-        beyond = sign * (clean - torch.where(bright, high, low)) / sigma
-        mean = clean + sign * sigma * _inverse_mills(beyond)
-        return torch.where(self.clipped(), mean, self.y)
+            mean = torch.where(bright, clean.clamp(min=high), clean.clamp(max=low))
+        else:
+            sigma = self._variance(clean).sqrt()
+            sign = 2.0 * bright - 1
+            beyond = sign * (clean - torch.where(bright, high, low)) / sigma
+            mean = clean + sign * sigma * _inverse_mills(beyond)
+        return y.index_copy(0, self._clipped_at, mean).view_as(self.y)
 
     def data_term(self, out: Tensor) -> Tensor:
         """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W).
@@ -262,8 +264,8 @@ class InverseProblem(nn.Module):
             )
         truth = None if self.ground_truth is None else region.of(self.ground_truth)
         part = InverseProblem(y, operator, self.noise, truth, self.metric_on)
-        part.clipped_to = self.clipped_to
         part.y.copy_(y)  # also next to cuts: the data term leaves it out, the picture shows it
+        part._clip_to(*self.clipped_to)
         return part
 
     def split(self, tile: int, overlap: int | None = None) -> tuple[Tiling, list["InverseProblem"]]:

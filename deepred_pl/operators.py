@@ -89,7 +89,7 @@ class Operator(nn.Module, ABC):
         return y
 
     def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
-        """Replace the pixels of `image`, (1, C, H, W), that were measured directly by those of y."""
+        """Replace pixels of `image`, (1, C, H, W), that were measured directly by those of y."""
         return image
 
     @property

@@ -1,12 +1,13 @@
 """The x-update of RED and the u-update, with the denoiser running in the background."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from deepred_pl import admm
@@ -15,6 +16,8 @@ from deepred_pl.callbacks.base import RestorationCallback, name_of
 from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.operators import Identity
+from deepred_pl.problem import InverseProblem
 from deepred_pl.trainer import check_averaging
 
 ABANDONED = 1.0  # seconds to wait for a running job after its fit failed or was stopped
@@ -230,6 +233,21 @@ class REDUpdate(RestorationCallback):
             )
         if isinstance(self.denoiser, Denoiser):
             self.denoiser.check(model.x.to(trainer.strategy.root_device))
+        if self.x_update == "pnp" and model.problem is not None:
+            self._compare_sigma(model.problem)
+
+    def _compare_sigma(self, problem: InverseProblem) -> None:
+        """Warn if Plug-and-Play denoises with another noise level than the measurement's."""
+        variance, assumed = problem.noise_variance(), getattr(self.denoiser, "sigma", None)
+        if variance is None or assumed is None or not isinstance(problem.operator, Identity):
+            return
+        sigma = 255 * math.sqrt(float(variance))
+        if not 0.7 < assumed / sigma < 1.2:
+            rank_zero_warn(
+                f"The denoiser assumes a sigma of {assumed:.3g}, but that of the noise is "
+                f"{sigma:.3g}. In Plug-and-Play both should be similar: set red.denoiser.sigma "
+                "(red.denoiser.denoiser.sigma for Declipped) or data.noise.sigma."
+            )
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """Discard the running job; the next denoising starts from the restored snapshot."""

@@ -28,7 +28,7 @@ class Declipped(Denoiser):
     """
 
     def __init__(self, denoiser: GreyLevelDenoiser) -> None:
-        if getattr(denoiser, "sigma", None) is None:
+        if not isinstance(denoiser, GreyLevelDenoiser) or denoiser.sigma is None:
             raise ValueError(
                 "Declipped needs the noise level: expected a denoiser with a sigma such as BM3D, "
                 f"got {type(denoiser).__name__} without one; use that without Declipped"

@@ -461,3 +461,15 @@ def test_a_denoiser_is_checked_with_images_where_the_fit_will_have_them():
     strategy = types.SimpleNamespace(root_device=torch.device("meta"))
     REDUpdate(Looks()).check(model, types.SimpleNamespace(strategy=strategy, callbacks=[]))
     assert seen == ["meta"]
+
+
+@pytest.mark.parametrize(
+    ("x_update", "sigma", "warned"),
+    [("pnp", 10, True), ("pnp", 20, False), ("pnp", 40, True), ("fixed_point", 3, False)],
+)
+def test_plug_and_play_warns_of_another_noise_level(make_trainer, recwarn, x_update, sigma, warned):
+    update = REDUpdate(NonLocalMeans(sigma), x_update=x_update)
+    model = DeepRED(network=TinyNet, problem=noisy_problem())  # σ = 25
+    make_trainer(max_steps=1, callbacks=[update]).fit(model)
+    said = f"assumes a sigma of {sigma}, but that of the noise is 25"
+    assert any(said in str(w.message) for w in recwarn) == warned

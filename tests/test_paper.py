@@ -302,7 +302,7 @@ def test_only_some_methods_of_a_table(tmp_path, make_table, fitted):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["sr4", "--only", "bm3d"], "--only expects some of red, dip, deepred, ours, got bm3d"),
+        (["sr4", "--only", "bm3d"], "deepred (DeepRED, released), ours (DeepRED, ours), got bm3d"),
         (["inpainting", "--set=set5"], "inpainting needs masks"),
         (["parts", "--only", "red"], "--set and --only are for tables"),
     ],
@@ -447,7 +447,7 @@ def test_parts_of_images_are_drawn_enlarged(tmp_path, make_table, monkeypatch, c
     np.testing.assert_allclose(shown[3], truth, atol=1e-6)
 
     (tmp_path / "runs" / "sr4_set5" / "head" / "red" / "restored.png").unlink()
-    with pytest.raises(SystemExit, match="expected runs of a table"):
+    with pytest.raises(SystemExit, match="expected an image to draw"):
         paper.main(["parts", f"--results={tmp_path}/results", f"--runs={tmp_path}/runs"])
 
 

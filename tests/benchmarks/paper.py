@@ -203,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.what == "inpainting" and given.set:
         parser.error("inpainting needs masks, which only its own set has; leave out --set")
     if given.only and (unknown := set(given.only) - set(TABLES[given.what].methods)):
-        known = ", ".join(TABLES[given.what].methods)
+        known = ", ".join(f"{m} ({heading})" for m, heading in TABLES[given.what].methods.items())
         parser.error(f"--only expects some of {known}, got {', '.join(sorted(unknown))}")
     if given.what == "parts" and options:
         parser.error(f"parts only reads tables; leave out {shlex.join(options)}")
@@ -658,8 +658,8 @@ def parts(given: argparse.Namespace, options: Sequence[str]) -> None:
             print(f"skipped {image} of {name}: not all of its runs are here", file=sys.stderr)
     if not drawn:
         sys.exit(
-            f"expected runs of a table in {given.runs}, got none; compute a table with a --results "
-            "and --runs of its own, and give both here, too"
+            "expected an image to draw, got none, for the reasons above; compute one of these "
+            "tables, of whole images, with the same --results and --runs"
         )
 
 

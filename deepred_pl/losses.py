@@ -73,7 +73,7 @@ class SURE(Term):
     without x. The divergence is estimated by Monte Carlo (Ramani et al. 2008), with a second pass
     through the network on the measurement plus a small perturbation. Under autocast both passes are
     repeated in float32, because bfloat16 would round the difference away. It is valid for Gaussian
-    noise of known σ; where values were clipped, it is approximate, exact if `out` is x there. A
+    noise of known σ; where values were clipped, it is exact only if `out` equals x there. A
     must be the identity, and the network's input the measurement without noise (`MeasurementNet`,
     input_noise_std=0). It is unbiased for a fixed network; one fitted to the same y can reach a
     negative divergence, and then a loss below 0, which no squared error has.

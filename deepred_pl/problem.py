@@ -91,7 +91,7 @@ class InverseProblem(nn.Module):
 
     def _clip_to(self, low: float, high: float) -> None:
         self.clipped_to = low, high
-        at = self.clipped().flatten().nonzero().squeeze(1)  # once, as it waits for a GPU
+        at = self.clipped().flatten().nonzero().squeeze(1)  # nonzero waits for a GPU
         self.register_buffer("_clipped_at", at, persistent=False)
 
     def _clipping(self, y: Tensor) -> tuple[float, float]:
@@ -122,7 +122,7 @@ class InverseProblem(nn.Module):
 
         Without noise, A x itself may have been clipped: the filter of an operator that `overshoots`
         often leads to values below 0 or above 1 next to sharp edges, where files store 0 or 1.
-        There `measured` replaces y if it lies outside [0, 1], too.
+        There `measured` replaces y where it lies beyond the same limit.
 
         Args:
             measured: A x, of y's shape.

@@ -12,7 +12,7 @@ by ADMM with the scaled dual u. With v = T_θ(z) + u the updates are
                x ← f(v)                                                     `plug_and_play`
     u-update   u ← u + T_θ(z) − x                                           `dual_update`
 
-Images are float tensors of shape (1, C, H, W) in [0, 1]; λ and μ are 0-dim tensors or
+Images are float tensors of shape (1, C, H, W), x within `limits`; λ and μ are 0-dim tensors or
 numbers, and only their ratio matters in the fixed point. Nothing here waits for a GPU.
 """
 
@@ -28,10 +28,13 @@ LARGEST_RATIO = 1.5  # keeps λ finite at a residual of 0
 
 Weight = Tensor | float
 XUpdate = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
+Limits = tuple[float, float]
 
 
-def fixed_point(x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight) -> Tensor:
-    """The fixed-point x-update, (λ f(x) + μ v) / (λ + μ), clipped to [0, 1].
+def fixed_point(
+    x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight, limits: Limits = (0, 1)
+) -> Tensor:
+    """The fixed-point x-update, (λ f(x) + μ v) / (λ + μ), clipped to the limits.
 
     It sets the gradient of λ/2 · xᵀ(x − f(x)) + μ/2 · ‖x − v‖² to zero with f(x) fixed
     (RED, Romano et al. 2017, arXiv:1611.02862); `x` itself enters only through f(x).
@@ -42,14 +45,21 @@ def fixed_point(x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight) -> T
         v: T_θ(z) + u.
         lam: λ > 0, weight of the RED prior.
         mu: μ > 0, penalty of the constraint.
+        limits: The least and the largest value of x.
     """
-    return ((lam * f_x + mu * v) / (lam + mu)).clamp(0, 1)
+    return ((lam * f_x + mu * v) / (lam + mu)).clamp(*limits)
 
 
 def gradient_step(
-    x: Tensor, f_x: Tensor, v: Tensor, lam: Weight, mu: Weight, step_size: float = 0.5
+    x: Tensor,
+    f_x: Tensor,
+    v: Tensor,
+    lam: Weight,
+    mu: Weight,
+    step_size: float = 0.5,
+    limits: Limits = (0, 1),
 ) -> Tensor:
-    """One steepest-descent step of the x-update, clipped to [0, 1].
+    """One steepest-descent step of the x-update, clipped to the limits.
 
     x − c [λ (x − f(x)) + μ (x − v)] with c = step_size / (λ + μ). Relative to the curvature
     λ + μ, steps below 2 are stable for any λ and μ, and a step of 1 is the fixed point.
@@ -61,18 +71,21 @@ def gradient_step(
         lam: λ > 0, weight of the RED prior.
         mu: μ > 0, penalty of the constraint.
         step_size: In (0, 2).
+        limits: The least and the largest value of x.
     """
     c = step_size / (lam + mu)
-    return (x - c * (lam * (x - f_x) + mu * (x - v))).clamp(0, 1)
+    return (x - c * (lam * (x - f_x) + mu * (x - v))).clamp(*limits)
 
 
-def plug_and_play(x: Tensor, f_v: Tensor, v: Tensor, lam: Weight, mu: Weight) -> Tensor:
-    """The x-update of Plug-and-Play ADMM, f(v), clipped to [0, 1].
+def plug_and_play(
+    x: Tensor, f_v: Tensor, v: Tensor, lam: Weight, mu: Weight, limits: Limits = (0, 1)
+) -> Tensor:
+    """The x-update of Plug-and-Play ADMM, f(v), clipped to the limits.
 
     The denoiser replaces the whole x-update (Venkatakrishnan et al. 2013), so that λ, μ and x are
     not used, and f_v is the denoised v = T_θ(z) + u, (1, C, H, W), not f(x).
     """
-    return f_v.clamp(0, 1)
+    return f_v.clamp(*limits)
 
 
 def dual_update(v: Tensor, x: Tensor) -> Tensor:

@@ -4,6 +4,15 @@ import math
 from typing import Any, get_args
 
 
+class RestorationWarning(UserWarning):
+    """A measurement or setting that is probably not meant."""
+
+
+def as_plain(value: Any) -> Any:
+    """A number or list of Python for a scalar, array or tensor of another library."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError unless the value is one of a `Literal`'s."""
     known = get_args(choices)

@@ -38,6 +38,7 @@ from deepred_pl.callbacks import (
 )
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory
 from deepred_pl.callbacks.checkpoint import SIGNALLED, resume_with
+from deepred_pl.checks import RestorationWarning
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import check_writable, load_checkpoint
 from deepred_pl.model import DeepImagePrior
@@ -110,6 +111,7 @@ def command() -> NoReturn:
     Python would wait for such a thread's foreign code, and abort the process with another status.
     """
     threading.excepthook = report_in_thread
+    warnings.formatwarning = _in_one_line
     try:
         main()
         status: int | str | None = 0
@@ -260,7 +262,8 @@ class RestorationCLI(LightningCLI):
         if self.model.fidelity == "backprojection" and is_jpeg:
             rank_zero_warn(
                 "The noise of a JPEG is not white, as the back-projection assumes, and the result "
-                "may be full of grain: add --config methods/likelihood"
+                "may be full of grain: add --config methods/likelihood",
+                category=RestorationWarning,
             )
         for callback in restoration_callbacks(self.trainer, ""):
             callback.check(self.model, self.trainer)
@@ -378,6 +381,17 @@ def _own_classes(found: re.Match[str]) -> str:
     indent = 24 * " "  # argparse's
     listed = fill(", ".join(own), 78, initial_indent=indent, subsequent_indent=indent)
     return f"classes of this package:\n{listed})"
+
+
+_format_warning = warnings.formatwarning
+
+
+def _in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    if issubclass(category, RestorationWarning):  # not where in the code it was found
+        return f"deepred: warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def report_in_thread(error: threading.ExceptHookArgs) -> None:

@@ -1,6 +1,7 @@
 """Build an inverse problem from image files."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -8,21 +9,28 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl import plausibility
+from deepred_pl.checks import RestorationWarning, check_at_least, check_choice
+from deepred_pl.estimate import noise_level
 from deepred_pl.images import ImageFormat, IntensityRange, read_image, to_tensor
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Downsample, Operator, as_operator
+from deepred_pl.operators import Downsample, Mask, Operator, as_operator, without
 from deepred_pl.problem import InverseProblem
 from deepred_pl.sources import name_of
 from deepred_pl.tiles import Region
 
 DEFAULT_SAMPLE = "sample:astronaut"
+
+BEYOND = 6.0  # standard deviations of the noise, by which a value is surely outside of the range
+GUESSED = 1.25  # largest value of a first guess that may be one of an image in [0, 1]
+MOST_OPAQUE = 0.5  # share of values between 0 and opaque, from which alpha is not transparency
 
 Degrade = Literal["operator", "antialiased_resize"]
 
@@ -39,16 +47,19 @@ class RestorationDataModule(LightningDataModule):
             image of scikit-image: astronaut, camera, chelsea, coffee or rocket; or
             "set:SET/IMAGE" for an image of a published set (`deepred_pl.sources`).
         measurement: Image file of what was observed; as an attribute, before `setup`, also an array
-            (H, W) or (H, W, C).
+            (H, W) or (H, W, C). Values that are NaN, infinite, masked (`numpy.ma`), or marked by a
+            TIFF's nodata tag are missing: they are not fitted, and the result fills them.
         operator: The forward operator A; None is the identity.
         noise: The noise model; None means the mean squared residual as data term.
         degrade: What simulates A: the "operator", or "antialiased_resize", Pillow's Lanczos-3
             resize to 8 bits, as in the test data of super-resolution (A is then a model of it).
         clip: Clip a simulated measurement to [0, 1], as a camera does.
         intensity_range: Which stored values are 0 and 1, for all images: "dtype" (0 and 255, or
-            65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of the image, or
-            [lo, hi]. Every sigma is in 255ths of this range. The restored image is stored in the
-            same range.
+            65535; floats as they are), "minmax" or "percentile" (0.1 and 99.9) of each channel, or
+            [lo, hi], numbers or lists with one for each channel. Every sigma is in 255ths of this
+            range. The restored image is stored in the same range, and may leave it where the
+            measurement does, and with "minmax" and "percentile" also where the operator averages
+            light, as a blur does.
         page: Page of a TIFF file with several pages, from 0; it applies to the measurement if there
             is one, otherwise to the ground truth.
         crop: Keep the central crop × crop pixels of the ground truth and of a mask before the
@@ -66,7 +77,8 @@ class RestorationDataModule(LightningDataModule):
     Raises:
         FileNotFoundError: A file does not exist.
         OSError: An image of a set cannot be downloaded.
-        ValueError: A file is not an image, or files do not fit together; at `setup`.
+        ValueError: A file is not an image, files do not fit together, or the measurement is not
+            what is stated about it (`deepred_pl.plausibility`); at `setup`.
     """
 
     def __init__(
@@ -104,7 +116,7 @@ class RestorationDataModule(LightningDataModule):
         self.metric_on = metric_on
         self.seed = seed
         self.problem: InverseProblem | None = None
-        self.image_format = ImageFormat()
+        self.image_format = self._stored = ImageFormat()
 
     @property
     def name(self) -> str:
@@ -124,11 +136,14 @@ class RestorationDataModule(LightningDataModule):
         truth: Tensor | None
         if self.measurement is None:
             y, operator, truth = self._simulated(operator)
+            self.problem = InverseProblem(y, operator, self.noise, truth, self.metric_on)
         else:
-            y, truth = self._measured(operator)
-        self.problem = InverseProblem(y, operator, self.noise, truth, self.metric_on)
-        if self.problem.noise is not self.noise:
-            rank_zero_info(f"estimated from the measurement: {self.problem.noise}")
+            self.problem = self._measured(operator)
+        plausibility.check_mask(self.problem)
+        plausibility.check_sinogram(self.problem)
+        if self.measurement is not None and self.problem.noise is self.noise:
+            plausibility.check_noise(self.problem)
+        rank_zero_info(self._reading())
         if self.region is not None:
             region, alpha = Region(*self.region), self.image_format.alpha
             if alpha is not None and alpha.shape == self.problem.image_shape[-2:]:
@@ -137,8 +152,8 @@ class RestorationDataModule(LightningDataModule):
         if self.as_floats:
             self.image_format = ImageFormat("float32")
 
-    def _measured(self, operator: Operator) -> tuple[Tensor, Tensor | None]:
-        """The measurement, and the ground truth for the metrics."""
+    def _measured(self, operator: Operator) -> InverseProblem:
+        """The problem of a measurement, with a ground truth only for the metrics."""
         assert self.measurement is not None
         if self.crop is not None:
             raise ValueError(
@@ -146,20 +161,70 @@ class RestorationDataModule(LightningDataModule):
                 "is a measurement; set region to [top, left, height, width] for a part of it"
             )
         self._check_range(operator)
-        y, self.image_format = _read(self.measurement, self.intensity_range, self.page)
-        truth_range = self.intensity_range
+        y, stored = _read(self.measurement, self.intensity_range, self.page, missing=True)
+        self._stored = stored
+        plausibility.check_layout(y, self._source)
+        if self.intensity_range == "dtype":
+            plausibility.check_span(y, stored)
+        elif not isinstance(self.intensity_range, str):
+            plausibility.check_outside(y, stored)
+        lost = ~y.isfinite()
+        if lost.any():
+            known = operator.mask if isinstance(operator, Mask) else None
+            unmarked = lost if known is None else lost & known.bool()
+            operator, y = without(operator, lost), torch.where(lost, 0, y)
+            if unmarked.any():
+                rank_zero_warn(
+                    f"{int(unmarked.sum())} of the {lost.numel()} values of {self._source} are "
+                    "NaN, infinite or marked as missing. They are not fitted, and the restored "
+                    "image has estimates in their place.",
+                    category=RestorationWarning,
+                )
+        truth_range: IntensityRange = self.intensity_range
+        self.image_format = _enlarged(stored, operator.factor)
         if not operator.keeps_units:
-            self.image_format, truth_range = ImageFormat("float32"), "dtype"
+            self.image_format, truth_range = ImageFormat("float32", tiff=True), "dtype"
         elif self.intensity_range != "dtype":
-            truth_range = (self.image_format.low, self.image_format.high)
-        if self.ground_truth is None:
-            return y, None
-        return y, self._admissible(_read(self.ground_truth, truth_range)[0], operator)
+            truth_range = (stored.low, stored.high)  # type: ignore[assignment]
+        truth = None
+        if self.ground_truth is not None:
+            truth = self._admissible(_read(self.ground_truth, truth_range)[0], operator)
+        limits = _limits(y, operator, stored, self.intensity_range)
+        return InverseProblem(y, operator, self.noise, truth, self.metric_on, limits)
+
+    @property
+    def _source(self) -> str:
+        named = self.ground_truth if self.measurement is None else self.measurement
+        return str(named) if isinstance(named, str | os.PathLike) else "the image"
+
+    def _reading(self) -> str:
+        """One line on how everything was read."""
+        assert self.problem is not None
+        stored, (*_, channels, height, width) = self._stored, self.problem.y.shape
+        if self.measurement is None:
+            channels, height, width = self.problem.image_shape[1:]
+        lows, highs = np.atleast_1d(stored.low), np.atleast_1d(stored.high)
+        ranges = [f"{low:.6g} to {high:.6g}" for low, high in zip(lows, highs, strict=True)]
+        parts = [
+            f"{height}×{width} pixels",
+            f"{channels} channel{'s' * (channels > 1)}",
+            stored.dtype,
+            f"black and white at {', '.join(ranges[:4])}{', …' * (len(ranges) > 4)}",
+        ]
+        if stored.alpha is not None:
+            parts.append("and a transparency that is kept")
+        text = f"{self._source}: {', '.join(parts)}; operator {self.problem.operator}"
+        noise = self.problem.noise
+        if noise is None:
+            return f"{text}; no noise model."
+        return f"{text}; {'estimated ' * (noise is not self.noise)}noise {noise}."
 
     def _simulated(self, operator: Operator) -> tuple[Tensor, Operator, Tensor]:
         """A simulated measurement, the operator that made it, and the ground truth."""
         assert self.ground_truth is not None
         original, self.image_format = _read(self.ground_truth, self.intensity_range, self.page)
+        self._stored = self.image_format
+        plausibility.check_layout(original, self._source)
         if self.crop is not None:
             middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)
             original, self.image_format = middle.of(original), _part(self.image_format, middle)
@@ -187,8 +252,8 @@ class RestorationDataModule(LightningDataModule):
         if part is not None and self.intensity_range in ("minmax", "percentile"):
             raise ValueError(
                 f"intensity_range={self.intensity_range!r} shifts 0, but {type(part).__name__} "
-                "requires 0 to mean no light; set it to [0, hi]; for sums along rays, hi is the "
-                "number of detectors times the object's maximum"
+                "requires 0 to mean no light; set it to [0, hi] with hi the value of white; for "
+                "sums along rays, that is the number of detectors times the object's maximum"
             )
 
     def train_dataloader(self) -> Iterable[int]:
@@ -237,12 +302,62 @@ def antialiased_resize(image: Tensor, factor: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(c) for c in small]))[None].float() / 255
 
 
+def _limits(
+    y: Tensor, operator: Operator, stored: ImageFormat, intensity_range: IntensityRange
+) -> tuple[float, float]:
+    """The least and the largest value that the image may have, at most 0 and at least 1."""
+    if not operator.keeps_units:  # a first guess has artefacts of single pixels
+        guess = F.avg_pool2d(operator.first_guess(y), 3, stride=1, padding=1)
+        return 0.0, 2 * float(guess.max()) if guess.max() > GUESSED else 1.0
+    if intensity_range == "dtype" and stored.dtype != "float32":
+        return 0.0, 1.0  # of the type, or of the camera
+    noise = BEYOND * float(torch.nan_to_num(noise_level(y, torch.ones_like(y) > 0)).max())
+    low, high = float(y.min()), float(y.max())
+    limits = [low if low < -noise else 0.0, high if high > 1 + noise else 1.0]
+    if intensity_range in ("minmax", "percentile"):  # where the measurement, not the image, ends
+        gain = operator.gain(y)
+        dark = float(np.max(-np.asarray(stored.low) / np.subtract(stored.high, stored.low)))
+        nothing = dark if dark <= 0 else -math.inf  # values that are all positive stay positive
+        limits = [max(limits[0] + 1 - gain, nothing), limits[1] * gain]
+    return min(0.0, limits[0]), limits[1]
+
+
+def _enlarged(stored: ImageFormat, factor: int) -> ImageFormat:
+    """The format of an image with `factor` times as many pixels per unit."""
+    if stored.resolution is None or factor == 1:
+        return stored
+    x, y, unit = stored.resolution
+    return replace(stored, resolution=(factor * x, factor * y, unit))
+
+
 def _read(
-    source: str | os.PathLike | np.ndarray, intensity_range: IntensityRange, page: int | None = None
+    source: str | os.PathLike | np.ndarray,
+    intensity_range: IntensityRange,
+    page: int | None = None,
+    missing: bool = False,
 ) -> tuple[Tensor, ImageFormat]:
-    if isinstance(source, np.ndarray):
-        return to_tensor(source, intensity_range)
-    return read_image(source, intensity_range, page)
+    if not isinstance(source, np.ndarray):
+        image, stored = read_image(source, intensity_range, page, missing)
+        if stored.alpha is not None and not _is_transparency(stored.alpha):
+            rank_zero_warn(
+                f"The last channel of {source} was taken for transparency, as the file says, and "
+                "is not restored, but most of its values are neither 0 nor opaque. If it is a "
+                "channel of the image, save it as an NPY array (H, W, C).",
+                category=RestorationWarning,
+            )
+        return image, stored
+    if source.ndim == 3 and source.shape[-1] == 4 and (source[..., 3] == _opaque(source)).all():
+        image, stored = to_tensor(source[..., :3], intensity_range, missing=missing)  # RGBA
+        return image, replace(stored, alpha=source[..., 3].astype(stored.dtype))
+    return to_tensor(source, intensity_range, missing=missing)
+
+
+def _is_transparency(alpha: np.ndarray) -> bool:
+    return bool(((alpha > 0) & (alpha < _opaque(alpha))).mean() <= MOST_OPAQUE)
+
+
+def _opaque(alpha: np.ndarray) -> float:
+    return np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1.0
 
 
 def _part(image_format: ImageFormat, region: Region) -> ImageFormat:

@@ -21,7 +21,7 @@ from deepred_pl.files import write_bytes
 from deepred_pl.memory import check_memory
 from deepred_pl.sources import find_image
 
-IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float]
+IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float] | Sequence[list[float]]
 
 WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value of 1 under "dtype"
 PERCENTILES = {"minmax": (0, 100), "percentile": (0.1, 99.9)}  # the stored values of 0 and 1
@@ -34,6 +34,7 @@ YCBCR, JPEG = 6, (6, 7)  # tifffile decodes YCbCr to RGB only with these compres
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_UNITS = {1: "none", 2: "inch", 3: "centimeter"}
 ICC_TAG, ORIENTATION_TAG = 34675, 274
+NODATA_TAG = 42113  # of GDAL: the value of missing pixels, as text
 # A PNG file's signature and IHDR chunk end at byte 33; byte 24 is the bit depth.
 PNG_HEADER, PNG_DEPTH_AT = 33, 24
 
@@ -45,32 +46,42 @@ class ImageFormat:
     Attributes:
         dtype: The type of the stored values: "uint8", "uint16", "int16", ... or "float32".
         alpha: The alpha channel, (H, W) of that dtype, or None.
-        low: The stored value of 0.
+        low: The stored value of 0, or one for each channel.
         high: The stored value of 1; by default 255, 65535, or 1 for floats.
         icc_profile: The colour profile, if the file has one for its grey or RGB values.
-        resolution: Of a TIFF, pixels per unit along x and y, and the unit: "inch", "centimeter", or
-            "none" if only their ratio is known. None if the file does not have it.
+        resolution: Of a TIFF, pixels per unit along x and y, and the unit: "inch", "centimeter",
+            another one that ImageJ or OME name, such as "um", or "none" if only their ratio is
+            known. None if the file does not have it.
+        tiff: Whether it came from a TIFF file, and is to be one again.
     """
 
     dtype: str = "uint8"
     alpha: np.ndarray | None = None
-    low: float = 0.0
-    high: float = math.nan
+    low: float | tuple[float, ...] = 0.0
+    high: float | tuple[float, ...] = math.nan
     icc_profile: bytes | None = None
     resolution: tuple[float, float, str] | None = None
+    tiff: bool = False
 
     def __post_init__(self) -> None:
-        if math.isnan(self.high):
+        if isinstance(self.high, float) and math.isnan(self.high):
             high = WHITE.get(self.dtype) or float(np.iinfo(self.dtype).max)
             object.__setattr__(self, "high", high)
 
     def suffix(self, channels: int) -> str:
-        """The file suffix for images of this format: ".png", or ".tif" if PNG cannot store them."""
-        return ".png" if self.dtype in ("uint8", "uint16") and channels in (1, 3) else ".tif"
+        """The file suffix for images of this format: ".tif" for TIFFs and what PNG cannot store."""
+        return ".png" if self.fits_png(channels) and not self.tiff else ".tif"
+
+    def fits_png(self, channels: int) -> bool:
+        """Whether a PNG can store images of this format."""
+        return self.dtype in ("uint8", "uint16") and channels in (1, 3)
 
 
 def read_image(
-    path: str | os.PathLike, intensity_range: IntensityRange = "dtype", page: int | None = None
+    path: str | os.PathLike,
+    intensity_range: IntensityRange = "dtype",
+    page: int | None = None,
+    missing: bool = False,
 ) -> tuple[Tensor, ImageFormat]:
     """Read a PNG, JPEG, TIFF or NPY image.
 
@@ -80,6 +91,7 @@ def read_image(
         path: The file, or "sample:NAME" or "set:SET/IMAGE" (`deepred_pl.sources`).
         intensity_range: Which stored values become 0 and 1, as in `to_tensor`.
         page: Page of a TIFF file with several pages, from 0.
+        missing: Allow missing values, as in `to_tensor`; also those of a TIFF's nodata tag.
 
     Returns:
         The image, float32 (1, C, H, W), and its format.
@@ -91,7 +103,7 @@ def read_image(
     """
     source = find_image(path)
     if isinstance(source, np.ndarray):
-        return to_tensor(source, intensity_range, str(path))
+        return to_tensor(source, intensity_range, str(path), missing)
     try:
         array, has_alpha, metadata = _decode(source, page)
     except Exception as error:  # decoders raise anything on a broken file
@@ -102,7 +114,7 @@ def read_image(
     alpha = None
     if has_alpha:
         array, alpha = array[..., :-1], array[..., -1]
-    image, values = to_tensor(array, intensity_range, str(path))
+    image, values = to_tensor(array, intensity_range, str(path), missing)
     return image, replace(
         metadata,
         dtype=values.dtype,
@@ -114,17 +126,22 @@ def read_image(
 
 
 def to_tensor(
-    array: np.ndarray, intensity_range: IntensityRange = "dtype", name: str = "the image"
+    array: np.ndarray,
+    intensity_range: IntensityRange = "dtype",
+    name: str = "the image",
+    missing: bool = False,
 ) -> tuple[Tensor, ImageFormat]:
     """Convert an array of stored values, (H, W) or (H, W, C), to an image.
 
     Args:
-        array: Integers or floats.
+        array: Integers or floats; also a `numpy.ma.MaskedArray`.
         intensity_range: Which stored values become 0 and 1. "dtype": 0 and 255 or 65535 for 8 and
             16 bits; floats are in [0, 1] already, up to noise. "minmax": the minimum and the
-            maximum; "percentile": the 0.1 and 99.9 percentiles. `[lo, hi]`: these stored values,
-            unchecked. Values outside are not clipped.
+            maximum of each channel; "percentile": the 0.1 and 99.9 percentiles. `[lo, hi]`: these
+            stored values, which may be lists with one for each channel. Values outside are not
+            clipped.
         name: The image's name in error messages.
+        missing: Return masked, NaN and infinite values as NaN, instead of refusing them.
 
     Returns:
         The image, float32 (1, C, H, W), and its format.
@@ -143,34 +160,41 @@ def to_tensor(
             f"expected one image, (height, width) or (height, width, channels), got {array.shape} "
             f"in {name}; save a single page"
         )
+    invalid = np.ma.getmaskarray(array)
+    array = np.ma.getdata(array)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if array.dtype.kind not in "iuf":
         raise ValueError(f"expected integers or floats, got {array.dtype} in {name}; convert it")
     dtype = "float32" if array.dtype.kind == "f" else array.dtype.name
     if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        if not finite.all():
-            raise ValueError(
-                f"expected finite values, but {(~finite).sum()} of {array.size} in {name} are NaN "
-                "or infinite; replace them first"
-            )
-    low, high = _stored_range(array, dtype, intensity_range, name)
+        invalid = invalid | ~np.isfinite(array)
+    if invalid.all() or (invalid.any() and not missing):
+        raise ValueError(
+            f"expected finite values, but {invalid.sum()} of {array.size} in {name} are NaN, "
+            "infinite or marked as missing; replace them first"
+        )
     height, width, channels = array.shape
     image = np.empty((1, channels, height, width), np.float32)
+    known = [array[..., i] for i in range(channels)]
+    if invalid.any():
+        known = [known[i][~invalid[..., i]] for i in range(channels)]
+    low, high = _stored_range(known, dtype, intensity_range, name)
     for i in range(channels):  # one at a time: the float64 copy dominates the memory
         values = array[..., i].astype(np.float64)
-        values -= low
-        values /= high - low
-        with np.errstate(over="ignore"):  # overflow is checked below
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is checked below
+            values -= low[i]
+            values /= high[i] - low[i]
             image[0, i] = values
-    if not np.isfinite(image).all():
+    if not np.isfinite(image[0, ~invalid.transpose(2, 0, 1)]).all():
         raise ValueError(
-            f"expected values near the range [{low:g}, {high:g}], got [{array.min():g}, "
-            f"{array.max():g}] in {name}; set intensity_range to the [lo, hi] that are black and "
-            "white"
+            f"expected values near the range [{low[0]:g}, {high[0]:g}], got {_span(known)} in "
+            f"{name}; set intensity_range to the [lo, hi] that are black and white"
         )
-    return torch.from_numpy(image), ImageFormat(dtype, None, low, high)
+    image[0, invalid.transpose(2, 0, 1)] = np.nan
+    if len({*low}) == len({*high}) == 1:
+        return torch.from_numpy(image), ImageFormat(dtype, None, low[0], high[0])
+    return torch.from_numpy(image), ImageFormat(dtype, None, tuple(low), tuple(high))
 
 
 def to_array(image: Tensor, image_format: ImageFormat) -> np.ndarray:
@@ -179,7 +203,8 @@ def to_array(image: Tensor, image_format: ImageFormat) -> np.ndarray:
     Integers are rounded, and clipped to the range of their type.
     """
     scaled = image[0].detach().cpu().double().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
-    values = image_format.low + scaled * (image_format.high - image_format.low)
+    low, high = np.asarray(image_format.low), np.asarray(image_format.high)
+    values = low + scaled * (high - low)
     if image_format.dtype != "float32":
         info = np.iinfo(image_format.dtype)
         # The largest float64 that is cast correctly: 2⁶³ − 1 is not representable.
@@ -200,7 +225,8 @@ def write_image(
     array = to_array(image, image_format)
     channels = array.shape[-1]
     suffix, best = Path(path).suffix.lower(), image_format.suffix(channels)
-    if suffix not in (best, ".tif", ".tiff"):
+    as_png = suffix == ".png" and image_format.fits_png(channels)
+    if not (as_png or suffix in (".tif", ".tiff")):
         raise ValueError(
             f"expected a name ending in {best} for {channels} channels of {image_format.dtype}, "
             f"got {path}; rename it"
@@ -218,42 +244,62 @@ def write_image(
 
 
 def _stored_range(
-    values: np.ndarray, dtype: str, intensity_range: IntensityRange, name: str
-) -> tuple[float, float]:
-    """The stored values that become 0 and 1; `values` are (H, W, C)."""
+    known: Sequence[np.ndarray], dtype: str, intensity_range: IntensityRange, name: str
+) -> tuple[list[float], list[float]]:
+    """The stored values that become 0 and 1, of each channel; `known` has each channel's values."""
     word = intensity_range if isinstance(intensity_range, str) else ""
+    count = len(known)
     if word in PERCENTILES:
-        low, high = (float(v) for v in np.percentile(values.astype(np.float64), PERCENTILES[word]))
-        if low == high:
+        ranges = [
+            [float(v) for v in np.percentile(c.astype(np.float64), PERCENTILES[word])]
+            for c in (channel if channel.size else np.zeros(1) for channel in known)
+        ]
+        if all(low == high for low, high in ranges):
+            low, high = ranges[0]
             raise ValueError(
                 f"expected values that differ, but the {word} range of {name} is "
                 f"[{low:g}, {high:g}]; set intensity_range to [lo, hi]"
             )
-        return low, high
+        # A constant channel becomes 0.
+        highs = [high if high > low else low + 1 for low, high in ranges]
+        return [low for low, _ in ranges], highs
     if word == "dtype":
         if dtype not in WHITE:
             raise ValueError(
                 f"expected 8-bit, 16-bit or float values, got {dtype} in {name}; set "
                 "intensity_range to minmax, percentile or [lo, hi]"
             )
-        low, high = 0.0, WHITE[dtype]
-        if values.min() < low - 0.5 * high or values.max() > 1.5 * high:
+        white = WHITE[dtype]
+        least, largest = _extremes(known)
+        if least < -0.5 * white or largest > 1.5 * white:
             raise ValueError(
-                f"expected float values in [0, 1], up to noise, got [{values.min():g}, "
-                f"{values.max():g}] in {name}; set intensity_range to the [lo, hi] that are "
-                "black and white, or to minmax"
+                f"expected float values in [0, 1], up to noise, got {_span(known)} in {name}; set "
+                "intensity_range to the [lo, hi] that are black and white, such as "
+                f"[{min(0.0, least):.4g}, {largest:.4g}]"
             )
-        return low, high
+        return [0.0] * count, [white] * count
     try:
-        low, high = (float(v) for v in (() if word else intensity_range))
+        ends = () if word else intensity_range
+        lows, highs = (np.broadcast_to(np.asarray(v, np.float64), count).tolist() for v in ends)
+        is_range = all(a < b < math.inf and a > -math.inf for a, b in zip(lows, highs, strict=True))
     except (TypeError, ValueError):
-        low = high = math.nan
-    if not (low < high and math.isfinite(high - low)):
+        is_range = False
+    if not is_range:
         raise ValueError(
             "intensity_range must be dtype, minmax, percentile or two finite numbers [lo, hi], "
-            f"lo < hi, got {intensity_range!r} for {name}"
+            f"lo < hi, got {intensity_range!r} for {name}; lo and hi may be lists of {count}, one "
+            "for each channel"
         )
-    return low, high
+    return lows, highs
+
+
+def _extremes(known: Sequence[np.ndarray]) -> tuple[float, float]:
+    values = [channel for channel in known if channel.size]
+    return min(float(c.min()) for c in values), max(float(c.max()) for c in values)
+
+
+def _span(known: Sequence[np.ndarray]) -> str:
+    return "[{:g}, {:g}]".format(*_extremes(known))
 
 
 def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
@@ -329,10 +375,24 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
                 array, has_alpha = _pixels(picture)
         else:
             raise ValueError("its colour layout is not supported; save it as RGB")
-        unit = TIFF_UNITS.get(page.resolutionunit, "none")
-        resolution = _resolution(*page.get_resolution(), unit, orientation)
+        unit = (file.imagej_metadata or {}).get("unit") or TIFF_UNITS.get(page.resolutionunit)
+        pixels = _ome_resolution(file.ome_metadata) or (*page.get_resolution(), unit or "none")
+        resolution = _resolution(*pixels, orientation)
         icc_profile = page.tags.valueof(ICC_TAG)
-    return array, has_alpha, ImageFormat(icc_profile=icc_profile, resolution=resolution)
+        nodata = page.tags.valueof(NODATA_TAG)
+        if nodata is not None:
+            array = np.ma.masked_equal(array, float(str(nodata).strip("\0 ")))
+    return array, has_alpha, ImageFormat(icc_profile=icc_profile, resolution=resolution, tiff=True)
+
+
+def _ome_resolution(xml: str | None) -> tuple[float, float, str] | None:
+    """Pixels per unit along x and y, and the unit, of an OME-TIFF that has them."""
+    pixels = tifffile.xml2dict(xml)["OME"]["Image"] if xml else {}
+    pixels = (pixels[0] if isinstance(pixels, list) else pixels).get("Pixels", {})
+    if "PhysicalSizeX" not in pixels or "PhysicalSizeY" not in pixels:
+        return None
+    unit = str(pixels.get("PhysicalSizeXUnit", "um")).replace("µ", "u").replace("μ", "u")
+    return 1 / pixels["PhysicalSizeX"], 1 / pixels["PhysicalSizeY"], unit
 
 
 def _refuse_bombs(height: int, width: int, bands: int, bytes_each: int = 1) -> None:
@@ -410,6 +470,8 @@ def _encode_tiff(
     samples = 1 if array.ndim == 2 else array.shape[-1]
     colours = 3 if channels == 3 else 1
     extra = ["unspecified"] * (channels - colours) + ["unassalpha"] * (samples - channels)
+    unit = resolution[2] if resolution else "none"
+    known_unit = unit in TIFF_UNITS.values()
     buffer = io.BytesIO()
     tifffile.imwrite(
         buffer,
@@ -418,7 +480,9 @@ def _encode_tiff(
         planarconfig="contig" if samples > 1 else None,
         extrasamples=extra or None,
         resolution=resolution and resolution[:2],
-        resolutionunit=resolution and resolution[2],
+        resolutionunit=unit if known_unit else "none",
+        # Other units are where ImageJ looks for them.
+        description=None if known_unit else f"ImageJ=1.11a\nunit={unit}\n",
         metadata=None,
         iccprofile=profile,
     )

@@ -18,8 +18,9 @@ def psnr(image: Tensor, truth: Tensor, on: MetricOn = "rgb") -> Tensor:
     """Peak signal-to-noise ratio in dB, 0-dim, of images (1, C, H, W).
 
     Args:
-        image: The image, clipped to [0, 1] first.
-        truth: The true image, in [0, 1].
+        image: The image, clipped first: to [0, 1], or to the range of the true image if that is
+            wider.
+        truth: The true image.
         on: "rgb" compares all channels, with peak 1; "luminance" compares the `luminance` of images
             with three channels, with peak 255.
 
@@ -68,4 +69,4 @@ def _compared(image: Tensor, truth: Tensor, on: MetricOn) -> tuple[Tensor, Tenso
         )
     if scored_on(truth.shape[1], on) == "luminance":
         return luminance(image), luminance(truth), 255.0
-    return image.clamp(0, 1), truth, 1.0
+    return image.clamp(truth.amin().clamp(max=0), truth.amax().clamp(min=1)), truth, 1.0

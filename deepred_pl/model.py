@@ -50,7 +50,7 @@ class DeepImagePrior(LightningModule):
     module is complete after construction and works as a child of another LightningModule;
     without one, it uses the datamodule's problem when the fit starts.
 
-    All images below are (1, C, H, W), float32, in [0, 1].
+    All images below are (1, C, H, W), float32, in [0, 1] or the problem's wider limits.
 
     Args:
         network: Called with the image's number of channels, returns T_θ (`deepred_pl.networks`).
@@ -144,6 +144,7 @@ class DeepImagePrior(LightningModule):
         self.compiled = compile
         self.seed = seed
         self.step = 0
+        self.limits = (0.0, 1.0)
         self.network: nn.Module | None = None
         self.problem: InverseProblem | None = None
         self.register_buffer("chosen", None)
@@ -168,6 +169,7 @@ class DeepImagePrior(LightningModule):
             raise ValueError("this module already restores another image; create a new module")
         if self.fidelity == "backprojection":
             self._prepare_backprojection(problem)
+        self.limits = problem.limits
         if self.network is None:
             with _seeded(self.seed):
                 network = self._new_network(problem.image_shape[1])
@@ -180,6 +182,8 @@ class DeepImagePrior(LightningModule):
         else:
             problem.load_state_dict(self._saved_problem)  # raises for another measurement
             self._saved_problem = {}
+        if hasattr(self.network, "limits"):
+            self.network.limits = problem.limits  # type: ignore[assignment]
         self.problem = problem
         if isinstance(self.regularizer, Term):
             self.regularizer.check(self)
@@ -321,7 +325,9 @@ class DeepImagePrior(LightningModule):
 
     @property
     def restored(self) -> Tensor:
-        """The restored image, (1, C, H, W) in [0, 1]: `chosen`, or else the one named by `result`.
+        """The restored image, (1, C, H, W): `chosen`, or else the one named by `result`.
+
+        It is within the problem's limits, by default [0, 1].
 
         Without a noise model, the known pixels of inpainting are those of the measurement, unless
         the module was loaded without its problem.
@@ -336,7 +342,7 @@ class DeepImagePrior(LightningModule):
         image = self._result() if self.chosen is None else self.chosen
         if self.problem is not None:
             image = self.problem.keep_known(image)
-        return image.detach().clamp(0, 1)
+        return image.detach().clamp(*self.limits)
 
     def _result(self) -> Tensor:
         return self.average if self.result == "average" else self.out
@@ -351,13 +357,16 @@ class DeepImagePrior(LightningModule):
 
     # Checkpoints
 
-    def get_extra_state(self) -> int:
-        """The step, a number on the host: reading it from the device would stall every step."""
-        return self.step
+    def get_extra_state(self) -> dict[str, Any]:
+        """Numbers on the host: reading the step from the device would stall every step."""
+        return {"step": self.step, "limits": self.limits}
 
-    def set_extra_state(self, state: int) -> None:
-        """Restore the step."""
-        self.step = state
+    def set_extra_state(self, state: dict[str, Any] | int) -> None:
+        """Restore the step and the limits; earlier versions saved only the step."""
+        state = {"step": state} if isinstance(state, int) else state
+        self.step = state["step"]
+        if self.problem is None:
+            self.limits = tuple(state.get("limits", (0.0, 1.0)))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.network is None:  # no problem yet: the checkpoint defines the buffers

@@ -3,9 +3,11 @@
 A network is created as `network(channels)` for the image's number of channels. It maps z,
 (1, 32, H, W), to an image (1, channels, H, W) in [0, 1], and may define
     smallest_side   the smallest H and W it works for;
+    limits          (low, high) of its output, (0, 1) at first, set to the problem's;
     prepare(problem) -> z   to create its own fixed input, called once.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,19 @@ from deepred_pl.checks import check_at_least
 from deepred_pl.problem import InverseProblem
 
 INPUT_CHANNELS = 32
+
+
+def bounded(t: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """A sigmoid between `low` < 0.5 and `high` > 0.5, with value 1/2 and slope 1/4 at t = 0.
+
+    For (0, 1) it is the logistic function. With wider limits a network starts with the same output
+    and learns images within [0, 1] as before, but may leave it.
+    """
+    if (low, high) == (0, 1):
+        return torch.sigmoid(t)
+    middle = (0.5 - low) / (high - low)
+    steepness = 0.25 / ((high - low) * middle * (1 - middle))
+    return low + (high - low) * torch.sigmoid(math.log(middle / (1 - middle)) + steepness * t)
 
 
 class SkipNet(nn.Module):
@@ -53,6 +68,7 @@ class SkipNet(nn.Module):
         super().__init__()
         check_at_least(1, channels=channels, width=width, skip_width=skip_width, scales=scales)
         self.input_channels = input_channels
+        self.limits = (0.0, 1.0)
         self.smallest_side = 2**scales + 1
         self.down = nn.ModuleList()
         self.skip = nn.ModuleList()
@@ -68,7 +84,7 @@ class SkipNet(nn.Module):
         self.head = nn.Conv2d(width, channels, kernel_size=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map z, (1, input_channels, H, W), to an image, (1, channels, H, W) in [0, 1], float32."""
+        """Map z, (1, input_channels, H, W), to an image, (1, channels, H, W), float32."""
         x, skips = z, []
         for down, skip in zip(self.down, self.skip, strict=True):
             skips.append(skip(x))
@@ -76,7 +92,7 @@ class SkipNet(nn.Module):
         for up, skipped in zip(reversed(self.up), reversed(skips), strict=True):
             x = up(skipped, x)
         # In float32 even under autocast: bfloat16 has only 8 bits of precision.
-        return torch.sigmoid(self.head(x).float())
+        return bounded(self.head(x).float(), *self.limits)
 
 
 class MeasurementNet(SkipNet):
@@ -130,6 +146,7 @@ class DeepDecoder(nn.Module):
     def __init__(self, channels: int, width: int = 128, scales: int = 5) -> None:
         super().__init__()
         check_at_least(1, channels=channels, width=width, scales=scales)
+        self.limits = (0.0, 1.0)
         self.smallest_side = 2**scales + 1
         self.mix = nn.ModuleList(
             nn.Conv2d(width, width, kernel_size=1, bias=False) for _ in range(scales + 1)
@@ -146,14 +163,14 @@ class DeepDecoder(nn.Module):
         return torch.rand(1, self.head.in_channels, *self._sides()[0])
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map z to an image, (1, channels, H, W) in [0, 1], float32."""
+        """Map z to an image, (1, channels, H, W), float32."""
         x, sides = z, self._sides()
         for mix, norm, side in zip(self.mix, self.norm, [*sides[1:], sides[-1]], strict=True):
             x = mix(x)
             if x.shape[-2:] != side:
                 x = F.interpolate(x, side, mode="bilinear", align_corners=False)
             x = norm(F.relu(x))
-        return torch.sigmoid(self.head(x).float())
+        return bounded(self.head(x).float(), *self.limits)
 
     def _sides(self) -> list[tuple[int, int]]:
         """(H, W) of every layer, from z to the image."""

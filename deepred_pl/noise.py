@@ -7,16 +7,18 @@ not clipped this is the mean squared residual, so that λ and μ have the same s
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
-from skimage.restoration import estimate_sigma
 from torch import Tensor, nn
 
-from deepred_pl.checks import check_grey_levels, check_positive
+from deepred_pl.checks import as_plain, check_grey_levels, check_positive
+from deepred_pl.estimate import noise_level, unclipped
 
 LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits has 0.29
+ALIKE = 1.3  # channels whose noise levels differ by less get their mean
 
 # The likelihoods of photon counts and speckle are infinite at 0. Below these values, a tenth of a
 # photon and far below any grey level, they are continued by their tangents, for finite gradients.
@@ -67,8 +69,8 @@ class NoiseModel(nn.Module, ABC):
         """
         return 2 * mean_variance * mean_over(self.negative_log_likelihood(prediction, y), observed)
 
-    def fitted(self, y: Tensor) -> "NoiseModel":
-        """The model with its open parameters estimated from the measurement y.
+    def fitted(self, y: Tensor, observed: Tensor | None = None) -> "NoiseModel":
+        """The model with its open parameters estimated from the observed values of y.
 
         Raises:
             ValueError: y is impossible under the model.
@@ -87,20 +89,26 @@ class GaussianNoise(NoiseModel):
     """White Gaussian noise, y = A x + N(0, σ²).
 
     Args:
-        sigma: Standard deviation in grey levels of an 8-bit image, in (0, 255]; None
-            estimates it from the measurement (median absolute deviation of its wavelet
-            coefficients: Donoho & Johnstone 1994, by scikit-image). The estimate is too small if
-            large parts of the measurement were clipped.
+        sigma: Standard deviation in grey levels of an 8-bit image, in (0, 255], or one for each
+            channel; None estimates it from the measurement (`estimate.noise_level`), for each
+            channel if they differ by more than 30 %.
 
     Raises:
-        ValueError: sigma outside (0, 255].
+        ValueError: sigma outside (0, 255], or, at `fitted`, another number of them than channels.
     """
 
-    def __init__(self, sigma: float | None = 25.0) -> None:
+    _variances: Tensor | None
+
+    def __init__(self, sigma: float | Sequence[float] | None = 25.0) -> None:
         super().__init__()
-        if sigma is not None:
-            check_grey_levels("noise sigma", sigma, "25 means 25/255, null (None) estimates it")
+        sigma = as_plain(sigma)
+        for one in sigma if isinstance(sigma, Sequence) else () if sigma is None else (sigma,):
+            check_grey_levels("noise sigma", one, "25 means 25/255, null (None) estimates it")
         self.sigma = sigma
+        several = None
+        if isinstance(sigma, Sequence):
+            several = (torch.tensor(sigma).float() / 255).square().view(1, -1, 1, 1)
+        self.register_buffer("_variances", several, persistent=False)
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         if self.sigma is None:
@@ -108,32 +116,50 @@ class GaussianNoise(NoiseModel):
                 "noise sigma must be a number to simulate a measurement, got null (None); "
                 "set noise.sigma, or give a measurement"
             )
-        return clean + self.sigma / 255 * torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return clean + self.variance(clean).sqrt() * noise
 
     def negative_log_likelihood(self, prediction: Tensor, y: Tensor) -> Tensor:
-        return (prediction - y).square() / (2 * self._variance())
+        return (prediction - y).square() / (2 * self.variance(prediction))
 
     def variance(self, clean: Tensor) -> Tensor:
-        return clean.new_full((), self._variance())
-
-    def _variance(self) -> float:
+        """0-dim, or (1, C, 1, 1) if sigma is one for each channel."""
         if self.sigma is None:
             raise ValueError("noise sigma is unknown; an InverseProblem estimates it from y")
-        return (self.sigma / 255) ** 2
+        if self._variances is not None:
+            return self._variances
+        assert not isinstance(self.sigma, Sequence)
+        return clean.new_full((), (self.sigma / 255) ** 2)
 
-    def fitted(self, y: Tensor) -> "GaussianNoise":
+    def fitted(self, y: Tensor, observed: Tensor | None = None) -> "GaussianNoise":
+        if isinstance(self.sigma, Sequence) and len(self.sigma) != y.shape[1]:
+            raise ValueError(
+                f"noise sigma must be one number or {y.shape[1]}, one for each channel, got "
+                f"{len(self.sigma)}"
+            )
         if self.sigma is not None:
             return self
-        image = y[0].detach().cpu().movedim(0, -1).numpy()  # (C, H, W) -> (H, W, C)
-        sigma = 255 * float(estimate_sigma(image, channel_axis=-1, average_sigmas=True))
-        if not sigma >= LEAST_ESTIMATE:
+        valid = unclipped(y) if observed is None else unclipped(y) & observed.bool()
+        sigmas = [255 * float(level) for level in noise_level(y.detach(), valid)]
+        known = [sigma for sigma in sigmas if sigma >= LEAST_ESTIMATE]
+        if all(math.isnan(sigma) for sigma in sigmas):
             raise ValueError(
-                f"expected noise in the measurement, but its sigma was estimated as {sigma:.3f}; "
-                "set noise.sigma in grey levels"
+                "too few known values to estimate the noise, which takes 3×3 values that are "
+                "neither clipped nor missing; set noise.sigma"
             )
-        return GaussianNoise(sigma)
+        if not known:
+            raise ValueError(
+                "expected noise in the measurement, but its sigma was estimated as "
+                f"{max(sigmas):.3f} grey levels; set noise.sigma"
+            )
+        if max(sigmas) <= ALIKE * min(sigmas):
+            return GaussianNoise(sum(sigmas) / len(sigmas))
+        # A channel without noise of its own, as a constant one, has the least of the others.
+        return GaussianNoise([s if s >= LEAST_ESTIMATE else min(known) for s in sigmas])
 
     def extra_repr(self) -> str:
+        if isinstance(self.sigma, Sequence):
+            return f"sigma=[{', '.join(f'{sigma:.2f}' for sigma in self.sigma)}]"
         return f"sigma={self.sigma:.2f}" if self.sigma is not None else "sigma=None"
 
 
@@ -151,8 +177,8 @@ class LaplaceNoise(NoiseModel):
 
     def __init__(self, sigma: float = 25.0) -> None:
         super().__init__()
+        self.sigma = sigma = as_plain(sigma)
         check_grey_levels("noise sigma", sigma, "25 means 25/255")
-        self.sigma = sigma
 
     @property
     def _scale(self) -> float:
@@ -187,8 +213,8 @@ class PoissonNoise(NoiseModel):
 
     def __init__(self, peak: float = 30.0) -> None:
         super().__init__()
+        self.peak = peak = as_plain(peak)
         check_positive("peak", peak, "30 means 30 photons at white")
-        self.peak = peak
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         return torch.poisson(self.peak * clean.clamp(min=0), generator=generator) / self.peak
@@ -199,7 +225,7 @@ class PoissonNoise(NoiseModel):
     def variance(self, clean: Tensor) -> Tensor:
         return clean / self.peak
 
-    def fitted(self, y: Tensor) -> "PoissonNoise":
+    def fitted(self, y: Tensor, observed: Tensor | None = None) -> "PoissonNoise":
         _check_light(y, "photon counts (PoissonNoise)", "PoissonGaussianNoise")
         return self
 
@@ -225,10 +251,9 @@ class PoissonGaussianNoise(NoiseModel):
 
     def __init__(self, gain: float = 2.0, sigma: float = 5.0) -> None:
         super().__init__()
+        self.gain, self.sigma = gain, sigma = as_plain(gain), as_plain(sigma)
         check_positive("gain", gain, "2 means 2 grey levels per photon")
         check_grey_levels("noise sigma", sigma, "use PoissonNoise if there is no read noise")
-        self.gain = gain
-        self.sigma = sigma
 
     @property
     def _shift(self) -> float:
@@ -265,8 +290,8 @@ class GammaNoise(NoiseModel):
 
     def __init__(self, looks: float = 10.0) -> None:
         super().__init__()
+        self.looks = looks = as_plain(looks)
         check_positive("looks", looks)
-        self.looks = looks
 
     def sample(self, clean: Tensor, generator: torch.Generator) -> Tensor:
         # Torch does not draw Gamma variables from a generator.
@@ -286,7 +311,7 @@ class GammaNoise(NoiseModel):
         # E[y²] = (A x)² (1 + 1 / looks)
         return super().mean_variance(y, observed) * self.looks / (self.looks + 1)
 
-    def fitted(self, y: Tensor) -> "GammaNoise":
+    def fitted(self, y: Tensor, observed: Tensor | None = None) -> "GammaNoise":
         _check_light(y, "speckle (GammaNoise)", "GaussianNoise")
         return self
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from skimage.transform import iradon
 from torch import Tensor, nn
 
-from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl.checks import as_plain, check_at_least, check_choice
 from deepred_pl.images import read_image
 from deepred_pl.tiles import Region
 
@@ -92,6 +92,19 @@ class Operator(nn.Module, ABC):
         """Replace pixels of `image`, (1, C, H, W), that were measured directly by those of y."""
         return image
 
+    @torch.no_grad()
+    def gain(self, y: Tensor) -> float:
+        """How many times brighter than its measurement a single bright pixel can be, at least 1.
+
+        Args:
+            y: A measurement, whose shape and device are used.
+        """
+        seen = self.adjoint(torch.ones_like(y))  # (1, C, H, W)
+        usual = seen[seen > 0].median()  # not that of a border, which may be seen twice
+        point = torch.zeros_like(seen)
+        point.view(-1)[(seen - usual).abs().argmin()] = 1
+        return max(1.0, 1 / max(float(self(point).max()), TINY))
+
     @property
     def observed(self) -> Tensor | None:
         """1 where the measurement was observed and 0 elsewhere; None if all of it was."""
@@ -145,8 +158,11 @@ class Blur(Operator):
     """Convolution of each channel with one kernel, by FFT; the size stays.
 
     Args:
-        kernel: (rows, columns), both odd, with its centre in the middle. It is divided by its sum,
-            so that brightness is preserved; an `nn.Parameter` is used unchanged.
+        kernel: (rows, columns), a tensor or array. Its centre is the value at rows // 2 and
+            columns // 2: the middle, and for an even number the one after it, as in
+            scipy.ndimage.convolve (scipy.signal's mode "same" has the one before). Zeros around it
+            are cut off, and it is divided by its sum, so that brightness is preserved; an
+            `nn.Parameter`, whose sides must be odd, is used unchanged.
         boundary: How the image continues beyond its border: periodically ("circular"), with its
             border pixels ("replicate"), mirrored about the border pixels ("reflect"), or with
             zeros ("zero").
@@ -162,13 +178,14 @@ class Blur(Operator):
 
     kernel: Tensor
 
-    def __init__(self, kernel: Tensor, boundary: Boundary = "circular") -> None:
+    def __init__(self, kernel: Tensor | np.ndarray, boundary: Boundary = "circular") -> None:
         super().__init__()
         check_choice("boundary", boundary, Boundary)
+        kernel = kernel if isinstance(kernel, Tensor) else torch.tensor(as_plain(kernel))
         _check_kernel(kernel)
         self.boundary = boundary
         if not isinstance(kernel, nn.Parameter):
-            kernel = kernel.float() / kernel.sum()
+            kernel = _centred(kernel.float() / kernel.sum())
         _keep(self, "kernel", kernel)
 
     @classmethod
@@ -232,7 +249,8 @@ class Blur(Operator):
         if rows > height or columns > width:
             raise ValueError(
                 f"the blur kernel must be no larger than the image, {height}×{width}, got "
-                f"{rows}×{columns}; crop the kernel"
+                f"{rows}×{columns} values around its centre that are not 0; use a larger image, or "
+                "set the kernel's small values to 0"
             )
         return measurement_shape
 
@@ -288,6 +306,12 @@ class Downsample(Operator):
 
     def __init__(self, factor: int = 4, kernel: ResamplingKernel = "lanczos2") -> None:
         super().__init__()
+        factor = as_plain(factor)
+        if not isinstance(factor, int):
+            raise ValueError(
+                f"factor must be one whole number for both sides, got {factor}; resize the image "
+                "to a multiple of its size first"
+            )
         check_at_least(2, factor=factor)
         check_choice("kernel", kernel, ResamplingKernel)
         self.factor = factor
@@ -366,10 +390,12 @@ class Mask(Operator):
     """Keeps the known pixels and sets the others to 0: inpainting.
 
     Args:
-        mask: 1 or True where a pixel is known, 0 elsewhere, of the image's size: (H, W),
-            (1, 1, H, W), or (1, C, H, W) for one mask per channel, or an image file in which white
-            is known. A file is thresholded at half of its brightest value, and refused if many of
-            its values are grey.
+        mask: 1 or True where a pixel is known, 0 elsewhere, of the image's size: an array (H, W) or
+            (H, W, C), a tensor (H, W), (1, 1, H, W) or (1, C, H, W), with one mask per channel, or
+            an image file in which white is known. A file is thresholded at half of its brightest
+            value, and refused if many of its values are grey. Of a file in two colours, such as red
+            on white, the brighter one is known; if its colours are all the same, its opaque pixels
+            are known.
         keep_fraction: Without a mask, fraction of pixels in (0, 1] to keep, drawn at random, to
             simulate a measurement.
 
@@ -400,7 +426,9 @@ class Mask(Operator):
         if mask is not None:
             if isinstance(mask, (str, os.PathLike)):
                 mask = _read_mask(mask)
-            mask = torch.as_tensor(mask)
+            if isinstance(mask, np.ndarray):
+                mask = torch.from_numpy(mask.copy())  # it may be read-only
+                mask = mask.movedim(-1, 0)[None] if mask.ndim == 3 else mask  # (H, W, C)
             mask = mask[None, None] if mask.ndim == 2 else mask
             _check_mask(mask)
         self.keep_fraction = keep_fraction
@@ -420,9 +448,12 @@ class Mask(Operator):
         channels, height, width = (1, 1, *measurement_shape)[-3:]
         shapes = dict.fromkeys([(1, 1, height, width), (1, channels, height, width)])
         if tuple(self.mask.shape) not in shapes:
+            got, wanted = self.mask.shape, " or ".join(map(str, dict.fromkeys([1, channels])))
             raise ValueError(
-                f"mask must be {' or '.join(map(str, shapes))} like the image, got "
-                f"{tuple(self.mask.shape)}; save it at the image's size"
+                f"mask must have the image's {height}×{width} pixels and {wanted} "
+                f"channel{'s' * (channels > 1)}, got "
+                f"{got[-2]}×{got[-1]} pixels and {got[1]}; save it at the image's size, without "
+                "smoothing"
             )
         return measurement_shape
 
@@ -466,7 +497,8 @@ class Mask(Operator):
     def extra_repr(self) -> str:
         if self.mask is None:
             return f"keep_fraction={self.keep_fraction}"
-        return f"{self.mask.shape[-2]}×{self.mask.shape[-1]}, {float(self.mask.mean()):.1%} known"
+        shares = ", ".join(f"{float(share):.1%}" for share in self.mask.mean(dim=(0, 2, 3)))
+        return f"{self.mask.shape[-2]}×{self.mask.shape[-1]}, {shares} known"
 
 
 class Radon(Operator):
@@ -502,7 +534,7 @@ class Radon(Operator):
         if isinstance(angles, Integral):
             angles = int(angles)
             angles = torch.arange(max(0, angles)) * (180 / max(1, angles))
-        angles = angles if isinstance(angles, Tensor) else torch.tensor(angles)
+        angles = angles if isinstance(angles, Tensor) else torch.tensor(as_plain(angles))
         if angles.ndim != 1 or angles.numel() == 0 or not angles.isfinite().all():
             raise ValueError(
                 "expected at least one angle in degrees, or the number of angles, got "
@@ -582,7 +614,8 @@ class Radon(Operator):
         return side if self.circle else math.ceil(math.sqrt(2) * side)
 
     def extra_repr(self) -> str:
-        return f"{self.angles.numel()} angles, circle={self.circle}"
+        span = f"{float(self.angles.min()):.4g}° to {float(self.angles.max()):.4g}°"
+        return f"{self.angles.numel()} angles, {span}, circle={self.circle}"
 
 
 class Observed(Operator):
@@ -590,7 +623,7 @@ class Observed(Operator):
 
     Args:
         operator: The operator.
-        mask: 1 where its measurement was observed, 0 elsewhere, (1, 1, H, W).
+        mask: 1 where its measurement was observed, 0 elsewhere, (1, 1, H, W) or (1, C, H, W).
     """
 
     mask: Tensor
@@ -625,8 +658,30 @@ class Observed(Operator):
         within = self.operator.observed
         return self.mask if within is None else self.mask * within
 
-    def extra_repr(self) -> str:
-        return f"{float(self.mask.mean()):.1%} observed"
+    def reach(self) -> tuple[int, int] | None:
+        return self.operator.reach()
+
+    def cropped(self, region: Region) -> "Observed":
+        measured = Region(*(side // self.factor for side in region))
+        return Observed(self.operator.cropped(region), measured.of(self.mask))
+
+    def __repr__(self) -> str:
+        return f"{self.operator}, {float(self.mask.mean()):.1%} of it observed"
+
+
+def without(operator: Operator, missing: Tensor) -> Operator:
+    """The operator for a measurement in which values are missing.
+
+    Args:
+        operator: The operator.
+        missing: True where a value is missing, of the measurement's shape, (1, C, H, W).
+    """
+    observed = ~(missing[:, :1] if (missing == missing[:, :1]).all() else missing)
+    if isinstance(operator, Identity):
+        return Mask(observed)
+    if isinstance(operator, Mask) and operator.mask is not None:
+        return Mask(observed * operator.mask)
+    return Observed(operator, observed)
 
 
 class Physics(Protocol):
@@ -755,10 +810,11 @@ def _check_kernel(kernel: Tensor) -> None:
     shape = "×".join(map(str, kernel.shape))
     if kernel.ndim != 2 or kernel.numel() == 0:
         raise ValueError(f"the blur kernel must be rows × columns, got {shape or 'a number'}")
-    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+    even = kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0
+    if even and isinstance(kernel, nn.Parameter):
         raise ValueError(
-            f"the blur kernel must have odd sides, so that it has a centre, got {shape}; pad it "
-            "with zeros"
+            f"a blur kernel that is learned must have odd sides, got {shape}; append a row or "
+            "column of zeros at the end"
         )
     if not kernel.isfinite().all() or not kernel.sum() > 0:
         raise ValueError(
@@ -767,24 +823,43 @@ def _check_kernel(kernel: Tensor) -> None:
         )
 
 
+def _centred(kernel: Tensor) -> Tensor:
+    """The kernel with odd sides, its centre in the middle, and without zeros all around."""
+    rows, columns = kernel.shape
+    kernel = F.pad(kernel, (0, 1 - columns % 2, 0, 1 - rows % 2))
+    while kernel.shape[0] > 1 and not kernel[[0, -1]].any():
+        kernel = kernel[1:-1]
+    while kernel.shape[1] > 1 and not kernel[:, [0, -1]].any():
+        kernel = kernel[:, 1:-1]
+    return kernel
+
+
 def _check_mask(mask: Tensor) -> None:
     if mask.ndim != 4 or mask.shape[0] != 1:
         raise ValueError(
-            f"mask must be (H, W), (1, 1, H, W) or (1, C, H, W), got {tuple(mask.shape)}"
+            "mask must be an array (H, W) or (H, W, C), or a tensor (H, W), (1, 1, H, W) or "
+            f"(1, C, H, W), got {tuple(mask.shape)}"
         )
     grey = (mask != 0) & (mask != 1)
     if grey.any():
         raise ValueError(
             f"mask must be 1 where a pixel is known and 0 elsewhere, got {int(grey.sum())} other "
-            "values; threshold it first"
+            f"values of up to {float(mask.max()):g}; threshold it first, as in mask > "
+            f"{float(mask.max()) / 2:g}"
         )
     if not mask.any():
         raise ValueError("mask has no known pixel; known pixels are white (1): invert it")
 
 
 def _read_mask(path: str | os.PathLike) -> Tensor:
-    picture = read_image(path, [0, 1])[0]  # for any bit depth; white may be 1 or 255
+    picture, image_format = read_image(path, [0, 1])  # for any bit depth; white may be 1 or 255
+    alpha = image_format.alpha
+    if alpha is not None and (picture == picture[..., :1, :1]).all():
+        picture = torch.from_numpy(alpha.astype(np.float32))[None, None]
     picture = picture / picture.max().clamp(min=1e-6)
+    colours = torch.unique((picture > 0.4).flatten(2), dim=2)  # (1, C, colours)
+    if picture.shape[1] == 3 and (colours != colours[:, :1]).any():
+        picture = _in_two_colours(picture, colours, path)
     grey = float(((picture > 0.1) & (picture < 0.9)).float().mean())
     if grey > MOST_GREY:
         raise ValueError(
@@ -793,6 +868,20 @@ def _read_mask(path: str | os.PathLike) -> Tensor:
         )
     known = picture > 0.5
     return known[:, :1] if (known == known[:, :1]).all() else known
+
+
+def _in_two_colours(picture: Tensor, colours: Tensor, path: str | os.PathLike) -> Tensor:
+    """The brighter of two colours as white, (1, 1, H, W); a mask per channel is left as it is."""
+    if colours.shape[2] == 2:
+        brightness = picture.sum(dim=1, keepdim=True)
+        return (brightness > (brightness.min() + brightness.max()) / 2).float()
+    has_black = bool((~colours).all(dim=1).any())
+    if has_black and colours.shape[2] < 8:  # labels on a background; a mask per channel has all 8
+        raise ValueError(
+            f"expected a black-and-white mask with known pixels white, got {colours.shape[2]} "
+            f"colours in {path}; save it in black and white"
+        )
+    return picture
 
 
 def _fill(y: Tensor, known: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class InverseProblem(nn.Module):
         ground_truth: The true x if it is known, of the image's shape. It is only used by metrics,
             and not saved with the problem.
         metric_on: Whether PSNR and SSIM of colour images compare "rgb" or "luminance".
+        limits: The least value of x, at most 0, and the largest, at least 1: [0, 1] is the scale of
+            all weights and noise levels, but x may leave it as far as this.
 
     Attributes:
         image_shape: (1, C, H, W) of x.
@@ -55,9 +57,15 @@ class InverseProblem(nn.Module):
         noise: NoiseModel | None = None,
         ground_truth: Tensor | None = None,
         metric_on: MetricOn = "rgb",
+        limits: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
         _check("y", y)
+        if not (math.isfinite(limits[1] - limits[0]) and limits[0] <= 0 and limits[1] >= 1):
+            raise ValueError(
+                "limits are the least and the largest value of x, expected at most 0 and at least "
+                f"1, got {limits}"
+            )
         self.operator = as_operator(operator)
         self.image_shape: tuple[int, ...] = self.operator.image_shape(tuple(y.shape))
         if len(self.image_shape) != 4:
@@ -71,12 +79,9 @@ class InverseProblem(nn.Module):
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)
-        self.noise = None if noise is None else noise.fitted(y)
-        if observed is not None and self.noise is not noise:
-            raise ValueError(
-                "noise cannot be estimated if values are missing; set noise.sigma, or no noise"
-            )
+        self.noise = None if noise is None else noise.fitted(y, observed)
         self.metric_on = metric_on
+        self.limits = float(limits[0]), float(limits[1])
         if ground_truth is not None:
             _check("ground_truth", ground_truth)
             if tuple(ground_truth.shape) != self.image_shape:
@@ -99,7 +104,7 @@ class InverseProblem(nn.Module):
         if self.noise is None:
             below = above = self.operator.overshoots
         else:
-            below, above = bool(self.noise.variance(y.new_zeros(())) > 0), True
+            below, above = bool((self.noise.variance(y.new_zeros(())) > 0).all()), True
         low = 0.0 if below and y.min() >= 0 else -math.inf
         return low, 1.0 if above and y.max() <= 1 else math.inf
 
@@ -136,7 +141,7 @@ class InverseProblem(nn.Module):
         if self.noise is None:
             mean = torch.where(bright, clean.clamp(min=high), clean.clamp(max=low))
         else:
-            sigma = self._variance(clean).sqrt()
+            sigma = self.variance(clean).sqrt()
             sign = 2.0 * bright - 1
             beyond = sign * (clean - torch.where(bright, high, low)) / sigma
             mean = clean + sign * sigma * _inverse_mills(beyond)
@@ -203,7 +208,7 @@ class InverseProblem(nn.Module):
 
     def _clipped_moments(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """σ, the limits a and b in units of it, and E[n² / σ²] of the values between them."""
-        sigma = self._variance(clean).sqrt()
+        sigma = self.variance(clean).sqrt()
         low, high = self.clipped_to
         a = ((low - clean) / sigma).clamp(min=-20)  # where nothing is clipped
         b = ((high - clean) / sigma).clamp(max=20)
@@ -211,20 +216,25 @@ class InverseProblem(nn.Module):
         beyond = torch.special.ndtr(a) + torch.special.ndtr(-b)
         return sigma, a, b, 1 - beyond - (b * _density(b) - a * _density(a))
 
-    def _variance(self, clean: Tensor) -> Tensor:
+    def variance(self, clean: Tensor) -> Tensor:
+        """The variance of every value before clipping at A x = `clean`, of its shape.
+
+        Raises:
+            ValueError: There is no noise model.
+        """
         if self.noise is None:
             raise ValueError("the variance of the measurement needs a noise model; set noise")
         return self.noise.variance(clean).clamp(min=LEAST_VARIANCE).expand_as(clean)
 
     @torch.no_grad()
     def first_guess(self) -> Tensor:
-        """A first image, (1, C, H, W) in [0, 1]."""
-        return self.operator.first_guess(self.y).clamp(0, 1)
+        """A first image, (1, C, H, W) within the limits."""
+        return self.operator.first_guess(self.y).clamp(*self.limits)
 
     def as_image(self) -> Tensor:
-        """The measurement if it is an image, else the first guess, (1, C, H, W) in [0, 1]."""
+        """The measurement if it is an image, else the first guess, (1, C, H, W)."""
         is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
-        return self.y.clamp(0, 1) if is_one else self.first_guess()
+        return self.y.clamp(*self.limits) if is_one else self.first_guess()
 
     def keep_known(self, image: Tensor) -> Tensor:
         """Put back the pixels of `image`, (1, C, H, W), that were measured without noise."""
@@ -263,7 +273,7 @@ class InverseProblem(nn.Module):
                 f"{self.noise} has zero variance there; use larger tiles, or the whole image"
             )
         truth = None if self.ground_truth is None else region.of(self.ground_truth)
-        part = InverseProblem(y, operator, self.noise, truth, self.metric_on)
+        part = InverseProblem(y, operator, self.noise, truth, self.metric_on, self.limits)
         part.y.copy_(y)  # also next to cuts: the data term leaves it out, the picture shows it
         part._clip_to(*self.clipped_to)
         return part

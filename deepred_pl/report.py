@@ -15,11 +15,27 @@ from torch import Tensor
 from deepred_pl.files import write_bytes
 from deepred_pl.images import write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
+from deepred_pl.operators import Observed
 from deepred_pl.problem import InverseProblem
 
 # The squared residual is that of the noise plus that of missing detail. Beyond this ratio to the
 # noise, more is missing than noise was removed.
 TOO_FAR = math.sqrt(2)
+TOO_CLOSE = 0.5  # below, most of the stated noise is missing in the residual, or in the measurement
+WHITE = 0.15  # correlation of neighbours, below which a residual looks like white noise
+FALLING = 1.1  # ratio of the residual after half of the steps to the last one
+AT_LIMIT = 0.02  # of the range between the limits
+SURELY, BEYOND = 6.0, 0.05  # standard deviations, and units of that range
+TOO_SHORT = (
+    "the fit was too short: increase trainer.max_steps and model.lr_scheduler.total_steps alike"
+)
+# What may be wrong about an operator.
+SUSPECTS = {
+    "Blur": "the blur's kernel or boundary",
+    "Downsample": "the factor or the kernel",
+    "Radon": "the angles, their order or unit, the centre of rotation or data.intensity_range",
+    "Adapted": "the operator",
+}
 
 
 def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) -> dict[str, Any]:
@@ -39,39 +55,127 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         number = float(metric(problem.keep_known(image), truth, problem.metric_on))
         return number if math.isfinite(number) else None
 
-    variance = problem.noise_variance()
     return {
         "psnr": {name: value(psnr, image) for name, image in images.items()},
         "ssim": {name: value(ssim, image) for name, image in images.items()},
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
-        "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
-        "residual_to_sigma": residual_to_sigma(problem, restored),
+        **examine(problem, restored),
     }
 
 
 @torch.no_grad()
-def residual_to_sigma(problem: InverseProblem, restored: Tensor) -> float | None:
-    """Root mean square of the residual in units of its expectation; None without a noise model.
+def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
+    """The part of `result.json` that compares a restored image with the measurement.
 
-    At 1 only the noise is left. Far above, detail of the measurement is missing, as after too few
-    steps.
+    noise_sigma: mean standard deviation of the noise in grey levels; None without a noise model.
+    residual_to_sigma: root mean square of the residual in units of its expectation, or None; at 1
+        only the noise is left, and far above detail of the measurement is missing.
+    residual_to_sigma_of_channels: the same for each channel.
+    residual_correlation: that of neighbouring values of the residual; 0 for white noise.
+    beyond_limits: whether the measurement asks for values "above" or "below" what x may have.
+    operator: its class.
     """
+    variance, operator = problem.noise_variance(), problem.operator
+    while isinstance(operator, Observed):
+        operator = operator.operator
+    measured = problem.operator(restored)
+    observed = problem.operator.observed
+    valid = ~problem.clipped() if observed is None else ~problem.clipped() & observed.bool()
+    residual = (problem.y - measured) * valid
+    result: dict[str, Any] = {
+        "operator": type(operator).__name__,
+        "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
+        "residual_to_sigma": None,
+        "residual_to_sigma_of_channels": None,
+        "residual_correlation": _correlation(residual),
+        "beyond_limits": _beyond_limits(problem, restored, residual),
+    }
     ratio = problem.residual_ratio(restored)
-    return None if ratio is None else float(ratio.sqrt())
+    if ratio is not None:
+        # Of the values that were not clipped, whose noise has its full variance.
+        expected = problem.variance(measured) * valid
+        ratios = residual.square().sum((0, 2, 3)) / expected.sum((0, 2, 3)).clamp(min=1e-20)
+        result["residual_to_sigma"] = float(ratio.sqrt())
+        result["residual_to_sigma_of_channels"] = ratios.sqrt().tolist()
+    return result
+
+
+def _correlation(residual: Tensor) -> float:
+    """The mean correlation of vertical and horizontal neighbours."""
+    energy = float(residual.square().mean().clamp(min=1e-20))
+    pairs = [
+        residual.narrow(dim, 1, residual.shape[dim] - 1)
+        * residual.narrow(dim, 0, residual.shape[dim] - 1)
+        for dim in (2, 3)
+        if residual.shape[dim] > 1
+    ]
+    return sum(float(pair.mean()) for pair in pairs) / max(1, len(pairs)) / energy
+
+
+def _beyond_limits(problem: InverseProblem, restored: Tensor, residual: Tensor) -> list[str]:
+    """Which limits the image would exceed by least squares, if all pixels at one were to change."""
+    (low, high), variance = problem.limits, problem.noise_variance()
+    near = AT_LIMIT * (high - low)
+    sigma = float((residual.square().mean() if variance is None else variance).sqrt())
+    touching = {"above": restored > high - near, "below": restored < low + near}
+    found = []
+    for name, at in touching.items():
+        seen = problem.operator(at.float()) * (residual != 0)
+        energy, score = float(seen.square().sum()), float((seen * residual).sum())
+        excess = (1 if name == "above" else -1) * score / max(energy, 1e-12)  # of x, on average
+        if excess > max(BEYOND * (high - low), SURELY * sigma / max(math.sqrt(energy), 1e-12)):
+            found.append(name)
+    return found
 
 
 def diagnosis(result: dict[str, Any]) -> str:
-    """What to do if `result.json` shows that detail is missing; "" if it does not."""
-    ratio = result["residual_to_sigma"]
-    if ratio is None or ratio <= TOO_FAR:
-        return ""
-    return (
-        f"The residual is {ratio:.1f} times the noise: detail is missing, because the fit was too "
-        "short (trainer.max_steps and, if set, model.lr_scheduler.total_steps), or the operator is "
-        "wrong (such as a blur's kernel or boundary); or the noise is stronger than specified (set "
-        "data.noise.sigma) or not white, as in a former JPEG (in deblurring use "
-        "methods/likelihood)."
-    )
+    """The likely causes if `result.json` shows a bad residual, and their remedies; "" if not."""
+    ratio, limits = result.get("residual_to_sigma"), result.get("beyond_limits") or []
+    channels = result.get("residual_to_sigma_of_channels") or []
+    white = abs(result.get("residual_correlation") or 0.0) < WHITE
+    sigma = result.get("noise_sigma")
+    causes = [
+        f"the measurement asks for values {name} those that the image may have: set "
+        "data.intensity_range to a wider [lo, hi]"
+        for name in limits
+    ]
+    if ratio is None or TOO_CLOSE <= ratio <= TOO_FAR:
+        return f"{causes[0][0].upper()}{causes[0][1:]}." if causes else ""
+    if ratio < TOO_CLOSE:
+        half = result.get("residual_to_sigma_at_half")
+        if half is not None and ratio > FALLING * half:  # the average started at the measurement
+            causes.append(f"{TOO_SHORT} (it was still rising)")
+        causes += [
+            f"the noise is weaker than stated: set data.noise.sigma to {ratio * sigma:.2g} or null",
+            "the network has learned the noise: reduce trainer.max_steps, or use methods/deepred",
+        ]
+    elif white:
+        causes.append(
+            "the noise is stronger than stated: set data.noise.sigma to "
+            f"{ratio * sigma:.3g} or null"
+        )
+    else:
+        causes += _missing_detail(result)
+    which = ""
+    if len(channels) > 1 and max(channels) > 2 * min(channels):
+        which = " (by channel: " + ", ".join(f"{one:.2g}" for one in channels) + ")"
+    listed = "; ".join(f"({i}) {cause}" for i, cause in enumerate(causes, start=1))
+    kind = "" if ratio < TOO_CLOSE else " and looks like noise" if white else " and has structure"
+    return f"The residual is {ratio:.2g} times the noise{which}{kind}. Likely causes: {listed}."
+
+
+def _missing_detail(result: dict[str, Any]) -> list[str]:
+    """Causes of a residual with structure, the likeliest first."""
+    ratio, half = result["residual_to_sigma"], result.get("residual_to_sigma_at_half")
+    suspect = SUSPECTS.get(result.get("operator", ""))
+    wrong = [f"{suspect} is not that of the measurement"] if suspect else []
+    causes = ["the noise is not white, as in a former JPEG: in deblurring use methods/likelihood"]
+    if half is None:
+        return [TOO_SHORT, *wrong, *causes]
+    if half / ratio > FALLING:
+        return [f"{TOO_SHORT} (it was still falling)", *wrong, *causes]
+    learned = "the network is too small for this detail: increase model.network.width"
+    return [*wrong, learned, *causes]
 
 
 def write_uncertainty(directory: Path, std: Tensor) -> None:

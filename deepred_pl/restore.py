@@ -9,14 +9,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from pytorch_lightning.cli import SaveConfigCallback
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from deepred_pl.callbacks import LastCheckpoint, Writer
+from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.images import ImageFormat, to_array
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 from deepred_pl.problem import InverseProblem
+from deepred_pl.report import diagnosis, examine
 from deepred_pl.tiles import blend
 
 Image = TypeVar("Image", np.ndarray, Tensor)
@@ -35,7 +38,8 @@ def restore(
 
     Args:
         image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
-            (1, C, H, W); uint8, uint16, or floats in [0, 1].
+            (1, C, H, W); uint8, uint16, or floats in [0, 1]. NaN and masked values are missing, and
+            filled. An opaque fourth channel of an array is kept as it is.
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
             which later ones override earlier ones, such as ["denoising", "methods/quick"].
         overrides: Settings by their names on the command line, such as
@@ -58,7 +62,8 @@ def restore(
 
     >>> import skimage.data
     >>> photo = skimage.data.astronaut()[:35, :41]
-    >>> restore(photo, ["denoising", "methods/quick"], {"trainer.max_steps": 2}).shape
+    >>> settings = {"trainer.max_steps": 2, "data.noise.sigma": None}  # estimate the noise
+    >>> restore(photo, ["denoising", "methods/quick"], settings).shape
     (35, 41, 3)
     """
     if tile is None and overlap is not None:
@@ -111,7 +116,13 @@ def restore(
             assert data.problem is not None
             tiling, parts = data.problem.split(tile, overlap)
             restored = blend((fit_part(part) for part in parts), tiling)
-        return _like(image, to_array(restored, data.image_format))
+        assert data.problem is not None
+        if text := diagnosis(examine(data.problem, restored)):
+            rank_zero_warn(text, category=RestorationWarning)
+        array, alpha = to_array(restored, data.image_format), data.image_format.alpha
+        if alpha is not None and alpha.shape == array.shape[:2]:
+            array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
+        return _like(image, array)
 
 
 def _as_text(value: Any) -> str:

@@ -97,7 +97,7 @@ def fitted(image, method, *options):
         (".JPEG", "deblurring_gaussian", [], True),
         (".png", "deblurring_gaussian", [], False),
         (".jpg", "deblurring_gaussian", ["--config=methods/likelihood"], False),
-        (".jpg", "denoising", [], False),
+        (".jpg", "denoising", ["--data.noise.sigma=null"], False),
     ],
 )
 def test_a_jpeg_is_deblurred_with_a_warning(tmp_path, recwarn, suffix, task, options, warned):

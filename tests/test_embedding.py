@@ -83,7 +83,7 @@ class Restored(LightningDataModule):
     def prepare_data(self):
         if not self.file.exists():
             self.fits += 1
-            tiny = {"trainer.max_steps": 3, "model.network.width": 4}
+            tiny = {"trainer.max_steps": 3, "model.network.width": 4, "data.noise.sigma": 4}
             image = (255 * picture(1, 40, 41)[0, 0]).byte().numpy()
             np.save(self.file, restore(image, ["denoising", "methods/quick"], tiny))
 

@@ -63,7 +63,7 @@ def test_eight_bits_are_read_as_stored_and_written_back(tmp_path, shape, suffix)
     Image.fromarray(array).save(path)
     image, image_format = read_image(path)
     torch.testing.assert_close(image[0].double(), expected(array), atol=1e-7, rtol=0)
-    assert image_format == ImageFormat("uint8", None)
+    assert image_format == ImageFormat("uint8", None, tiff=suffix == "tif")
     write_image(tmp_path / "back.png", image, image_format)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back.png")), array)
 
@@ -447,7 +447,8 @@ def test_floats_of_any_range_come_back_as_floats(tmp_path):
     np.save(tmp_path / "image.npy", array)
     image, image_format = read_image(tmp_path / "image.npy", "minmax")
     assert (image.min(), image.max()) == (0, 1)
-    assert (image_format.low, image_format.high) == (array.min(), array.max())
+    assert image_format.low == tuple(array.min((0, 1)))
+    assert image_format.high == tuple(array.max((0, 1)))
     write_image(tmp_path / "back.tif", image, image_format)
     back = tifffile.imread(tmp_path / "back.tif")
     assert back.dtype == np.float32
@@ -491,7 +492,8 @@ def test_alpha_does_not_count_for_the_range(tmp_path):
     array[..., :3] = RNG.integers(50, 100, (5, 7, 3))
     Image.fromarray(array, "RGBA").save(tmp_path / "image.png")
     image, image_format = read_image(tmp_path / "image.png", "minmax")
-    assert (image_format.low, image_format.high) == (array[..., :3].min(), array[..., :3].max())
+    assert image_format.low == tuple(array[..., :3].min((0, 1)))
+    assert image_format.high == tuple(array[..., :3].max((0, 1)))
     write_image(tmp_path / "back.png", image, image_format)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back.png")), array)
 
@@ -513,10 +515,10 @@ def test_bad_ranges_are_refused(bad):
         (
             np.array([[-3.0, 9]]),
             "dtype",
-            r"in \[0, 1\].*\[-3, 9\].*intensity_range to the \[lo, hi\].*minmax",
+            r"in \[0, 1\].*\[-3, 9\].*intensity_range to the \[lo, hi\].*such as \[-3, 9\]",
         ),
         (np.array([[1j]]), "minmax", "complex128 in scan"),
-        (np.array([[0.0, np.inf]]), "minmax", "1 of 2 in scan are NaN or infinite"),
+        (np.array([[0.0, np.inf]]), "minmax", "1 of 2 in scan are NaN, infinite"),
         (np.zeros(3), "dtype", r"\(3,\) in scan"),
     ],
 )
@@ -696,3 +698,78 @@ def test_orientation_is_applied_once(tmp_path, source, orientation):
             if path.suffix == name[4:] == ".tif" and source != "tif16":
                 dpi = (300, 150) if orientation < 5 else (150, 300)
                 assert back.info["dpi"] == pytest.approx(dpi, rel=1e-3)
+
+
+# Missing values, ranges of channels, and what a TIFF says about its pixels
+
+
+@pytest.mark.parametrize("kind", ["nan", "masked", "masked integers"])
+def test_missing_values_stay_missing_and_out_of_the_range(kind):
+    array = values(np.uint16, 9, 11).astype(np.float32)
+    gone = np.zeros(array.shape, bool)
+    gone[2, 3] = gone[5] = True
+    want = (array - array[~gone].min()) / np.ptp(array[~gone])
+    if kind == "nan":
+        array = np.where(gone, np.nan, array)
+    else:
+        array[gone] = 60000
+        array = np.ma.masked_array(array, gone)
+        array = array.astype(np.uint16) if kind == "masked integers" else array
+    image, _ = to_tensor(array, "minmax", missing=True)
+    np.testing.assert_array_equal(image[0, 0].isnan().numpy(), gone)
+    np.testing.assert_allclose(image[0, 0].numpy()[~gone], want[~gone], atol=1e-6)
+    with pytest.raises(ValueError, match=r"12 of 99 in the image are NaN, infinite or marked"):
+        to_tensor(array, "minmax")
+
+
+def test_the_nodata_tag_of_a_tiff_marks_missing_values(tmp_path):
+    array = values(np.uint16, 9, 11)
+    array[4] = 7777
+    extra = [(42113, "s", 0, "7777", True)]
+    tifffile.imwrite(tmp_path / "dem.tif", array, extratags=extra)
+    image, _ = read_image(tmp_path / "dem.tif", missing=True)
+    np.testing.assert_array_equal(image[0, 0].isnan().numpy(), array == 7777)
+
+
+@pytest.mark.parametrize("word", ["minmax", "percentile"])
+def test_every_channel_has_its_own_range(tmp_path, word):
+    array = (1 + values(np.uint16, 33, 47, 3) / 65535) * [4000, 200, 3]
+    image, stored = to_tensor(array, word)
+    ends = {"minmax": (0, 100), "percentile": (0.1, 99.9)}[word]
+    for i in range(3):
+        low, high = np.percentile(array[..., i].astype(np.float64), ends)
+        np.testing.assert_allclose(
+            image[0, i].numpy(), (array[..., i] - low) / (high - low), atol=1e-5
+        )
+    np.testing.assert_allclose(to_array(image, stored), array, rtol=1e-5)
+    explicit, _ = to_tensor(array, [list(stored.low), list(stored.high)])
+    torch.testing.assert_close(explicit, image)
+
+
+def test_a_constant_channel_is_black_and_comes_back():
+    array = np.dstack([values(np.uint16, 9, 11), np.full((9, 11), 5)]).astype(np.float32)
+    image, stored = to_tensor(array, "minmax")
+    assert (image[0, 1] == 0).all()
+    np.testing.assert_allclose(to_array(image, stored), array, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["imagej", "ome", "inch"])
+def test_a_tiff_stays_a_tiff_with_its_pixel_size(tmp_path, kind):
+    array = values(np.uint16, 9, 11)
+    if kind == "imagej":
+        extra = {"imagej": True, "resolution": (9.2, 9.2), "metadata": {"unit": "um"}}
+    elif kind == "ome":
+        size = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.25}
+        extra = {"ome": True, "metadata": {"axes": "YX", **size, "PhysicalSizeYUnit": "µm"}}
+    else:
+        extra = {"resolution": (300, 300), "resolutionunit": "inch"}
+    tifffile.imwrite(tmp_path / "in.tif", array, **extra)
+    image, stored = read_image(tmp_path / "in.tif")
+    assert stored.suffix(1) == ".tif"
+    write_image(tmp_path / "out.tif", image, stored)
+    with tifffile.TiffFile(tmp_path / "out.tif") as file:
+        np.testing.assert_array_equal(file.asarray(), array)
+        unit = (file.imagej_metadata or {}).get("unit")
+        want = {"imagej": ((9.2, 9.2), "um"), "ome": ((2, 4), "um"), "inch": ((300, 300), None)}
+        assert file.pages[0].get_resolution() == pytest.approx(want[kind][0])
+        assert unit == want[kind][1]

@@ -158,9 +158,37 @@ def test_sigma_is_estimated_from_the_measurement(channels, sigma):
     assert GaussianNoise(None).fitted(y).sigma == pytest.approx(sigma, abs=2)
 
 
-def test_sigma_is_not_estimated_where_pixels_are_missing():
-    with pytest.raises(ValueError, match="if values are missing"):
-        InverseProblem(picture(), Mask(picture(1) > 0.4), GaussianNoise(None))
+def test_sigma_is_estimated_from_the_known_pixels():
+    y = GaussianNoise(30).sample(picture(3, 97, 121), torch.Generator().manual_seed(0))
+    known = torch.ones(1, 1, 97, 121).bool()
+    known[..., 20:80, 30:60] = False
+    problem = InverseProblem(y, Mask(known), GaussianNoise(None))
+    assert problem.noise.sigma == pytest.approx(30, rel=0.07)
+    with pytest.raises(ValueError, match="too few known values"):
+        InverseProblem(picture(), Mask(torch.eye(47)[:33]), GaussianNoise(None))
+
+
+def test_channels_of_unlike_noise_have_their_own_sigma():
+    clean, noise = picture(2, 97, 121), GaussianNoise([8, 40])
+    y = noise.sample(clean, torch.Generator().manual_seed(0))
+    np.testing.assert_allclose((y - clean).std(dim=(0, 2, 3)) * 255, [8, 40], rtol=0.03)
+    assert GaussianNoise(None).fitted(y).sigma == pytest.approx([8, 40], rel=0.25)
+    problem = InverseProblem(y, noise=noise)
+    assert problem.noise_variance().item() == pytest.approx((8**2 + 40**2) / 2 / 255**2)
+    # D = 2σ̄² · (−log p) / N: each channel's squared residual by its own variance.
+    variances = np.array([8, 40]) ** 2 / 255**2
+    squares = (y - clean).square().mean(dim=(0, 2, 3)).numpy()
+    want = variances.mean() * (squares / variances).mean()
+    assert problem.data_term(clean).item() == pytest.approx(want, rel=1e-5)
+    with pytest.raises(ValueError, match="one number or 3, one for each channel, got 2"):
+        InverseProblem(picture(3), noise=noise)
+
+
+@pytest.mark.parametrize("sigma", [np.float32(10), np.array(10), torch.tensor(10.0)])
+def test_numbers_of_other_libraries_are_taken(sigma):
+    for noise in (GaussianNoise(sigma), LaplaceNoise(sigma), PoissonGaussianNoise(sigma, sigma)):
+        assert isinstance(noise.sigma, float | int) and noise.sigma == 10
+    assert PoissonNoise(sigma).peak == GammaNoise(sigma).looks == 10
 
 
 @pytest.mark.parametrize(

@@ -362,8 +362,8 @@ def test_where_a_parent_accumulates_a_step_is_saved_once_and_whole(make_trainer)
 def test_where_a_parent_accumulates_mixed_changes_at_half_of_its_passes(make_trainer):
     update = REDUpdate(smooth, every_n_steps=2, x_update="mixed", submodule="restoration")
     trainer = make_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[update])
-    kinds = [getattr(update._x_update(step, trainer), "func", None) for step in (2, 4, 6, 8)]
-    assert kinds == [None, None, admm.gradient_step, admm.gradient_step]
+    kinds = [update._x_update(step, trainer).func for step in (2, 4, 6, 8)]
+    assert kinds == [admm.fixed_point, admm.fixed_point, admm.gradient_step, admm.gradient_step]
 
 
 def test_where_a_parent_accumulates_a_round_is_of_its_childs_passes(make_trainer):

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,16 +19,18 @@ from rich.console import Console
 
 from deepred_pl.batch.bar import Bar, label
 from deepred_pl.batch.jobs import Job, finish, progress_file
-from deepred_pl.batch.plan import Batch, Source, find_images, plan
+from deepred_pl.batch.plan import SUFFIXES, Batch, Source, find_images, left_out, plan
 from deepred_pl.batch.tables import rows_of, summary, write_csv
 from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
+from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import EXPECTED, reason
 from deepred_pl.files import check_writable, last_checkpoint, write_bytes
 from deepred_pl.report import diagnosis
 from deepred_pl.sources import SET
 
 DIAGNOSES = 5  # printed at most, for images whose fit was too short
+WARNING = re.compile(rf": {RestorationWarning.__name__}: (.*)")  # in a fit's log
 UNSEEN = "its result is not in DIR; on a cluster --out must be on storage that all nodes share"
 
 # Without --config: a photograph with noise of unknown strength.
@@ -71,7 +74,7 @@ true images of --images use --data.ground_truth 'FOLDER/{name}.png'"""
 RESTARTS = "fits per image, with seeds model.seed, model.seed + 1, ...; the result is their mean"
 OVERLAP = "shared by tiles (default: an eighth of a tile, plus what A mixes)"
 WORKERS = "parallel fits on this machine (default: what its cores, or GPUs, and memory allow)"
-THREADS = "CPU threads per fit (default: the cores divided by the workers)"
+THREADS = "CPU threads per fit (default: OMP_NUM_THREADS, or the cores divided by the workers)"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -234,7 +237,10 @@ def _quiet() -> Iterator[None]:
 def run(arguments: argparse.Namespace) -> int:
     """Restore the images; return the number of images that failed, with --shard of fits."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    sources = find_images(arguments.photos or arguments.images or arguments.ground_truth)
+    given = arguments.photos or arguments.images or arguments.ground_truth
+    sources = find_images(given)
+    if passed_over := left_out(given):
+        console.print(f"not restored, as they are no {', '.join(SUFFIXES)}: {passed_over}")
     single = arguments.out is None
     out = _single_run(sources, arguments) if single else arguments.out.resolve()
     batch = Batch(
@@ -257,10 +263,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_shard(jobs, where, arguments.shard, console)
     failures = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
     rows = rows_of(jobs, failures, out)
+    for text in _warnings(jobs, out):
+        console.print(text)
     diagnoses = [
-        f"{row['directory']}: {text}"
-        for row in rows
-        if (text := diagnosis(row)) and row["restart"] in (None, "mean")
+        f"{job.directory.relative_to(out).as_posix()}: {text}"
+        for job in jobs
+        if (text := diagnosis(job.result or {}))
     ]
     for text in diagnoses[:DIAGNOSES]:
         console.print(text)
@@ -273,6 +281,18 @@ def run(arguments: argparse.Namespace) -> int:
     failed = sum(job.result is None for job in jobs)
     console.print(f"{len(jobs) - failed} of {len(jobs)} restored: {out / 'summary.md'}")
     return failed
+
+
+def _warnings(jobs: Sequence[Job], out: Path) -> list[str]:
+    """What the fits warned about, once for each image."""
+    texts: dict[str, None] = {}
+    for job in jobs:
+        for fit in job.fits:
+            log = fit.directory / "run.log"
+            found = WARNING.findall(log.read_text(errors="replace") if log.is_file() else "")
+            name = job.directory.relative_to(out).as_posix()
+            texts |= dict.fromkeys(f"{name}: {text}" for text in found)
+    return list(texts)
 
 
 def _run_shard(jobs: Sequence[Job], where: Where, shard: tuple[int, int], console: Console) -> int:
@@ -311,11 +331,13 @@ def _move_next_to(source: Source, job: Job, out: Path, console: Console) -> int:
         else:
             shutil.rmtree(out)
         return 1
+    sigma = job.result["noise_sigma"]
     [restored] = job.directory.glob("restored.*")
     target = _restored_path(Path(source.path), restored.suffix)
     os.replace(restored, target)
     shutil.rmtree(out)
-    console.print(f"restored image: {target}")
+    noise = "" if sigma is None else f", noise sigma {sigma:.1f} grey levels"
+    console.print(f"restored image{noise}: {target}")
     return 0
 
 

@@ -4,12 +4,15 @@ import glob
 import hashlib
 import json
 import os
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepred_pl.batch.jobs import ON_ANY_MACHINE, Job, datamodule
+from deepred_pl.batch.jobs import ON_ANY_MACHINE, Job
+from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
@@ -84,6 +87,17 @@ def find_images(given: Sequence[str]) -> list[Source]:
     return [_source(name, path) for name, path in named.items()]
 
 
+def left_out(given: Sequence[str]) -> str:
+    """How many files of the folders in `given` are not images that can be read, by suffix."""
+    files = [p for text in given if Path(text).is_dir() for p in Path(text).iterdir()]
+    kinds = Counter(
+        p.suffix.lower() or "without suffix"
+        for p in files
+        if p.is_file() and p.name[0] != "." and p.suffix.lower() not in SUFFIXES
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
 def _source(name: str, path: str) -> Source:
     try:
         data = Path(path).read_bytes()
@@ -152,12 +166,16 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
             raise
         return  # that image's files may be the reason, which its fit reports
     if batch.tile is not None:
-        smallest = getattr(cli.model.make_network(1), "smallest_side", 1)
+        smallest = _smallest_side(cli)
         if batch.tile < smallest:
             raise ValueError(
                 f"expected tiles of at least {smallest} pixels for this network, got {batch.tile}; "
                 "use larger ones"
             )
+
+
+def _smallest_side(cli: RestorationCLI) -> int:
+    return getattr(cli.model.make_network(1), "smallest_side", 1)
 
 
 def _config(name: str) -> str:
@@ -228,11 +246,22 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
     if batch.tile is None:
         return None
     try:
-        data = datamodule(_of_image(batch, source, options))
-        data.setup()
+        cli = RestorationCLI([*_of_image(batch, source, options), *ON_ANY_MACHINE], run=False)
+        data = cli.datamodule
+        with warnings.catch_warnings():  # its fit warns
+            warnings.simplefilter("ignore", RestorationWarning)
+            data.setup()
     except EXPECTED:
         return None
     assert data.problem is not None
+    height, width = data.problem.image_shape[-2:]
+    smallest = _smallest_side(cli)
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"expected images of at least {smallest}×{smallest} pixels for this network, got "
+            f"{height}×{width} in {source.path}; leave it out, or use fewer scales "
+            "(model.network.scales)"
+        )
     try:
         tiling, _ = data.problem.split(batch.tile, batch.overlap)
     except ValueError as error:

@@ -63,7 +63,7 @@ def start(
     on_gpu = accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     cores, gpus = _cores(), torch.cuda.device_count() if on_gpu else 0
     parallel = where.workers or min(batch_size, gpus or cores)
-    threads = where.threads or max(1, cores // parallel)
+    threads = where.threads or _stated_threads() or max(1, cores // parallel)
     workers = where.workers or min(gpus or max(1, cores // threads), len(fits))
     if where.workers is None and workers > 1 and not gpus:
         workers = min(workers, _that_fit_into_memory(fits))
@@ -73,6 +73,12 @@ def start(
         return on_this_machine(fits, workers, threads)
     share = min(1.0, gpus / workers) if where.gpus is None else where.gpus
     return on_ray(fits, Where("local", workers, threads, share), accelerator)
+
+
+def _stated_threads() -> int | None:
+    """The number of OMP_NUM_THREADS, which torch follows everywhere else, too."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdecimal() and int(stated) > 0 else None
 
 
 def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes:

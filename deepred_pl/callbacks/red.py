@@ -13,7 +13,7 @@ from torch import Tensor
 from deepred_pl import admm
 from deepred_pl.background import Background
 from deepred_pl.callbacks.base import RestorationCallback, name_of
-from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl.checks import RestorationWarning, check_at_least, check_choice
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.operators import Identity
@@ -246,7 +246,8 @@ class REDUpdate(RestorationCallback):
             rank_zero_warn(
                 f"The denoiser assumes a sigma of {assumed:.3g}, but that of the noise is "
                 f"{sigma:.3g}. In Plug-and-Play both should be similar: set red.denoiser.sigma "
-                "(red.denoiser.denoiser.sigma for Declipped) or data.noise.sigma."
+                "(red.denoiser.denoiser.sigma for Declipped) or data.noise.sigma.",
+                category=RestorationWarning,
             )
 
     def roll_back(self, state: dict[str, Any]) -> None:
@@ -303,11 +304,12 @@ class REDUpdate(RestorationCallback):
 
     def _x_update(self, step: int, trainer: Trainer) -> admm.XUpdate:
         second_half = 2 * step > _last_step(trainer)
+        limits = (0.0, 1.0) if self._red is None else self._red.limits
         if self.x_update == "pnp":
-            return admm.plug_and_play
+            return partial(admm.plug_and_play, limits=limits)
         if self.x_update == "gradient" or (self.x_update == "mixed" and second_half):
-            return partial(admm.gradient_step, step_size=self.step_size)
-        return admm.fixed_point
+            return partial(admm.gradient_step, limits=limits, step_size=self.step_size)
+        return partial(admm.fixed_point, limits=limits)
 
     # The job in the background
 

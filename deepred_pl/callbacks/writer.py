@@ -1,13 +1,16 @@
 """Write the results of a run into its directory."""
 
+import math
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory
 from deepred_pl.callbacks.hparams import log_hyperparameters
@@ -37,20 +40,28 @@ class Writer(Callback):
     def __init__(self) -> None:
         self.labels: dict[str, str] = {}
         self._timer = Timer()
+        self._at_half: Tensor | None = None  # residual ratio after half of the steps
 
     def state_dict(self) -> dict[str, Any]:
-        return self._timer.state_dict()
+        return {**self._timer.state_dict(), "at_half": self._at_half}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._timer.load_state_dict(state_dict)
+        self._at_half = state_dict.get("at_half")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._timer = Timer()
+        self._timer, self._at_half = Timer(), None
         if not trainer.fast_dev_run:
             check_writable(run_directory(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._timer.on_train_start(trainer, pl_module)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if trainer.global_step == trainer.max_steps // 2 and isinstance(pl_module, DeepImagePrior):
+            assert pl_module.problem is not None
+            self._at_half = pl_module.problem.residual_ratio(pl_module.average)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
@@ -59,6 +70,8 @@ class Writer(Callback):
         path = self._write_restored(pl_module, trainer)  # first, because it matters most
         self._timer.on_train_end(trainer, pl_module)
         result = summarise(pl_module, trainer, self._timer.time_elapsed())
+        half = self._at_half
+        result["residual_to_sigma_at_half"] = None if half is None else math.sqrt(float(half))
         try:
             assert pl_module.problem is not None
             picture = compare(pl_module.problem, pl_module.restored)

@@ -158,6 +158,7 @@ def test_a_disk_that_is_full_from_the_start_is_reported_in_one_line(fit, disk):
     fill(disk)
     status, output = fit("full", at=10**6)
     assert status == 1
-    [line] = output.strip().splitlines()[2:]  # after Lightning's two on the devices
+    reading, line = output.strip().splitlines()[2:]  # after Lightning's two on the devices
+    assert " pixels, " in reading
     assert line.startswith("deepred: error: expected to write the run directory"), output
     assert "No space left on device; choose another with --trainer.default_root_dir" in line

@@ -1,0 +1,266 @@
+"""Compare a measurement with what is stated about it, before the fit.
+
+What is nearly surely wrong is refused, with the setting that corrects it; what is doubtful is a
+warning. The thresholds are such that 20 seeds of every shipped task and the images of the published
+sets cause neither.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from deepred_pl.checks import RestorationWarning
+from deepred_pl.estimate import local_level, noise_level, unclipped
+from deepred_pl.images import ImageFormat
+from deepred_pl.noise import NoiseModel
+from deepred_pl.operators import Mask, Radon
+from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
+
+MOST_COLOURS = 4  # channels of a usual image
+EMPTY, DARK = 1 / 16, 1 / 4  # largest value in units of white: 12 and 14 bits in a file of 16
+# The measured noise in units of the stated one.
+TOO_STRONG, STRONG = 1 / 3, 0.6
+STRONG_COUNTS = 0.8  # counts and speckle are not the result of a lossy compression
+WEAK, TOO_WEAK = 2.5, 10.0
+TEXTURE = 12.0  # grey levels; that much texture may look like noise
+UNITS = 0.5, 2.0  # a sigma below the first, noise above the second: stated for the range [0, 1]
+# How parameters of noise models depend on its standard deviation: as this power of it.
+POWERS = {"sigma": 1, "gain": 2, "peak": -2, "looks": -2}
+SMALLEST = 8  # pixels of a side, below which there are too few values to judge
+FEW_KNOWN, CONNECTED = 0.4, 0.9  # shares of known pixels, and of known ones next to them
+FEWEST_ANGLES = 6
+
+
+def check_layout(image: Tensor, name: str) -> None:
+    """Refuse an array (H, W, C), read as an image (1, C, H, W), whose channels come first."""
+    channels, height, width = image.shape[1:]
+    if channels <= MOST_COLOURS:
+        return
+    read = f"{name} is read as {height}×{width} pixels with {channels} channels"
+    moved = "arrays are (H, W, C), tensors (C, H, W): move the axis (numpy.moveaxis, torch.movedim)"
+    if min(height, width) <= MOST_COLOURS or channels == width != height:
+        raise ValueError(f"{read}, which come last in an array; {moved}")
+    if channels > min(height, width):
+        rank_zero_warn(
+            f"{read}, more than its rows or columns. If this is wrong, {moved}.",
+            category=RestorationWarning,
+        )
+
+
+def check_span(image: Tensor, image_format: ImageFormat) -> None:
+    """Refuse an image that fills a small part of its type's range: another range was meant.
+
+    Args:
+        image: The image as read with the range "dtype", (1, C, H, W); NaN where values are missing.
+        image_format: How it was stored.
+    """
+    bits = image_format.dtype in ("uint8", "uint16")
+    largest = torch.nan_to_num(image, nan=0.0).abs().amax(dim=(0, 2, 3))  # (C,)
+    stored = float(largest.max()) * float(np.max(image_format.high))
+    if stored == 0:
+        raise ValueError("every value of the measurement is 0; check the file")
+    if not bits and largest.max() > 1 / 255:
+        return
+    means = f"{image_format.dtype} from 0 to {np.max(image_format.high):g}"
+    share = f"{float(largest.max()):.2g} of its range, {means}"
+    ranges = (
+        f"set data.intensity_range to the [lo, hi] that are black and white, such as [0, "
+        f"{_round_up(stored):g}]"
+    )
+    if largest.max() <= EMPTY:
+        raise ValueError(
+            f"the largest value of the measurement, {stored:g}, is {share}; {ranges} (or minmax), "
+            "or to the type's own range if the image is as dark as that"
+        )
+    if largest.max() <= DARK and image_format.dtype == "uint16":
+        rank_zero_warn(
+            f"The largest value of the measurement, {stored:g}, is {share}. If it has fewer than "
+            f"16 bits, {ranges}.",
+            category=RestorationWarning,
+        )
+    elif largest.min() <= EMPTY * largest.max():
+        dim = [str(i) for i, one in enumerate(largest) if one <= EMPTY * largest.max()]
+        rank_zero_warn(
+            f"Channel {', '.join(dim)} (from 0) is much darker than the brightest one. To restore "
+            "channels of unlike brightness, set data.intensity_range to minmax, which scales each.",
+            category=RestorationWarning,
+        )
+
+
+def _round_up(value: float) -> float:
+    """The next number of bits' maximum, or of two digits."""
+    for bits in (8, 10, 12, 14, 16):
+        if 2 ** (bits - 1) <= value < 2**bits:
+            return 2**bits - 1
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / step) * step
+
+
+def check_outside(image: Tensor, image_format: ImageFormat) -> None:
+    """Refuse an explicit range that most values lie outside of."""
+    known = image[image.isfinite()]
+    outside = float(((known < -0.5) | (known > 1.5)).float().mean())
+    if outside > 0.5:
+        low, high = np.min(image_format.low), np.max(image_format.high)
+        span = high - low
+        raise ValueError(
+            f"{outside:.0%} of the measurement's values, from {low + span * float(known.min()):g} "
+            f"to {low + span * float(known.max()):g}, lie outside of intensity_range [{low:g}, "
+            f"{high:g}]; set it to the stored values that are black and white"
+        )
+
+
+def check_mask(problem: InverseProblem) -> None:
+    """Refuse or question a mask that seems to be inverted or empty."""
+    mask = problem.operator.mask if isinstance(problem.operator, Mask) else None
+    if mask is None:
+        return
+    known, share = mask.bool(), float(mask.mean())
+    if share == 1:
+        rank_zero_warn(
+            "Every pixel of the mask is known, so that nothing is filled. Known pixels are white "
+            "(1), missing ones black (0).",
+            category=RestorationWarning,
+        )
+        return
+    values = problem.y[known.expand_as(problem.y)]
+    if len(values) > 1 and all(
+        bool((c := y[k]).numel() and c.min() == c.max())
+        for y, k in zip(problem.y[0], known.expand_as(problem.y)[0], strict=True)
+    ):
+        raise ValueError(
+            f"the {share:.1%} of the pixels that the mask marks as known all have one value, so "
+            "that nothing can be filled from them; known pixels are white (1): invert the mask"
+        )
+    beside = known[..., 1:] & known[..., :-1]
+    connected = float(beside.sum()) / max(1.0, float(known[..., :-1].sum()))
+    if share < FEW_KNOWN and connected > CONNECTED:
+        rank_zero_warn(
+            f"Only {share:.1%} of the pixels are known, in connected regions. If these are the "
+            "missing ones, invert the mask: known pixels are white (1).",
+            category=RestorationWarning,
+        )
+
+
+def check_sinogram(problem: InverseProblem) -> None:
+    """Refuse angles in radians and a transposed sinogram, and question inconsistent projections.
+
+    Parallel projections of an object within the field of view all have the same sum, and their
+    centre of mass is a sinusoid of the angle (Helgason-Ludwig conditions of orders 0 and 1).
+    """
+    operator, y = problem.operator, problem.y
+    if not isinstance(operator, Radon) or problem.operator.observed is not None:
+        return
+    angles = operator.angles.detach().cpu().double().numpy()
+    detectors, count = y.shape[-2:]
+    largest = float(np.abs(angles).max())
+    if count < FEWEST_ANGLES:
+        return
+    if np.ptp(angles) > 1 and largest <= 2 * math.pi + 1e-3:
+        raise ValueError(
+            f"the {count} angles lie between {angles.min():.3g} and {angles.max():.3g}, which "
+            "seems to be radians; operator.angles are in degrees (numpy.rad2deg)"
+        )
+    sinogram = y[0].mean(dim=0).cpu().double().numpy()  # (detectors, angles)
+    spread, across = _variation(sinogram.sum(axis=0)), _variation(sinogram.sum(axis=1))
+    if spread > 0.2 and detectors == count and across < spread / 3:
+        raise ValueError(
+            "the sinogram seems to be transposed: its columns must be the projections, which have "
+            f"the same sum, but their sums vary by {spread:.0%}, and those of the rows by "
+            f"{across:.0%}; transpose it to (detectors, angles)"
+        )
+    variance = problem.noise_variance()
+    sigma = 0.0 if variance is None else math.sqrt(float(variance) / y.shape[1])
+    offset = _angle_misfit(sinogram, angles, sigma)
+    if spread > 0.2 or offset > 0.03 * detectors:
+        found = (
+            f"the sums of the projections vary by {spread:.0%}"
+            if spread > 0.2
+            else f"the projections' centres of mass are {offset:.1f} detectors away from a sinusoid"
+        )
+        rank_zero_warn(
+            f"The sinogram is not that of one object at these angles: {found}. Check "
+            "operator.angles, their order and unit (degrees), the axes (detectors, angles), and "
+            "that 0 means no object and that nothing lies outside of the field of view.",
+            category=RestorationWarning,
+        )
+
+
+def _variation(values: np.ndarray) -> float:
+    return float(values.std() / max(abs(values.mean()), 1e-12))
+
+
+def _angle_misfit(sinogram: np.ndarray, angles: np.ndarray, sigma: float) -> float:
+    """How far the centres of mass are from a sinusoid, in detectors, beyond what noise explains."""
+    detectors = sinogram.shape[0]
+    offsets = np.arange(detectors) - detectors // 2
+    mass = max(float(sinogram.sum(axis=0).mean()), 1e-12)
+    centre = offsets @ sinogram / mass
+    turn = np.deg2rad(angles)
+    basis = np.stack([np.cos(turn), np.sin(turn), np.ones_like(turn)], axis=1)
+    weights, *_ = np.linalg.lstsq(basis, centre, rcond=None)
+    if np.hypot(*weights[:2]) > detectors / 2:  # outside of the field of view
+        return float(centre.std())
+    by_noise = sigma * math.sqrt(float(offsets @ offsets)) / mass
+    return max(0.0, float((centre - basis @ weights).std()) - 3 * by_noise)
+
+
+def check_noise(problem: InverseProblem) -> None:
+    """Refuse or question a noise model whose strength is not that of the measurement."""
+    noise, observed = problem.noise, problem.operator.observed
+    if noise is None or min(problem.y.shape[-2:]) < SMALLEST:
+        return
+    smooth = F.avg_pool2d(problem.y, 3, stride=1, padding=1, count_include_pad=False)
+    stated = noise.variance(smooth).clamp(min=LEAST_VARIANCE).expand_as(problem.y)
+    valid = unclipped(problem.y)
+    if noise.from_zero:  # where there is too little light, its variance is not known either
+        valid = valid & (stated < smooth.square())
+    if observed is not None:
+        valid = valid & observed.bool()
+    scaled = problem.y / stated.sqrt()
+    fine = noise_level(scaled, valid)  # (C,)
+    # The noise of a JPEG or a demosaiced image is weak only at the finest scale.
+    coarse = 2 * local_level(F.avg_pool2d(scaled, 2), F.avg_pool2d(valid.float(), 2) == 1)
+    found = fine[fine.isfinite()]
+    if len(found) == 0:
+        return
+    most = max(float(found.max()), 0.0 if math.isnan(coarse) else coarse)
+    if most < (STRONG_COUNTS if noise.from_zero else STRONG):
+        text = _disagreement(noise, float(found.mean()))
+        if most < TOO_STRONG:
+            raise ValueError(text)
+        _warn(f"{text}, unless it is not white")
+    level, mean = local_level(scaled, valid), 255 * math.sqrt(float(stated.mean()))
+    if level > TOO_WEAK and mean < UNITS[0] and level * mean > UNITS[1]:
+        raise ValueError(
+            f"{_disagreement(noise, level)}: sigma is in grey levels of an 8-bit image, not in "
+            "[0, 1]"
+        )
+    # What averages pixels leaves less texture.
+    if level > WEAK and level * mean > TEXTURE / math.sqrt(problem.operator.gain(problem.y)):
+        _warn(f"{_disagreement(noise, level)}, unless all of the image is texture")
+
+
+def _disagreement(noise: NoiseModel, factor: float) -> str:
+    return (
+        f"the noise is stated as {noise}, but that of the measurement seems to be {factor:.2g} "
+        f"times as strong; set {_corrected(noise, factor)}"
+    )
+
+
+def _warn(text: str) -> None:
+    rank_zero_warn(f"{text[0].upper()}{text[1:]}.", category=RestorationWarning)
+
+
+def _corrected(noise: NoiseModel, factor: float) -> str:
+    """The settings for noise that is `factor` times as strong."""
+    settings = [
+        f"data.noise.{name} to {value * factor**power:.3g}"
+        for name, power in POWERS.items()
+        if isinstance(value := getattr(noise, name, None), int | float)
+    ]
+    return " and ".join(settings) or "data.noise.sigma to null, which estimates it"

@@ -33,6 +33,7 @@ POWERS = {"sigma": 1, "gain": 2, "peak": -2, "looks": -2}
 SMALLEST = 8  # pixels of a side, below which there are too few values to judge
 FEW_KNOWN, CONNECTED = 0.4, 0.9  # shares of known pixels, and of known ones next to them
 FEWEST_ANGLES = 6
+MISFIT = 0.005  # of the detectors
 
 
 def check_layout(image: Tensor, name: str) -> None:
@@ -150,7 +151,7 @@ def check_sinogram(problem: InverseProblem) -> None:
     """Refuse angles in radians and a transposed sinogram, and question inconsistent projections.
 
     Parallel projections of an object within the field of view all have the same sum, and their
-    centre of mass is a sinusoid of the angle (Helgason-Ludwig conditions of orders 0 and 1).
+    moments depend on the angle in a known way (Helgason-Ludwig conditions of orders 0 to 2).
     """
     operator, y = problem.operator, problem.y
     if not isinstance(operator, Radon) or problem.operator.observed is not None:
@@ -176,11 +177,11 @@ def check_sinogram(problem: InverseProblem) -> None:
     variance = problem.noise_variance()
     sigma = 0.0 if variance is None else math.sqrt(float(variance) / y.shape[1])
     offset = _angle_misfit(sinogram, angles, sigma)
-    if spread > 0.2 or offset > 0.03 * detectors:
+    if spread > 0.2 or offset > MISFIT * detectors:
         found = (
             f"the sums of the projections vary by {spread:.0%}"
             if spread > 0.2
-            else f"the projections' centres of mass are {offset:.1f} detectors away from a sinusoid"
+            else f"their centres or widths are {offset:.1f} detectors off"
         )
         rank_zero_warn(
             f"The sinogram is not that of one object at these angles: {found}. Check "
@@ -195,18 +196,31 @@ def _variation(values: np.ndarray) -> float:
 
 
 def _angle_misfit(sinogram: np.ndarray, angles: np.ndarray, sigma: float) -> float:
-    """How far the centres of mass are from a sinusoid, in detectors, beyond what noise explains."""
+    """How far the projections' centres and widths are from those of one object, in detectors.
+
+    Up to what noise explains. The first moment of a projection is a sinusoid of the angle, and the
+    second one also has terms of twice the angle; terms of the first order allow for a shift.
+    """
     detectors = sinogram.shape[0]
     offsets = np.arange(detectors) - detectors // 2
     mass = max(float(sinogram.sum(axis=0).mean()), 1e-12)
-    centre = offsets @ sinogram / mass
     turn = np.deg2rad(angles)
-    basis = np.stack([np.cos(turn), np.sin(turn), np.ones_like(turn)], axis=1)
-    weights, *_ = np.linalg.lstsq(basis, centre, rcond=None)
-    if np.hypot(*weights[:2]) > detectors / 2:  # outside of the field of view
-        return float(centre.std())
-    by_noise = sigma * math.sqrt(float(offsets @ offsets)) / mass
-    return max(0.0, float((centre - basis @ weights).std()) - 3 * by_noise)
+    first = [np.ones_like(turn), np.cos(turn), np.sin(turn)]
+    second = [*first, np.cos(2 * turn), np.sin(2 * turn)]
+    centre, spread = offsets @ sinogram / mass, offsets**2 @ sinogram / mass
+    width = max(math.sqrt(abs(float(spread.mean()))), 1.0)
+    misfits = []
+    for moment, basis, power, unit in ((centre, first, 1, 1.0), (spread, second, 2, 2 * width)):
+        if len(turn) <= 2 * len(basis):
+            continue
+        columns = np.stack(basis, axis=1)
+        weights, *_ = np.linalg.lstsq(columns, moment, rcond=None)
+        left = moment - columns @ weights
+        if power == 1 and np.hypot(*weights[1:]) > detectors / 2:  # outside of the field of view
+            left = moment - moment.mean()
+        by_noise = sigma * float(np.linalg.norm(offsets.astype(float) ** power)) / mass
+        misfits.append((float(left.std()) - 3 * by_noise) / unit)
+    return max(0.0, *misfits)
 
 
 def check_noise(problem: InverseProblem) -> None:

@@ -141,7 +141,10 @@ class InverseProblem(nn.Module):
         if self.noise is None:
             mean = torch.where(bright, clean.clamp(min=high), clean.clamp(max=low))
         else:
-            sigma = self.variance(clean).sqrt()
+            variance = self.noise.variance(clean)
+            if variance.ndim > 1:  # (1, C, 1, 1), one for each channel
+                variance = variance.flatten()[self._clipped_at // math.prod(self.y.shape[2:])]
+            sigma = variance.clamp(min=LEAST_VARIANCE).sqrt()
             sign = 2.0 * bright - 1
             beyond = sign * (clean - torch.where(bright, high, low)) / sigma
             mean = clean + sign * sigma * _inverse_mills(beyond)

@@ -164,6 +164,7 @@ class RestorationDataModule(LightningDataModule):
         y, stored = _read(self.measurement, self.intensity_range, self.page, missing=True)
         self._stored = stored
         plausibility.check_layout(y, self._source)
+        operator.image_shape(tuple(y.shape))  # refuses a mask, kernel or angles that do not fit
         if self.intensity_range == "dtype":
             plausibility.check_span(y, stored)
         elif not isinstance(self.intensity_range, str):

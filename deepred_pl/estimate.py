@@ -1,5 +1,7 @@
 """Estimate the noise of a measurement."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +10,7 @@ MAD = 0.6745  # median |n| of a standard normal variable
 BLOCK = 16  # pixels of a side, in which `local_level` takes medians
 QUIET = 0.2  # quantile of the blocks that counts as having no detail
 FEWEST = 64  # values of which a median is taken
+ENOUGH = 2**18  # values of a channel, to less than a percent; of larger images a grid is taken
 
 
 def noise_level(y: Tensor, valid: Tensor) -> Tensor:
@@ -53,14 +56,16 @@ def unclipped(y: Tensor) -> Tensor:
 
 
 def _second_differences(y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled to keep the variance of white noise, and where they are valid, (C, H − 2, W − 2)."""
+    """Scaled to keep the variance of white noise, and where they are valid, (C, H', W')."""
     if min(y.shape[-2:]) < 3:
         empty = y.new_zeros(y.shape[1], 0, 0)
         return empty, empty.bool()
     weights = torch.tensor([1.0, -2.0, 1.0], device=y.device)
     kernel = weights[:, None] * weights / 6
-    differences = F.conv2d(y.movedim(1, 0).float(), kernel[None, None])  # (C, 1, H − 2, W − 2)
-    whole = F.max_pool2d(1 - valid.expand_as(y).float(), 3, stride=1) == 0
+    step = max(1, math.isqrt(y.shape[-2] * y.shape[-1] // ENOUGH))
+    channels = y.movedim(1, 0).float()  # (C, 1, H, W)
+    differences = F.conv2d(channels, kernel[None, None], stride=step)  # (C, 1, H', W')
+    whole = F.max_pool2d(1 - valid.expand_as(y).float(), 3, stride=step) == 0
     return differences[:, 0], whole[0]
 
 

@@ -186,12 +186,13 @@ def to_tensor(
             values -= low[i]
             values /= high[i] - low[i]
             image[0, i] = values
-    if not np.isfinite(image[0, ~invalid.transpose(2, 0, 1)]).all():
+    missing_values = invalid.transpose(2, 0, 1)  # (C, H, W)
+    if not (np.isfinite(image[0]) | missing_values).all():
         raise ValueError(
             f"expected values near the range [{low[0]:g}, {high[0]:g}], got {_span(known)} in "
             f"{name}; set intensity_range to the [lo, hi] that are black and white"
         )
-    image[0, invalid.transpose(2, 0, 1)] = np.nan
+    image[0, missing_values] = np.nan
     if len({*low}) == len({*high}) == 1:
         return torch.from_numpy(image), ImageFormat(dtype, None, low[0], high[0])
     return torch.from_numpy(image), ImageFormat(dtype, None, tuple(low), tuple(high))

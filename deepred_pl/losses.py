@@ -5,6 +5,7 @@ A term is any callable `term(out, model) -> Tensor`, 0-dim, for T_θ(z) = out, (
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -95,6 +96,11 @@ class SURE(Term):
             raise ValueError(
                 f"SURE needs the sigma of Gaussian noise: expected GaussianNoise, got {got}; set "
                 "noise, or use another method such as methods/deepred"
+            )
+        if isinstance(problem.noise.sigma, Sequence):
+            raise ValueError(
+                f"SURE needs one sigma for all channels, got {problem.noise.sigma}; set "
+                "data.noise.sigma to a number, or use another method such as methods/deepred"
             )
         if model.fidelity != "likelihood":
             raise ValueError(

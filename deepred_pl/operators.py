@@ -101,9 +101,9 @@ class Operator(nn.Module, ABC):
         """
         seen = self.adjoint(torch.ones_like(y))  # (1, C, H, W)
         usual = seen[seen > 0].median()  # not that of a border, which may be seen twice
-        point = torch.zeros_like(seen)
-        point.view(-1)[(seen - usual).abs().argmin()] = 1
-        return max(1.0, 1 / max(float(self(point).max()), TINY))
+        point = torch.zeros(seen.numel(), device=y.device)
+        point[(seen - usual).abs().argmin()] = 1
+        return max(1.0, 1 / max(float(self(point.view(seen.shape)).max()), TINY))
 
     @property
     def observed(self) -> Tensor | None:
@@ -594,6 +594,10 @@ class Radon(Operator):
         spectrum = torch.fft.rfft(residual, n=size, dim=-2)
         filtered = torch.fft.irfft(spectrum / (gram + epsilon)[:, None], n=size, dim=-2)
         return filtered[..., :detectors, :]
+
+    def gain(self, y: Tensor) -> float:
+        """The number of detectors: a projection is the mean along its ray."""
+        return float(y.shape[-2])
 
     def first_guess(self, y: Tensor) -> Tensor:
         """Filtered back-projection with the ramp filter, by scikit-image."""

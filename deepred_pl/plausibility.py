@@ -261,7 +261,7 @@ def check_noise(problem: InverseProblem) -> None:
 
 def _disagreement(noise: NoiseModel, factor: float) -> str:
     return (
-        f"the noise is stated as {noise}, but that of the measurement seems to be {factor:.2g} "
+        f"the noise is stated as {noise}, but that of the measurement seems to be {factor:.3g} "
         f"times as strong; set {_corrected(noise, factor)}"
     )
 

@@ -138,13 +138,16 @@ def diagnosis(result: dict[str, Any]) -> str:
         f"the measurement asks for values {name} those that the image may have: set "
         "data.intensity_range to a wider [lo, hi]"
         for name in limits
+        if len(limits) == 1  # beyond both, it rings
     ]
     if ratio is None or TOO_CLOSE <= ratio <= TOO_FAR:
         return f"{causes[0][0].upper()}{causes[0][1:]}." if causes else ""
     if ratio < TOO_CLOSE:
         half = result.get("residual_to_sigma_at_half")
         if half is not None and ratio > FALLING * half:  # the average started at the measurement
-            causes.append(f"{TOO_SHORT} (it was still rising)")
+            return (
+                f"The residual is {ratio:.2g} times the noise, and was still rising: {TOO_SHORT}."
+            )
         causes += [
             f"the noise is weaker than stated: set data.noise.sigma to {ratio * sigma:.2g} or null",
             "the network has learned the noise: reduce trainer.max_steps, or use methods/deepred",

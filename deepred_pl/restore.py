@@ -75,7 +75,7 @@ def restore(
             settings |= {"trainer.default_root_dir": scratch, "trainer.logger": False}
         tasks = [task] if isinstance(task, str) else task
         options = [f"--config={name}" for name in tasks]
-        options += [f"--{name}={_as_text(value)}" for name, value in settings.items()]
+        options += [f"--{name}={_as_text(name, value)}" for name, value in settings.items()]
 
         def assemble() -> RestorationCLI:
             try:
@@ -125,7 +125,12 @@ def restore(
         return _like(image, array)
 
 
-def _as_text(value: Any) -> str:
+def _as_text(name: str, value: Any) -> str:
+    if getattr(value, "ndim", 0) > 1:
+        raise ValueError(
+            f"expected a number, text or list for {name}, got an array {tuple(value.shape)}; masks "
+            "and kernels are given as operator=Mask(...) or operator=Blur(...)"
+        )
     return value if isinstance(value, str) else json.dumps(value, default=_plain)
 
 

@@ -652,3 +652,41 @@ def test_folders_and_patterns_are_sorted_and_hidden_files_left_out(crops, monkey
     assert [source.name for source in find_images(["crop[12].png"])] == names[1:3]
     assert find_images(["sample:coffee", "crop0.png"])[0].path == "sample:coffee"
     assert len(find_images(["crop0.png", str(crops), "crop*.png"])) == 4  # each once
+
+
+# What is said about the images
+
+
+def test_a_folders_other_files_are_listed_by_kind(batch, tmp_path):
+    folder = save_crops(tmp_path / "crops", 1)
+    for name in ("a.heic", "b.HEIC", "m31.fits", "notes", ".hidden.heic"):
+        (folder / name).touch()
+    status, said = batch("--images", folder)
+    assert status == 0
+    assert "no .png, .jpg, .jpeg, .tif, .tiff, .npy: 1 .fits, 2 .heic, 1 without suffix" in said
+
+
+def test_an_image_too_small_for_the_network_is_known_before_the_first_fit(refused, tmp_path):
+    folder = save_crops(tmp_path / "crops", 2)
+    Image.open(folder / "crop1.png").crop((0, 0, 20, 40)).save(folder / "small.png")
+    settings = [*TINY, "--model.network.scales=5", "--data.noise.sigma=25"]
+    said = refused("--images", folder, "--tile", 48, settings=settings)
+    assert "at least 33×33 pixels for this network, got 40×20 in" in said
+    assert "small.png; leave it out" in said
+    assert not list((tmp_path / "out").glob("*/result.json"))
+
+
+def test_warnings_of_the_fits_are_printed_once_for_each_image(batch, tmp_path):
+    folder = save_crops(tmp_path / "crops", 2)
+    status, said = batch("--images", folder, "--tile", 48, "--data.noise.sigma=50")
+    assert status == 0
+    for i in range(2):
+        assert said.count(f"crop{i}: The noise is stated as GaussianNoise(sigma=50.00)") == 1
+
+
+def test_the_number_of_threads_is_omps(batch, crops, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    _, said = batch("--images", crops / "crop0.png")
+    assert "1 fits, 1 in parallel, 3 CPU threads each" in said
+    _, said = batch("--images", crops / "crop0.png", "--threads", 2, "--out", "other", out=None)
+    assert "2 CPU threads each" in said

@@ -191,3 +191,10 @@ def test_sures_gradient_survives_bfloat16():
 
     full, mixed = gradient(False), gradient(True)
     assert torch.nn.functional.cosine_similarity(full, mixed, dim=0) > 0.999
+
+
+def test_sure_needs_one_sigma_for_all_channels():
+    problem = InverseProblem(picture(), noise=GaussianNoise([5, 10, 20]))
+    settings = {"input_noise_std": 0, "regularizer": SURE(), "problem": problem}
+    with pytest.raises(ValueError, match=r"one sigma for all channels, got \[5, 10, 20\]"):
+        DeepImagePrior(lambda c: MeasurementNet(c, width=4, scales=2), **settings)

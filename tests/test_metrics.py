@@ -82,3 +82,11 @@ def test_what_is_scored():
     assert [scored_on(c, "luminance") for c in (1, 3, 5)] == ["grey", "luminance", "channels"]
     with pytest.raises(RuntimeError, match="the same shape"):
         psnr(picture(3), picture(1), "luminance")
+
+
+def test_a_truth_beyond_the_unit_range_is_compared_up_to_its_own():
+    truth = 3 * picture(1, 33, 47) - 1
+    image = truth + 0.1
+    clipped = image.clamp(truth.min(), truth.max())
+    want = -10 * math.log10(((clipped - truth) ** 2).mean())
+    assert psnr(image, truth).item() == pytest.approx(want, abs=1e-4)

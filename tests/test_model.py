@@ -435,3 +435,32 @@ def test_a_compiled_network_is_the_same_network_in_checkpoints_and_copies(monkey
     torch.testing.assert_close(compiled.out, plain.out)
     torch.testing.assert_close(copied.out, plain.out)
     assert captured
+
+
+def test_an_image_may_leave_the_range_as_far_as_the_limits(make_trainer, tmp_path):
+    y = picture(1, 9, 11)
+    y[..., 4:7, 5:8] = 3
+    update = REDUpdate(lambda x: 1.5 * x, every_n_steps=1)
+    for limits in ((0, 1), (0, 4)):
+        problem = InverseProblem(y, noise=GaussianNoise(25), limits=limits)
+        assert problem.first_guess().max() == min(3, limits[1])
+        model = DeepRED(network=TinyNet, lam=5, result="x", problem=problem)
+        trainer = make_trainer(max_steps=3, callbacks=[update])
+        trainer.fit(model)
+        assert model.x.max() == limits[1] == model.restored.max()  # clipped there
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = DeepRED.load_from_checkpoint(tmp_path / "last.ckpt", network=TinyNet)
+    assert torch.equal(loaded.restored, model.restored)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_limits():
+    model = DeepImagePrior(TinyNet, problem=noisy_problem())
+    state = model.state_dict() | {"_extra_state": 7}
+    model.load_state_dict(state)
+    assert model.step == 7 and model.limits == (0, 1)
+
+
+@pytest.mark.parametrize("limits", [(0.1, 1), (0, 0.5), (0, math.inf), (math.nan, 1)])
+def test_limits_contain_the_unit_range(limits):
+    with pytest.raises(ValueError, match="at most 0 and at least 1, got"):
+        InverseProblem(picture(), limits=limits)

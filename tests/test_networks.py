@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -13,10 +14,11 @@ from deepred_pl.networks import (
     ImageParameter,
     MeasurementNet,
     SkipNet,
+    bounded,
 )
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample
-from tests.helpers import noisy_problem, picture
+from tests.helpers import TinyNet, noisy_problem, picture
 
 
 def reference(net: SkipNet, z: torch.Tensor) -> torch.Tensor:
@@ -215,3 +217,25 @@ def test_a_module_that_prepared_its_input_is_loaded_from_its_state(network):
     assert torch.equal(other.restored, model.restored)
     other.build(noisy_problem(1, 9, 11))
     assert torch.equal(other.training_step(), model.training_step())
+
+
+@pytest.mark.parametrize("limits", [(0, 1), (0, 25), (-3, 8), (-40, 40), (-2, 1)])
+def test_wider_limits_start_alike_and_are_reached(limits):
+    t = torch.linspace(-3000, 3000, 60001, dtype=torch.float64, requires_grad=True)
+    y = bounded(t, *limits)
+    assert (y.diff() >= 0).all()
+    assert y.min().item() == pytest.approx(limits[0], abs=1e-3)
+    assert y.max().item() == pytest.approx(limits[1], abs=1e-3)
+    slope = torch.autograd.grad(y[30000], t)[0][30000]
+    assert (y[30000].item(), slope.item()) == pytest.approx((0.5, 0.25))
+    if limits == (0, 1):
+        torch.testing.assert_close(y, torch.sigmoid(t))
+
+
+@pytest.mark.parametrize("network", [TinyNet, functools.partial(DeepDecoder, width=4, scales=2)])
+def test_a_network_gets_the_problems_limits(network):
+    problem = InverseProblem(picture(1, 9, 11), limits=(-2, 5))
+    model = DeepImagePrior(network, problem=problem)
+    model.network.head.weight.data.mul_(1000)
+    out = model.network(model.z)
+    assert out.max() > 4.9 and out.min() < -1.9

@@ -58,6 +58,14 @@ def test_noise_that_is_weaker_than_stated():
     assert "(2) the network has learned the noise" in text
 
 
+def test_an_average_that_has_not_left_the_measurement_yet():
+    y = measured(TRUTH, Identity(), GaussianNoise(25))
+    noise, restored = GaussianNoise(25), TRUTH.lerp(y, 0.8)
+    text = diagnosed(y, Identity(), noise, restored, residual_to_sigma_at_half=0.1)
+    assert "0.2 times the noise, and was still rising: the fit was too short" in text
+    assert "weaker" not in text
+
+
 @pytest.mark.parametrize(
     ("true", "assumed", "suspect"),
     [

@@ -124,6 +124,11 @@ def test_an_intensity_range_is_undone():
         (stored(np.uint8), {"overrides": {"red.every_n_step": 2}}, "every_n_step"),
         (stored(np.uint8), {"overrides": {"data.measurement": "a.png"}}, "the measurement itself"),
         (stored(np.uint8), {"task": "inpainting"}, "give the mask"),
+        (
+            stored(np.uint8),
+            {"task": "inpainting", "overrides": {"data.operator.mask": np.ones((33, 47))}},
+            r"got an array \(33, 47\).*operator=Mask",
+        ),
         (stored(np.uint8), {"operator": torch.ones(3, 3)}, "methods A and A_adjoint"),
         (
             stored(np.float32),

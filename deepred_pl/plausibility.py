@@ -232,7 +232,7 @@ def check_noise(problem: InverseProblem) -> None:
     stated = noise.variance(smooth).clamp(min=LEAST_VARIANCE).expand_as(problem.y)
     valid = unclipped(problem.y)
     if noise.from_zero:  # where there is too little light, its variance is not known either
-        valid = valid & (stated < smooth.square())
+        valid = valid & (4 * stated < smooth.square())
     if observed is not None:
         valid = valid & observed.bool()
     scaled = problem.y / stated.sqrt()

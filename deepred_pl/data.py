@@ -166,7 +166,7 @@ class RestorationDataModule(LightningDataModule):
         plausibility.check_layout(y, self._source)
         operator.image_shape(tuple(y.shape))  # refuses a mask, kernel or angles that do not fit
         if self.intensity_range == "dtype":
-            plausibility.check_span(y, stored)
+            plausibility.check_span(y, stored, self._needs_zero(operator) is not None)
         elif not isinstance(self.intensity_range, str):
             plausibility.check_outside(y, stored)
         lost = ~y.isfinite()
@@ -245,11 +245,15 @@ class RestorationDataModule(LightningDataModule):
             )
         return truth
 
+    def _needs_zero(self, operator: Operator) -> Operator | NoiseModel | None:
+        """The part that needs 0 to mean no light, if any."""
+        if self.noise is not None and self.noise.from_zero:
+            return self.noise
+        return None if operator.keeps_units else operator
+
     def _check_range(self, operator: Operator) -> None:
         """Refuse an intensity range that moves 0 if operator or noise need 0 to mean no light."""
-        part: Operator | NoiseModel | None = None if operator.keeps_units else operator
-        if self.noise is not None and self.noise.from_zero:
-            part = self.noise
+        part = self._needs_zero(operator)
         if part is not None and self.intensity_range in ("minmax", "percentile"):
             raise ValueError(
                 f"intensity_range={self.intensity_range!r} shifts 0, but {type(part).__name__} "

@@ -52,12 +52,13 @@ def check_layout(image: Tensor, name: str) -> None:
         )
 
 
-def check_span(image: Tensor, image_format: ImageFormat) -> None:
+def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> None:
     """Refuse an image that fills a small part of its type's range: another range was meant.
 
     Args:
         image: The image as read with the range "dtype", (1, C, H, W); NaN where values are missing.
         image_format: How it was stored.
+        from_zero: Whether 0 must mean no light, so that minmax is no remedy.
     """
     bits = image_format.dtype in ("uint8", "uint16")
     largest = torch.nan_to_num(image, nan=0.0).abs().amax(dim=(0, 2, 3))  # (C,)
@@ -74,8 +75,9 @@ def check_span(image: Tensor, image_format: ImageFormat) -> None:
     )
     if largest.max() <= EMPTY:
         raise ValueError(
-            f"the largest value of the measurement, {stored:g}, is {share}; {ranges} (or minmax), "
-            "or to the type's own range if the image is as dark as that"
+            f"the largest value of the measurement, {stored:g}, is {share}; {ranges}"
+            f"{'' if from_zero else ' (or minmax)'}, or to the type's own range if the image is as "
+            "dark as that"
         )
     if largest.max() <= DARK and image_format.dtype == "uint16":
         rank_zero_warn(

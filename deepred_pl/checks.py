@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 
 class RestorationWarning(UserWarning):
-    """A measurement or setting that is probably not meant."""
+    """A measurement or setting that is probably a mistake."""
 
 
 def as_plain(value: Any) -> Any:

@@ -145,6 +145,8 @@ class RestorationCLI(LightningCLI):
         # Lightning calls functions that torch and jsonargparse have deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
+        # Python would show the same text only once, also for another image.
+        warnings.filterwarnings("always", category=RestorationWarning, append=True)
         rank_zero_log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
         rank_zero_log.addFilter(_is_no_advertisement)
         # Errors are raised to the caller, and abbreviated names are errors.

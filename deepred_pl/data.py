@@ -139,7 +139,6 @@ class RestorationDataModule(LightningDataModule):
             self.problem = InverseProblem(y, operator, self.noise, truth, self.metric_on)
         else:
             self.problem = self._measured(operator)
-        plausibility.check_mask(self.problem)
         plausibility.check_sinogram(self.problem)
         if self.measurement is not None and self.problem.noise is self.noise:
             plausibility.check_noise(self.problem)
@@ -170,10 +169,12 @@ class RestorationDataModule(LightningDataModule):
         elif not isinstance(self.intensity_range, str):
             plausibility.check_outside(y, stored)
         lost = ~y.isfinite()
+        y = torch.where(lost, 0, y)
+        plausibility.check_mask(operator, y)
         if lost.any():
             known = operator.mask if isinstance(operator, Mask) else None
             unmarked = lost if known is None else lost & known.bool()
-            operator, y = without(operator, lost), torch.where(lost, 0, y)
+            operator = without(operator, lost)
             if unmarked.any():
                 rank_zero_warn(
                     f"{int(unmarked.sum())} of the {lost.numel()} values of {self._source} are "
@@ -184,7 +185,7 @@ class RestorationDataModule(LightningDataModule):
         truth_range: IntensityRange = self.intensity_range
         self.image_format = _enlarged(stored, operator.factor)
         if not operator.keeps_units:
-            self.image_format, truth_range = ImageFormat("float32", tiff=True), "dtype"
+            self.image_format, truth_range = ImageFormat("float32"), "dtype"
         elif self.intensity_range != "dtype":
             truth_range = (stored.low, stored.high)  # type: ignore[assignment]
         truth = None
@@ -234,6 +235,7 @@ class RestorationDataModule(LightningDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         operator = operator.drawn(tuple(truth.shape), generator)
         y = simulate(truth, operator, self.noise, generator, self.degrade)
+        plausibility.check_mask(operator, y)
         return y.clamp(0, 1) if self.clip else y, operator, truth
 
     def _admissible(self, original: Tensor, operator: Operator) -> Tensor:
@@ -313,18 +315,25 @@ def _limits(
     """The least and the largest value that the image may have, at most 0 and at least 1."""
     if not operator.keeps_units:  # a first guess has artefacts of single pixels
         guess = F.avg_pool2d(operator.first_guess(y), 3, stride=1, padding=1)
-        return 0.0, 2 * float(guess.max()) if guess.max() > GUESSED else 1.0
+        brightest = float(guess.max()) - BEYOND * _noise(guess)
+        return 0.0, 2 * brightest if brightest > GUESSED else 1.0
     if intensity_range == "dtype" and stored.dtype != "float32":
         return 0.0, 1.0  # of the type, or of the camera
-    noise = BEYOND * float(torch.nan_to_num(noise_level(y, torch.ones_like(y) > 0)).max())
+    noise = BEYOND * _noise(y)
     low, high = float(y.min()), float(y.max())
     limits = [low if low < -noise else 0.0, high if high > 1 + noise else 1.0]
     if intensity_range in ("minmax", "percentile"):  # where the measurement, not the image, ends
         gain = operator.gain(y)
-        dark = float(np.max(-np.asarray(stored.low) / np.subtract(stored.high, stored.low)))
-        nothing = dark if dark <= 0 else -math.inf  # values that are all positive stay positive
+        # What is stored as 0, in each channel; values that are all positive stay positive.
+        zeros = -np.asarray(stored.low) / np.subtract(stored.high, stored.low)
+        nothing = float(zeros.min()) if zeros.max() <= 0 else -math.inf
         limits = [max(limits[0] + 1 - gain, nothing), limits[1] * gain]
     return min(0.0, limits[0]), limits[1]
+
+
+def _noise(image: Tensor) -> float:
+    """The largest noise of the channels; 0 if it is not known."""
+    return float(torch.nan_to_num(noise_level(image, torch.ones_like(image) > 0)).max())
 
 
 def _enlarged(stored: ImageFormat, factor: int) -> ImageFormat:

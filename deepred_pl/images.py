@@ -112,6 +112,7 @@ def read_image(
             f"expected a PNG, JPEG, TIFF or NPY image, cannot read {path}: {reason}"
         ) from error
     alpha = None
+    array = array if missing else np.ma.getdata(array)  # a mask may be black where GDAL has nodata
     if has_alpha:
         array, alpha = array[..., :-1], array[..., -1]
     image, values = to_tensor(array, intensity_range, str(path), missing)
@@ -160,7 +161,7 @@ def to_tensor(
             f"expected one image, (height, width) or (height, width, channels), got {array.shape} "
             f"in {name}; save a single page"
         )
-    invalid = np.ma.getmaskarray(array)
+    invalid = np.ma.getmaskarray(array) if np.ma.is_masked(array) else np.zeros(array.shape, bool)
     array = np.ma.getdata(array)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
@@ -380,20 +381,30 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
         pixels = _ome_resolution(file.ome_metadata) or (*page.get_resolution(), unit or "none")
         resolution = _resolution(*pixels, orientation)
         icc_profile = page.tags.valueof(ICC_TAG)
-        nodata = page.tags.valueof(NODATA_TAG)
-        if nodata is not None:
-            array = np.ma.masked_equal(array, float(str(nodata).strip("\0 ")))
+        array = _without_nodata(array, page.tags.valueof(NODATA_TAG))
     return array, has_alpha, ImageFormat(icc_profile=icc_profile, resolution=resolution, tiff=True)
+
+
+def _without_nodata(array: np.ndarray, tag: object) -> np.ndarray:
+    """The array, masked where it has the value of GDAL's nodata tag, if there is one."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = np.array(float(str(tag).strip("\0 "))).astype(array.dtype)
+        fits = array.dtype.kind == "f" or float(value) == float(str(tag).strip("\0 "))
+    except ValueError:  # no number, such as "none"
+        return array
+    return np.ma.masked_where(array == value, array) if fits else array
 
 
 def _ome_resolution(xml: str | None) -> tuple[float, float, str] | None:
     """Pixels per unit along x and y, and the unit, of an OME-TIFF that has them."""
-    pixels = tifffile.xml2dict(xml)["OME"]["Image"] if xml else {}
-    pixels = (pixels[0] if isinstance(pixels, list) else pixels).get("Pixels", {})
-    if "PhysicalSizeX" not in pixels or "PhysicalSizeY" not in pixels:
+    try:
+        image = tifffile.xml2dict(xml or "")["OME"]["Image"]
+        pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
+        unit = str(pixels.get("PhysicalSizeXUnit", "um")).replace("µ", "u").replace("μ", "u")
+        return 1 / pixels["PhysicalSizeX"], 1 / pixels["PhysicalSizeY"], unit
+    except Exception:  # not there, or damaged: an image is read without its metadata, too
         return None
-    unit = str(pixels.get("PhysicalSizeXUnit", "um")).replace("µ", "u").replace("μ", "u")
-    return 1 / pixels["PhysicalSizeX"], 1 / pixels["PhysicalSizeY"], unit
 
 
 def _refuse_bombs(height: int, width: int, bands: int, bytes_each: int = 1) -> None:

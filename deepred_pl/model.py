@@ -365,8 +365,13 @@ class DeepImagePrior(LightningModule):
         """Restore the step and the limits; earlier versions saved only the step."""
         state = {"step": state} if isinstance(state, int) else state
         self.step = state["step"]
-        if self.problem is None:
-            self.limits = tuple(state.get("limits", (0.0, 1.0)))
+        limits = tuple(state.get("limits", (0.0, 1.0)))
+        if self.problem is not None and limits != self.limits:
+            raise ValueError(
+                f"the checkpoint was made for values of x within {limits}, and this problem's are "
+                f"{self.limits}; resume with the same measurement and data.intensity_range"
+            )
+        self.limits = limits
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.network is None:  # no problem yet: the checkpoint defines the buffers

@@ -7,8 +7,8 @@ not clipped this is the mean squared residual, so that λ and μ have the same s
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from deepred_pl.checks import as_plain, check_grey_levels, check_positive
 from deepred_pl.estimate import noise_level, unclipped
 
 LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits has 0.29
+# How parameters of noise models depend on its standard deviation: as this power of it.
+POWERS = {"sigma": 1, "gain": 2, "peak": -2, "looks": -2}
 ALIKE = 1.3  # channels whose noise levels differ by less get their mean
 
 # The likelihoods of photon counts and speckle are infinite at 0. Below these values, a tenth of a
@@ -50,7 +52,10 @@ class NoiseModel(nn.Module, ABC):
 
     @abstractmethod
     def variance(self, clean: Tensor) -> Tensor:
-        """The variance of y given A x = `clean`, on the [0, 1] scale: per value, or 0-dim."""
+        """The variance of y given A x = `clean`, on the [0, 1] scale.
+
+        Per value, 0-dim if it is the same everywhere, or (1, C, 1, 1) if it depends on the channel.
+        """
 
     def mean_variance(self, y: Tensor, observed: Tensor | None = None) -> Tensor:
         """σ̄², the mean variance of the observed values estimated from y, 0-dim."""
@@ -141,21 +146,22 @@ class GaussianNoise(NoiseModel):
             return self
         valid = unclipped(y) if observed is None else unclipped(y) & observed.bool()
         sigmas = [255 * float(level) for level in noise_level(y.detach(), valid)]
-        known = [sigma for sigma in sigmas if sigma >= LEAST_ESTIMATE]
         if all(math.isnan(sigma) for sigma in sigmas):
             raise ValueError(
                 "too few known values to estimate the noise, which takes 3×3 values that are "
                 "neither clipped nor missing; set noise.sigma"
             )
+        known = [sigma for sigma in sigmas if sigma >= LEAST_ESTIMATE]
         if not known:
+            most = max(sigma for sigma in sigmas if not math.isnan(sigma))
             raise ValueError(
-                "expected noise in the measurement, but its sigma was estimated as "
-                f"{max(sigmas):.3f} grey levels; set noise.sigma"
+                f"expected noise in the measurement, but its sigma was estimated as {most:.3f} "
+                "grey levels; set noise.sigma"
             )
-        if max(sigmas) <= ALIKE * min(sigmas):
-            return GaussianNoise(sum(sigmas) / len(sigmas))
-        # A channel without noise of its own, as a constant one, has the least of the others.
-        return GaussianNoise([s if s >= LEAST_ESTIMATE else min(known) for s in sigmas])
+        # A channel whose noise is not seen, as a constant one, has the least of the others.
+        sigmas = [sigma if sigma >= LEAST_ESTIMATE else min(known) for sigma in sigmas]
+        alike = max(sigmas) <= ALIKE * min(sigmas)
+        return GaussianNoise(sum(sigmas) / len(sigmas) if alike else sigmas)
 
     def extra_repr(self) -> str:
         if isinstance(self.sigma, Sequence):
@@ -317,6 +323,25 @@ class GammaNoise(NoiseModel):
 
     def extra_repr(self) -> str:
         return f"looks={self.looks:g}"
+
+
+def parameters(noise: NoiseModel) -> dict[str, Any]:
+    """The parameters of a noise model on which its strength depends, as plain data."""
+    found = {name: getattr(noise, name, None) for name in POWERS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def corrected(parameters: Mapping[str, Any], factor: float) -> str:
+    """The settings for noise whose standard deviation is `factor` times as large."""
+    new = {
+        name: value * factor ** POWERS[name]
+        for name, value in parameters.items()
+        if isinstance(value, int | float)
+    }
+    if new.get("sigma", 0) > 255:
+        return "data.intensity_range to a wider [lo, hi], because sigma would be above 255"
+    settings = [f"data.noise.{name} to {value:.3g}" for name, value in new.items()]
+    return " and ".join(settings) or "data.noise.sigma to null, which estimates it"
 
 
 def _unlikely_counts(expected: Tensor, counts: Tensor) -> Tensor:

@@ -306,12 +306,13 @@ class Downsample(Operator):
 
     def __init__(self, factor: int = 4, kernel: ResamplingKernel = "lanczos2") -> None:
         super().__init__()
-        factor = as_plain(factor)
-        if not isinstance(factor, int):
+        whole: Any = as_plain(factor)
+        if not isinstance(whole, int | float) or whole != int(whole):
             raise ValueError(
                 f"factor must be one whole number for both sides, got {factor}; resize the image "
-                "to a multiple of its size first"
+                "to one factor first"
             )
+        factor = int(whole)
         check_at_least(2, factor=factor)
         check_choice("kernel", kernel, ResamplingKernel)
         self.factor = factor
@@ -429,6 +430,7 @@ class Mask(Operator):
             if isinstance(mask, np.ndarray):
                 mask = torch.from_numpy(mask.copy())  # it may be read-only
                 mask = mask.movedim(-1, 0)[None] if mask.ndim == 3 else mask  # (H, W, C)
+            mask = torch.as_tensor(mask)
             mask = mask[None, None] if mask.ndim == 2 else mask
             _check_mask(mask)
         self.keep_fraction = keep_fraction
@@ -670,7 +672,7 @@ class Observed(Operator):
         return Observed(self.operator.cropped(region), measured.of(self.mask))
 
     def __repr__(self) -> str:
-        return f"{self.operator}, {float(self.mask.mean()):.1%} of it observed"
+        return f"{self.operator}, {float(self.mask.mean()):.1%} observed"
 
 
 def without(operator: Operator, missing: Tensor) -> Operator:
@@ -861,9 +863,8 @@ def _read_mask(path: str | os.PathLike) -> Tensor:
     if alpha is not None and (picture == picture[..., :1, :1]).all():
         picture = torch.from_numpy(alpha.astype(np.float32))[None, None]
     picture = picture / picture.max().clamp(min=1e-6)
-    colours = torch.unique((picture > 0.4).flatten(2), dim=2)  # (1, C, colours)
-    if picture.shape[1] == 3 and (colours != colours[:, :1]).any():
-        picture = _in_two_colours(picture, colours, path)
+    if picture.shape[1] == 3 and (picture != picture[:, :1]).any():
+        picture = _in_two_colours(picture, path)
     grey = float(((picture > 0.1) & (picture < 0.9)).float().mean())
     if grey > MOST_GREY:
         raise ValueError(
@@ -874,16 +875,21 @@ def _read_mask(path: str | os.PathLike) -> Tensor:
     return known[:, :1] if (known == known[:, :1]).all() else known
 
 
-def _in_two_colours(picture: Tensor, colours: Tensor, path: str | os.PathLike) -> Tensor:
+def _in_two_colours(picture: Tensor, path: str | os.PathLike) -> Tensor:
     """The brighter of two colours as white, (1, 1, H, W); a mask per channel is left as it is."""
-    if colours.shape[2] == 2:
+    bright = (picture > 0.4).long()
+    colours = bright[:, :1] + 2 * bright[:, 1:2] + 4 * bright[:, 2:]  # (1, 1, H, W), 0 is black
+    count = len(colours.flatten().bincount().nonzero())
+    if count == 2:
         brightness = picture.sum(dim=1, keepdim=True)
         return (brightness > (brightness.min() + brightness.max()) / 2).float()
-    has_black = bool((~colours).all(dim=1).any())
-    if has_black and colours.shape[2] < 8:  # labels on a background; a mask per channel has all 8
+    # Labels have areas of one colour on a background; a mask per channel has not.
+    coloured = (colours > 0) & (colours < 7)
+    alike = (colours[..., 1:] == colours[..., :-1]) & coloured[..., 1:]
+    if (colours == 0).any() and alike.sum() > 0.5 * coloured.sum():
         raise ValueError(
-            f"expected a black-and-white mask with known pixels white, got {colours.shape[2]} "
-            f"colours in {path}; save it in black and white"
+            f"expected a black-and-white mask with known pixels white, got {count} colours in "
+            f"{path}; save it in black and white"
         )
     return picture
 

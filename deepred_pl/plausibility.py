@@ -16,8 +16,8 @@ from torch import Tensor
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.estimate import local_level, noise_level, unclipped
 from deepred_pl.images import ImageFormat
-from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Mask, Radon
+from deepred_pl.noise import NoiseModel, corrected, parameters
+from deepred_pl.operators import Mask, Operator, Radon
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
 
 MOST_COLOURS = 4  # channels of a usual image
@@ -28,8 +28,6 @@ STRONG_COUNTS = 0.8  # counts and speckle are not the result of a lossy compress
 WEAK, TOO_WEAK = 2.5, 10.0
 TEXTURE = 12.0  # grey levels; that much texture may look like noise
 UNITS = 0.5, 2.0  # a sigma below the first, noise above the second: stated for the range [0, 1]
-# How parameters of noise models depend on its standard deviation: as this power of it.
-POWERS = {"sigma": 1, "gain": 2, "peak": -2, "looks": -2}
 SMALLEST = 8  # pixels of a side, below which there are too few values to judge
 FEW_KNOWN, CONNECTED = 0.4, 0.9  # shares of known pixels, and of known ones next to them
 FEWEST_ANGLES = 6
@@ -43,13 +41,10 @@ def check_layout(image: Tensor, name: str) -> None:
         return
     read = f"{name} is read as {height}×{width} pixels with {channels} channels"
     moved = "arrays are (H, W, C), tensors (C, H, W): move the axis (numpy.moveaxis, torch.movedim)"
-    if min(height, width) <= MOST_COLOURS or channels == width != height:
+    if min(height, width) <= MOST_COLOURS or height < width == channels:
         raise ValueError(f"{read}, which come last in an array; {moved}")
-    if channels > min(height, width):
-        rank_zero_warn(
-            f"{read}, more than its rows or columns. If this is wrong, {moved}.",
-            category=RestorationWarning,
-        )
+    if channels >= min(height, width):
+        _warn(f"{read}, as many as its rows or columns, or more. If this is wrong, {moved}")
 
 
 def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> None:
@@ -80,17 +75,16 @@ def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> Non
             "dark as that"
         )
     if largest.max() <= DARK and image_format.dtype == "uint16":
-        rank_zero_warn(
-            f"The largest value of the measurement, {stored:g}, is {share}. If it has fewer than "
-            f"16 bits, {ranges}.",
-            category=RestorationWarning,
+        _warn(
+            f"the largest value of the measurement, {stored:g}, is {share}. If it has fewer than "
+            f"16 bits, {ranges}"
         )
-    elif largest.min() <= EMPTY * largest.max():
-        dim = [str(i) for i, one in enumerate(largest) if one <= EMPTY * largest.max()]
-        rank_zero_warn(
-            f"Channel {', '.join(dim)} (from 0) is much darker than the brightest one. To restore "
-            "channels of unlike brightness, set data.intensity_range to minmax, which scales each.",
-            category=RestorationWarning,
+    dim = [str(i) for i, one in enumerate(largest) if 0 < one <= EMPTY * largest.max()]
+    if dim and not from_zero:
+        _warn(
+            f"The brightest value of channel {', '.join(dim)} (from 0) is less than 1/16 of that "
+            "of another. To restore channels of unlike brightness, set data.intensity_range to "
+            "minmax, which scales each"
         )
 
 
@@ -117,35 +111,30 @@ def check_outside(image: Tensor, image_format: ImageFormat) -> None:
         )
 
 
-def check_mask(problem: InverseProblem) -> None:
-    """Refuse or question a mask that seems to be inverted or empty."""
-    mask = problem.operator.mask if isinstance(problem.operator, Mask) else None
+def check_mask(operator: Operator, y: Tensor) -> None:
+    """Refuse or question a mask that seems to be inverted or empty; y is the measurement."""
+    mask = operator.mask if isinstance(operator, Mask) else None
     if mask is None:
         return
     known, share = mask.bool(), float(mask.mean())
     if share == 1:
-        rank_zero_warn(
-            "Every pixel of the mask is known, so that nothing is filled. Known pixels are white "
-            "(1), missing ones black (0).",
-            category=RestorationWarning,
+        _warn(
+            "every pixel of the mask is known, so that nothing is filled. Known pixels are white "
+            "(1), missing ones black (0)"
         )
         return
-    values = problem.y[known.expand_as(problem.y)]
-    if len(values) > 1 and all(
-        bool((c := y[k]).numel() and c.min() == c.max())
-        for y, k in zip(problem.y[0], known.expand_as(problem.y)[0], strict=True)
-    ):
+    channels = [c[k] for c, k in zip(y[0], known.expand_as(y)[0], strict=True)]
+    if all(len(c) > 1 and c.min() == c.max() for c in channels):
         raise ValueError(
             f"the {share:.1%} of the pixels that the mask marks as known all have one value, so "
             "that nothing can be filled from them; known pixels are white (1): invert the mask"
         )
-    beside = known[..., 1:] & known[..., :-1]
-    connected = float(beside.sum()) / max(1.0, float(known[..., :-1].sum()))
+    pairs = known[..., 1:] & known[..., :-1]
+    connected = float(pairs.sum()) / max(1.0, float(known[..., :-1].sum()))
     if share < FEW_KNOWN and connected > CONNECTED:
-        rank_zero_warn(
-            f"Only {share:.1%} of the pixels are known, in connected regions. If these are the "
-            "missing ones, invert the mask: known pixels are white (1).",
-            category=RestorationWarning,
+        _warn(
+            f"only {share:.1%} of the pixels are known, in connected regions. If these are the "
+            "missing ones, invert the mask: known pixels are white (1)"
         )
 
 
@@ -159,25 +148,28 @@ def check_sinogram(problem: InverseProblem) -> None:
     if not isinstance(operator, Radon) or problem.operator.observed is not None:
         return
     angles = operator.angles.detach().cpu().double().numpy()
-    detectors, count = y.shape[-2:]
+    detectors, count = sides = y.shape[-2:]
     largest = float(np.abs(angles).max())
     if count < FEWEST_ANGLES:
         return
     if np.ptp(angles) > 1 and largest <= 2 * math.pi + 1e-3:
-        raise ValueError(
+        text = (
             f"the {count} angles lie between {angles.min():.3g} and {angles.max():.3g}, which "
             "seems to be radians; operator.angles are in degrees (numpy.rad2deg)"
         )
+        if angles.min() >= 0:
+            raise ValueError(text)
+        _warn(text)  # as in tomosynthesis over a few degrees
     sinogram = y[0].mean(dim=0).cpu().double().numpy()  # (detectors, angles)
-    spread, across = _variation(sinogram.sum(axis=0)), _variation(sinogram.sum(axis=1))
+    variance = problem.noise_variance()
+    sigma = 0.0 if variance is None else math.sqrt(float(variance) / y.shape[1])
+    spread, across = (_variation(sinogram.sum(axis=i), sigma * sides[i] ** 0.5) for i in (0, 1))
     if spread > 0.2 and detectors == count and across < spread / 3:
         raise ValueError(
             "the sinogram seems to be transposed: its columns must be the projections, which have "
             f"the same sum, but their sums vary by {spread:.0%}, and those of the rows by "
             f"{across:.0%}; transpose it to (detectors, angles)"
         )
-    variance = problem.noise_variance()
-    sigma = 0.0 if variance is None else math.sqrt(float(variance) / y.shape[1])
     offset = _angle_misfit(sinogram, angles, sigma)
     if spread > 0.2 or offset > MISFIT * detectors:
         found = (
@@ -185,16 +177,16 @@ def check_sinogram(problem: InverseProblem) -> None:
             if spread > 0.2
             else f"their centres or widths are {offset:.1f} detectors off"
         )
-        rank_zero_warn(
-            f"The sinogram is not that of one object at these angles: {found}. Check "
+        _warn(
+            f"the sinogram is not that of one object at these angles: {found}. Check "
             "operator.angles, their order and unit (degrees), the axes (detectors, angles), and "
-            "that 0 means no object and that nothing lies outside of the field of view.",
-            category=RestorationWarning,
+            "that 0 means no object and that nothing lies outside of the field of view"
         )
 
 
-def _variation(values: np.ndarray) -> float:
-    return float(values.std() / max(abs(values.mean()), 1e-12))
+def _variation(values: np.ndarray, by_noise: float) -> float:
+    """Standard deviation over mean, less what noise explains."""
+    return max(0.0, float(values.std()) - 2 * by_noise) / max(abs(float(values.mean())), 1e-12)
 
 
 def _angle_misfit(sinogram: np.ndarray, angles: np.ndarray, sigma: float) -> float:
@@ -239,15 +231,18 @@ def check_noise(problem: InverseProblem) -> None:
         valid = valid & observed.bool()
     scaled = problem.y / stated.sqrt()
     fine = noise_level(scaled, valid)  # (C,)
-    # The noise of a JPEG or a demosaiced image is weak only at the finest scale.
-    coarse = 2 * local_level(F.avg_pool2d(scaled, 2), F.avg_pool2d(valid.float(), 2) == 1)
     found = fine[fine.isfinite()]
     if len(found) == 0:
         return
-    most = max(float(found.max()), 0.0 if math.isnan(coarse) else coarse)
+    # The noise of a JPEG, a demosaiced image or grain is weak only at the finest scales.
+    half, quarter = (
+        by * local_level(F.avg_pool2d(scaled, by), F.avg_pool2d(valid.float(), by) == 1)
+        for by in (2, 4)
+    )
+    most = max(float(found.max()), 0.0 if math.isnan(half) else half)
     if most < (STRONG_COUNTS if noise.from_zero else STRONG):
         text = _disagreement(noise, float(found.mean()))
-        if most < TOO_STRONG:
+        if most < TOO_STRONG and not quarter >= TOO_STRONG:
             raise ValueError(text)
         _warn(f"{text}, unless it is not white")
     level, mean = local_level(scaled, valid), 255 * math.sqrt(float(stated.mean()))
@@ -264,19 +259,9 @@ def check_noise(problem: InverseProblem) -> None:
 def _disagreement(noise: NoiseModel, factor: float) -> str:
     return (
         f"the noise is stated as {noise}, but that of the measurement seems to be {factor:.3g} "
-        f"times as strong; set {_corrected(noise, factor)}"
+        f"times as strong; set {corrected(parameters(noise), factor)}"
     )
 
 
 def _warn(text: str) -> None:
     rank_zero_warn(f"{text[0].upper()}{text[1:]}.", category=RestorationWarning)
-
-
-def _corrected(noise: NoiseModel, factor: float) -> str:
-    """The settings for noise that is `factor` times as strong."""
-    settings = [
-        f"data.noise.{name} to {value * factor**power:.3g}"
-        for name, power in POWERS.items()
-        if isinstance(value := getattr(noise, name, None), int | float)
-    ]
-    return " and ".join(settings) or "data.noise.sigma to null, which estimates it"

@@ -270,6 +270,11 @@ class InverseProblem(nn.Module):
         observed[..., top:bottom, left:right] = 1
         if not observed.all():
             operator = Observed(operator, observed)
+        if operator.observed is not None and not operator.observed.any():
+            raise ValueError(
+                f"no value was measured in the region {list(region)} [top, left, height, width] of "
+                "the image; use larger tiles, or restore the image whole"
+            )
         if self.noise is not None and not self.noise.mean_variance(y, operator.observed) > 0:
             raise ValueError(
                 f"the region {list(region)} [top, left, height, width] of the image is black, so "

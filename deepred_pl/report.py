@@ -15,6 +15,7 @@ from torch import Tensor
 from deepred_pl.files import write_bytes
 from deepred_pl.images import write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
+from deepred_pl.noise import corrected, parameters
 from deepred_pl.operators import Observed
 from deepred_pl.problem import InverseProblem
 
@@ -73,7 +74,7 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
     residual_to_sigma_of_channels: the same for each channel.
     residual_correlation: that of neighbouring values of the residual; 0 for white noise.
     beyond_limits: whether the measurement asks for values "above" or "below" what x may have.
-    operator: its class.
+    operator, noise: its class, and the noise model's parameters.
     """
     variance, operator = problem.noise_variance(), problem.operator
     while isinstance(operator, Observed):
@@ -84,10 +85,11 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
     residual = (problem.y - measured) * valid
     result: dict[str, Any] = {
         "operator": type(operator).__name__,
+        "noise": None if problem.noise is None else parameters(problem.noise),
         "noise_sigma": None if variance is None else 255 * math.sqrt(float(variance)),
         "residual_to_sigma": None,
         "residual_to_sigma_of_channels": None,
-        "residual_correlation": _correlation(residual),
+        "residual_correlation": _correlation(residual, valid),
         "beyond_limits": _beyond_limits(problem, restored, residual),
     }
     ratio = problem.residual_ratio(restored)
@@ -100,16 +102,16 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
     return result
 
 
-def _correlation(residual: Tensor) -> float:
-    """The mean correlation of vertical and horizontal neighbours."""
-    energy = float(residual.square().mean().clamp(min=1e-20))
-    pairs = [
-        residual.narrow(dim, 1, residual.shape[dim] - 1)
-        * residual.narrow(dim, 0, residual.shape[dim] - 1)
-        for dim in (2, 3)
-        if residual.shape[dim] > 1
-    ]
-    return sum(float(pair.mean()) for pair in pairs) / max(1, len(pairs)) / energy
+def _correlation(residual: Tensor, valid: Tensor) -> float:
+    """The mean correlation of vertical and horizontal neighbours that are both valid."""
+    valid = valid.expand_as(residual).float()
+    products = pairs = 0.0
+    for dim in (2, 3):
+        size = max(0, residual.shape[dim] - 1)
+        products += float((residual.narrow(dim, 1, size) * residual.narrow(dim, 0, size)).sum())
+        pairs += float((valid.narrow(dim, 1, size) * valid.narrow(dim, 0, size)).sum())
+    variance = float(residual.square().sum() / valid.sum().clamp(min=1))
+    return products / max(pairs, 1.0) / max(variance, 1e-20)
 
 
 def _beyond_limits(problem: InverseProblem, restored: Tensor, residual: Tensor) -> list[str]:
@@ -133,10 +135,10 @@ def diagnosis(result: dict[str, Any]) -> str:
     ratio, limits = result.get("residual_to_sigma"), result.get("beyond_limits") or []
     channels = result.get("residual_to_sigma_of_channels") or []
     white = abs(result.get("residual_correlation") or 0.0) < WHITE
-    sigma = result.get("noise_sigma")
+    noise = result.get("noise") or {}
     causes = [
         f"the measurement asks for values {name} those that the image may have: set "
-        "data.intensity_range to a wider [lo, hi]"
+        "data.intensity_range to a wider [lo, hi], and store it as floats if its type ends there"
         for name in limits
         if len(limits) == 1  # beyond both, it rings
     ]
@@ -148,15 +150,14 @@ def diagnosis(result: dict[str, Any]) -> str:
             return (
                 f"The residual is {ratio:.2g} times the noise, and was still rising: {TOO_SHORT}."
             )
+        if half is None:  # of tiles and restore()
+            causes.append(f"{TOO_SHORT}, because the average starts at the measurement")
         causes += [
-            f"the noise is weaker than stated: set data.noise.sigma to {ratio * sigma:.2g} or null",
+            f"the noise is weaker than stated: set {corrected(noise, ratio)}",
             "the network has learned the noise: reduce trainer.max_steps, or use methods/deepred",
         ]
     elif white:
-        causes.append(
-            "the noise is stronger than stated: set data.noise.sigma to "
-            f"{ratio * sigma:.3g} or null"
-        )
+        causes.append(f"the noise is stronger than stated: set {corrected(noise, ratio)}")
     else:
         causes += _missing_detail(result)
     which = ""

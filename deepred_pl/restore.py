@@ -39,7 +39,7 @@ def restore(
     Args:
         image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
             (1, C, H, W); uint8, uint16, or floats in [0, 1]. NaN and masked values are missing, and
-            filled. An opaque fourth channel of an array is kept as it is.
+            filled. An opaque fourth channel is kept as it is.
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
             which later ones override earlier ones, such as ["denoising", "methods/quick"].
         overrides: Settings by their names on the command line, such as

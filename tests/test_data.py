@@ -211,10 +211,14 @@ def test_an_array_and_an_operator_of_others_serve(photo):
     assert data.problem.y.shape == (1, 3, 35, 41)
 
 
-def test_counts_keep_their_zero(photo):
+def test_counts_keep_their_zero(photo, tmp_path):
     with pytest.raises(ValueError, match="shifts 0, but PoissonNoise requires"):
         set_up(measurement=photo, noise=PoissonNoise(5), intensity_range="percentile")
-    assert set_up(measurement=photo, noise=PoissonNoise(5000), intensity_range=[0, 200]).problem
+    counts = np.random.default_rng(0).poisson(skimage.data.astronaut()[:35, :41] / 51)
+    np.save(tmp_path / "counts.npy", counts)
+    assert set_up(
+        measurement=tmp_path / "counts.npy", noise=PoissonNoise(5), intensity_range=[0, 5]
+    )
 
 
 def test_bright_counts_are_taken_as_they_are(tmp_path):

@@ -19,6 +19,7 @@ from deepred_pl.images import (
     write_bytes,
     write_image,
 )
+from deepred_pl.operators import Mask
 
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -729,6 +730,40 @@ def test_the_nodata_tag_of_a_tiff_marks_missing_values(tmp_path):
     tifffile.imwrite(tmp_path / "dem.tif", array, extratags=extra)
     image, _ = read_image(tmp_path / "dem.tif", missing=True)
     np.testing.assert_array_equal(image[0, 0].isnan().numpy(), array == 7777)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tag", "lost"),
+    [
+        (np.uint8, "-9999", 0),
+        (np.uint8, "256", 0),
+        (np.uint8, "none", 0),
+        (np.uint8, "nan", 0),
+        (np.float32, "-3.40282346638529e+38", 11),
+        (np.float32, "nan", 11),
+    ],
+)
+def test_nodata_tags_as_other_programs_write_them(tmp_path, dtype, tag, lost):
+    array = values(np.uint8, 9, 11).astype(dtype) / (255 if dtype == np.float32 else 1)
+    array = array.astype(dtype)
+    if lost:
+        array[4] = np.float32(tag)
+    tifffile.imwrite(tmp_path / "y.tif", array, extratags=[(42113, "s", 0, tag, True)])
+    assert read_image(tmp_path / "y.tif", missing=True)[0].isnan().sum() == lost
+
+
+def test_a_mask_may_be_black_where_gdal_has_no_data(tmp_path):
+    known = np.random.default_rng(0).random((9, 11)) < 0.5
+    extra = [(42113, "s", 0, "0", True)]
+    tifffile.imwrite(tmp_path / "mask.tif", 255 * known.astype(np.uint8), extratags=extra)
+    np.testing.assert_array_equal(Mask(tmp_path / "mask.tif").mask[0, 0].bool().numpy(), known)
+
+
+@pytest.mark.parametrize("xml", ["<OME></OME>", "<OME><Image><Pixels/></Image></OME>", "<OME"])
+def test_an_ome_tiff_without_a_pixel_size_is_read(tmp_path, xml):
+    array = values(np.uint8, 9, 11)
+    tifffile.imwrite(tmp_path / "y.ome.tif", array, description=xml, metadata=None)
+    np.testing.assert_array_equal(read_image(tmp_path / "y.ome.tif", [0, 1])[0][0, 0], array)
 
 
 @pytest.mark.parametrize("word", ["minmax", "percentile"])

@@ -184,6 +184,16 @@ def test_channels_of_unlike_noise_have_their_own_sigma():
         InverseProblem(picture(3), noise=noise)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("rest", [0.0, 0.4])
+def test_channels_that_are_empty_have_the_noise_of_the_others(place, rest):
+    y = torch.full((1, 3, 41, 47), rest)
+    noise = torch.randn(41, 47, generator=torch.Generator().manual_seed(0))
+    y[:, place] = 0.5 + 0.1 * noise
+    sigma = GaussianNoise(None).fitted(y.clamp(0, 1)).sigma
+    assert sigma == pytest.approx(25.5, rel=0.1)
+
+
 @pytest.mark.parametrize("sigma", [np.float32(10), np.array(10), torch.tensor(10.0)])
 def test_numbers_of_other_libraries_are_taken(sigma):
     for noise in (GaussianNoise(sigma), LaplaceNoise(sigma), PoissonGaussianNoise(sigma, sigma)):

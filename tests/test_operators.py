@@ -553,7 +553,9 @@ def test_arguments_of_numpy():
     angles = np.arange(0, 180, 45.0)
     square = picture(1, 12, 12)
     torch.testing.assert_close(Radon(angles)(square), Radon(angles.tolist())(square))
-    torch.testing.assert_close(Downsample(np.int64(3))(x), Downsample(3)(x))
+    for factor in (np.int64(3), 3.0, torch.tensor(3)):
+        torch.testing.assert_close(Downsample(factor)(x), Downsample(3)(x))
+    assert Mask([[1, 0], [0, 1]]).mask.sum() == 2
     for factor in (2.5, (2, 4)):
         with pytest.raises(ValueError, match="one whole number for both sides"):
             Downsample(factor)
@@ -580,6 +582,12 @@ def test_masks_in_colour_are_known_where_they_are_bright(tmp_path):
     ):
         assert tuple(mask.shape) == (1, 1, 9, 11)
         np.testing.assert_array_equal(mask[0, 0].bool().numpy(), known)
+
+
+def test_a_sparse_mask_per_channel_is_no_picture_of_labels(tmp_path):
+    known = np.random.default_rng(0).random((60, 70, 3)) < 0.02
+    mask = mask_file(tmp_path / "mask.png", 255 * known.astype(np.uint8))
+    np.testing.assert_array_equal(mask[0].movedim(0, -1).bool().numpy(), known)
 
 
 def test_labels_in_several_colours_are_no_mask(tmp_path):
@@ -632,6 +640,14 @@ def test_a_problem_with_missing_values_can_be_cut():
     assert not inside[..., 0, :].any() and not inside[..., -1, :].any()  # next to the cuts
     torch.testing.assert_close(inside[0, 0, 1:-1].bool(), ~gone[0, 0, 11:29])
     assert part.residual(x[..., 10:30, :]) < 1e-10
+
+
+def test_a_part_in_which_nothing_was_measured_is_refused():
+    x, gone = picture(3, 40, 40), torch.zeros(1, 3, 40, 40).bool()
+    gone[..., :21, :] = True
+    problem = InverseProblem(x, without(Blur.uniform(3, "reflect"), gone))
+    with pytest.raises(ValueError, match=r"no value was measured in the region \[0, 0, 20, 40\]"):
+        problem.part(Region(0, 0, 20, 40))
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,20 @@ def test_the_noise_of_a_jpeg_is_not_refused(tmp_path):
     read(tmp_path / "photo.jpg", noise=GaussianNoise(25))  # no warning either
 
 
+def test_grain_of_some_pixels_is_a_warning():
+    generator = torch.Generator().manual_seed(0)
+    grain = Blur.gaussian(17, 2.5, "reflect")(torch.randn(COFFEE.shape, generator=generator))
+    y = as_bytes((COFFEE + 25 / 255 * grain / grain.std())[0].movedim(0, -1).numpy())
+    with pytest.warns(RestorationWarning, match="unless it is not white"):
+        build(y, noise=GaussianNoise(25))
+
+
+def test_noise_beyond_the_range_is_not_corrected_by_an_impossible_sigma():
+    y = np.random.default_rng(0).normal(0.5, 1.2, (64, 64, 1))
+    with pytest.warns(RestorationWarning, match=r"set data.intensity_range to a wider \[lo, hi\]"):
+        build(y, intensity_range=[0, 1], noise=GaussianNoise(90))
+
+
 @pytest.mark.parametrize("height", [1, 2, 9])
 def test_tiny_images_have_too_few_values_to_judge(height):
     read(photo(1, height, 11), noise=GaussianNoise(25))
@@ -190,9 +204,11 @@ def test_floats_beyond_one_are_refused_with_a_range_that_every_operator_takes():
 
 def test_a_channel_that_is_much_darker_is_a_warning():
     y = np.rint(photo(2) * [60000, 900]).astype(np.uint16)
-    with pytest.warns(RestorationWarning, match="Channel 1 .* set data.intensity_range to minmax"):
+    with pytest.warns(RestorationWarning, match="channel 1 .* data.intensity_range to minmax"):
         build(y)
     read(y, intensity_range="minmax")
+    y[..., 1] = 0  # an empty one
+    read(y)
 
 
 def test_nothing_but_zeros_is_refused():
@@ -257,6 +273,8 @@ def test_more_channels_than_rows_are_a_warning():
     with pytest.warns(RestorationWarning, match="64×96 pixels with 80 channels"):
         build(np.full((64, 96, 80), 0.5))
     read(np.full((64, 60, 31), 0.5))
+    with pytest.warns(RestorationWarning, match="100×31 pixels with 31 channels"):
+        build(np.full((100, 31, 31), 0.5))
 
 
 def sinogram(angles) -> np.ndarray:
@@ -280,6 +298,20 @@ def test_a_transposed_sinogram_is_refused():
     y = sinogram(DEGREES)
     with pytest.raises(ValueError, match=r"transpose it to \(detectors, angles\)"):
         build(y.T.copy(), operator=Radon(DEGREES, circle=True))
+
+
+def test_a_small_object_in_noise_is_no_warning():
+    x = np.zeros((65, 65))
+    x[30:37, 29:36] = 0.5
+    noise = np.random.default_rng(0).normal(0, 5 / 255, (65, 45))
+    y = radon(x, DEGREES, circle=True) / 65 + noise
+    read(y, operator=Radon(DEGREES, circle=True), noise=GaussianNoise(5))
+
+
+def test_a_few_degrees_around_zero_are_only_a_warning():
+    angles = np.linspace(-3, 3, 13)
+    with pytest.warns(RestorationWarning, match="seems to be radians"):
+        build(sinogram(angles), operator=Radon(angles, circle=True))
 
 
 @pytest.mark.parametrize("angles", [np.random.default_rng(0).permutation(DEGREES), 4 * DEGREES])
@@ -326,6 +358,10 @@ def test_a_mask_that_may_be_inverted_is_a_warning():
     with pytest.warns(RestorationWarning, match=r"Only 5.2% of the pixels.*invert the mask"):
         build(y, operator=Mask(~known))
     read(y, operator=Mask(np.random.default_rng(0).random(known.shape) < 0.1))
+    gone = np.where(known[..., None], np.nan, y / 255)  # no mask that could be inverted
+    with pytest.warns(RestorationWarning) as warned:
+        build(gone)
+    assert [str(w.message)[:5] for w in warned] == ["33387"]
 
 
 def test_a_mask_without_a_missing_pixel_is_a_warning():

@@ -1,4 +1,4 @@
-"""What is said about a bad residual."""
+"""Diagnosis of a bad residual."""
 
 import pytest
 import skimage.data
@@ -54,8 +54,27 @@ def test_noise_that_is_weaker_than_stated():
     y = measured(TRUTH, Identity(), GaussianNoise(5))
     text = diagnosed(y, Identity(), GaussianNoise(25), TRUTH)
     assert "0.2 times the noise" in text
-    assert "(1) the noise is weaker than stated: set data.noise.sigma to 5 or null" in text
-    assert "(2) the network has learned the noise" in text
+    assert "(1) the fit was too short" in text  # perhaps: restore() and tiles do not know
+    assert "(2) the noise is weaker than stated: set data.noise.sigma to 5.02;" in text
+    assert "(3) the network has learned the noise" in text
+    flat = diagnosed(y, Identity(), GaussianNoise(25), TRUTH, residual_to_sigma_at_half=0.2)
+    assert "(1) the noise is weaker" in flat
+
+
+def test_counts_of_another_peak_have_their_own_setting():
+    truth = 0.2 + 0.8 * TRUTH
+    y = measured(truth, Identity(), PoissonNoise(20))
+    text = diagnosed(y, Identity(), PoissonNoise(80), truth)
+    assert float(text.partition("set data.noise.peak to ")[2].rstrip(".")) == pytest.approx(20, 0.1)
+
+
+@pytest.mark.parametrize("share", [1, 0.3, 0.1])
+def test_the_residuals_correlation_is_that_of_the_observed_values(share):
+    known = torch.rand(1, 1, 65, 81, generator=torch.Generator().manual_seed(0)) < share
+    wrong = TRUTH + Blur.uniform(9, "reflect")(torch.randn(TRUTH.shape))
+    y = measured(TRUTH, Mask(known), GaussianNoise(1))
+    examined = examine(InverseProblem(y, Mask(known), GaussianNoise(1)), wrong)
+    assert examined["residual_correlation"] == pytest.approx(8 / 9, abs=0.15)
 
 
 def test_an_average_that_has_not_left_the_measurement_yet():

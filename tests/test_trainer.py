@@ -362,7 +362,7 @@ def test_where_a_parent_accumulates_a_step_is_saved_once_and_whole(make_trainer)
 def test_where_a_parent_accumulates_mixed_changes_at_half_of_its_passes(make_trainer):
     update = REDUpdate(smooth, every_n_steps=2, x_update="mixed", submodule="restoration")
     trainer = make_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[update])
-    kinds = [update._x_update(step, trainer).func for step in (2, 4, 6, 8)]
+    kinds = [update._x_update(step, trainer, (0, 1)).func for step in (2, 4, 6, 8)]
     assert kinds == [admm.fixed_point, admm.fixed_point, admm.gradient_step, admm.gradient_step]
 
 

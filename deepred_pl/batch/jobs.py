@@ -5,6 +5,7 @@ import math
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from deepred_pl.callbacks import Writer
 from deepred_pl.callbacks.base import is_log_step, run_directory
+from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import last_checkpoint, load_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
 from deepred_pl.moments import RunningMoments
+from deepred_pl.problem import InverseProblem
 from deepred_pl.report import compare, score, write_uncertainty
 from deepred_pl.tiles import Tiling, blend
 
@@ -193,9 +196,7 @@ def finish(job: Job) -> None:
     for part in job.parts:
         finish(part)
     data = datamodule(job.options)
-    data.setup()
-    problem = data.problem
-    assert problem is not None
+    problem = set_up(data)
     images = (_floats(part) for part in job.parts)
     if job.tiling is not None:
         restored = blend(images, job.tiling)
@@ -219,6 +220,15 @@ def finish(job: Job) -> None:
             "parts": [part.directory.name for part in job.parts],
         },
     )
+
+
+def set_up(data: RestorationDataModule) -> InverseProblem:
+    """Set up data without warnings, which its fit gives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RestorationWarning)
+        data.setup()
+    assert data.problem is not None
+    return data.problem
 
 
 def datamodule(options: Sequence[str]) -> RestorationDataModule:

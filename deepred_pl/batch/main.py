@@ -19,7 +19,7 @@ from rich.console import Console
 
 from deepred_pl.batch.bar import Bar, label
 from deepred_pl.batch.jobs import Job, finish, progress_file
-from deepred_pl.batch.plan import SUFFIXES, Batch, Source, find_images, left_out, plan
+from deepred_pl.batch.plan import Batch, Source, find_images, left_out, plan
 from deepred_pl.batch.tables import rows_of, summary, write_csv
 from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = arguments.photos or arguments.images or arguments.ground_truth
     sources = find_images(given)
     if passed_over := left_out(given):
-        console.print(f"not restored, as they are no {', '.join(SUFFIXES)}: {passed_over}")
+        console.print(f"Skipped files of other types: {passed_over}")
     single = arguments.out is None
     out = _single_run(sources, arguments) if single else arguments.out.resolve()
     batch = Batch(

@@ -4,15 +4,13 @@ import glob
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepred_pl.batch.jobs import ON_ANY_MACHINE, Job
-from deepred_pl.checks import RestorationWarning
+from deepred_pl.batch.jobs import ON_ANY_MACHINE, Job, set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
@@ -247,14 +245,10 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         return None
     try:
         cli = RestorationCLI([*_of_image(batch, source, options), *ON_ANY_MACHINE], run=False)
-        data = cli.datamodule
-        with warnings.catch_warnings():  # its fit warns
-            warnings.simplefilter("ignore", RestorationWarning)
-            data.setup()
+        problem = set_up(cli.datamodule)
     except EXPECTED:
         return None
-    assert data.problem is not None
-    height, width = data.problem.image_shape[-2:]
+    height, width = problem.image_shape[-2:]
     smallest = _smallest_side(cli)
     if min(height, width) < smallest:
         raise ValueError(
@@ -263,7 +257,7 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
             "(model.network.scales)"
         )
     try:
-        tiling, _ = data.problem.split(batch.tile, batch.overlap)
+        tiling, _ = problem.split(batch.tile, batch.overlap)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
     return tiling

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from deepred_pl.batch.jobs import Job, fit
+from deepred_pl.batch.jobs import Job, fit, set_up
 from deepred_pl.callbacks.preflight import step_memory
 from deepred_pl.cli import EXPECTED, RestorationCLI, reason, report_in_thread
 from deepred_pl.memory import free_memory, give_memory_back
@@ -184,9 +184,7 @@ def _that_fit_into_memory(fits: Sequence[Job]) -> int:
     for job in sorted(fits, key=lambda job: job.about["bytes"], reverse=True)[:TRIED]:
         try:
             cli = RestorationCLI(list(job.options), run=False)
-            cli.datamodule.setup()
-            assert cli.datamodule.problem is not None
-            cli.model.build(cli.datamodule.problem)
+            cli.model.build(set_up(cli.datamodule))
             needed, device = step_memory(cli.model), cli.model.device
         except EXPECTED:  # its fit reports it
             continue

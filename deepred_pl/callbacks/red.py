@@ -296,15 +296,14 @@ class REDUpdate(RestorationCallback):
         v = model.v_pending if self.x_update == "pnp" else model.out + model.u
         if denoised and self.rounds_per_denoising > 1:  # the released order
             self._submit(model, trainer)
-        model.x = self._x_update(model.step, trainer)(x, f_x, v, model.lam, model.mu)
+        model.x = self._x_update(model.step, trainer, model.limits)(x, f_x, v, model.lam, model.mu)
         model.u = admm.dual_update(v, model.x)
         model.update_weighting()
         if denoised and self.rounds_per_denoising == 1:
             self._submit(model, trainer)
 
-    def _x_update(self, step: int, trainer: Trainer) -> admm.XUpdate:
+    def _x_update(self, step: int, trainer: Trainer, limits: admm.Limits) -> admm.XUpdate:
         second_half = 2 * step > _last_step(trainer)
-        limits = (0.0, 1.0) if self._red is None else self._red.limits
         if self.x_update == "pnp":
             return partial(admm.plug_and_play, limits=limits)
         if self.x_update == "gradient" or (self.x_update == "mixed" and second_half):
@@ -333,7 +332,7 @@ class REDUpdate(RestorationCallback):
             f"denoiser {name_of(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
             partial(_denoise, self.denoiser, self.retries),
-            self._x_update(step, trainer),
+            self._x_update(step, trainer, model.limits),
             model.v_pending if pnp else model.x_pending,
             model.v_pending,
             model.lam_pending,

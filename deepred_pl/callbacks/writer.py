@@ -61,7 +61,7 @@ class Writer(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if trainer.global_step == trainer.max_steps // 2 and isinstance(pl_module, DeepImagePrior):
             assert pl_module.problem is not None
-            self._at_half = pl_module.problem.residual_ratio(pl_module.average)
+            self._at_half = pl_module.problem.residual_ratio(pl_module.restored)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):

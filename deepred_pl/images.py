@@ -159,7 +159,7 @@ def to_tensor(
     if array.ndim != 3 or array.size == 0:
         raise ValueError(
             f"expected one image, (height, width) or (height, width, channels), got {array.shape} "
-            f"in {name}; save a single page"
+            f"in {name}; take one image of it"
         )
     invalid = np.ma.getmaskarray(array) if np.ma.is_masked(array) else np.zeros(array.shape, bool)
     array = np.ma.getdata(array)
@@ -277,7 +277,7 @@ def _stored_range(
             raise ValueError(
                 f"expected float values in [0, 1], up to noise, got {_span(known)} in {name}; set "
                 "intensity_range to the [lo, hi] that are black and white, such as "
-                f"[{min(0.0, least):.4g}, {largest:.4g}]"
+                f"[{min(0.0, least):.4g}, {rounded_up(largest):.4g}]"
             )
         return [0.0] * count, [white] * count
     try:
@@ -293,6 +293,17 @@ def _stored_range(
             "for each channel"
         )
     return lows, highs
+
+
+def rounded_up(value: float) -> float:
+    """The largest number of as many bits, or else the next number of two digits."""
+    for bits in (8, 10, 12, 14, 16):
+        if 2 ** (bits - 1) <= value < 2**bits:
+            return 2**bits - 1
+    if value <= 0:
+        return value
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / step) * step
 
 
 def _extremes(known: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.estimate import local_level, noise_level, unclipped
-from deepred_pl.images import ImageFormat
+from deepred_pl.images import ImageFormat, rounded_up
 from deepred_pl.noise import NoiseModel, corrected, parameters
 from deepred_pl.operators import Mask, Operator, Radon
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
@@ -66,7 +66,7 @@ def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> Non
     share = f"{float(largest.max()):.2g} of its range, {means}"
     ranges = (
         f"set data.intensity_range to the [lo, hi] that are black and white, such as [0, "
-        f"{_round_up(stored):g}]"
+        f"{rounded_up(stored):g}]"
     )
     if largest.max() <= EMPTY:
         raise ValueError(
@@ -86,15 +86,6 @@ def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> Non
             "of another. To restore channels of unlike brightness, set data.intensity_range to "
             "minmax, which scales each"
         )
-
-
-def _round_up(value: float) -> float:
-    """The next number of bits' maximum, or of two digits."""
-    for bits in (8, 10, 12, 14, 16):
-        if 2 ** (bits - 1) <= value < 2**bits:
-            return 2**bits - 1
-    step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return math.ceil(value / step) * step
 
 
 def check_outside(image: Tensor, image_format: ImageFormat) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepred_pl.callbacks import LastCheckpoint, Writer
 from deepred_pl.checks import RestorationWarning
-from deepred_pl.cli import RestorationCLI
+from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.images import ImageFormat, to_array
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
@@ -81,7 +81,7 @@ def restore(
             try:
                 cli = RestorationCLI(options, run=False)
             except ArgumentError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(reason(error)) from error
             data = cli.datamodule
             if data.measurement is not None or data.ground_truth is not None:
                 raise ValueError("restore() gets the measurement itself: leave data's files out")

@@ -1,8 +1,8 @@
 """Compare a measurement with what is stated about it, before the fit.
 
 What is nearly surely wrong is refused, with the setting that corrects it; what is doubtful is a
-warning. The thresholds are such that 20 seeds of every shipped task and the images of the published
-sets cause neither.
+warning. The thresholds are such that no shipped task causes either, on the samples with 20 seeds
+each and on the images of the published sets.
 """
 
 import math

@@ -82,7 +82,7 @@ def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> Non
     dim = [str(i) for i, one in enumerate(largest) if 0 < one <= EMPTY * largest.max()]
     if dim and not from_zero:
         _warn(
-            f"The brightest value of channel {', '.join(dim)} (from 0) is less than 1/16 of that "
+            f"the brightest value of channel {', '.join(dim)} (from 0) is less than 1/16 of that "
             "of another. To restore channels of unlike brightness, set data.intensity_range to "
             "minmax, which scales each"
         )
@@ -235,7 +235,7 @@ def check_noise(problem: InverseProblem) -> None:
         text = _disagreement(noise, float(found.mean()))
         if most < TOO_STRONG and not quarter >= TOO_STRONG:
             raise ValueError(text)
-        _warn(f"{text}, unless it is not white")
+        _warn(f"{text}, or keep it if the noise is not white")
     level, mean = local_level(scaled, valid), 255 * math.sqrt(float(stated.mean()))
     if level > TOO_WEAK and mean < UNITS[0] and level * mean > UNITS[1]:
         raise ValueError(
@@ -244,7 +244,7 @@ def check_noise(problem: InverseProblem) -> None:
         )
     # What averages pixels leaves less texture.
     if level > WEAK and level * mean > TEXTURE / math.sqrt(problem.operator.gain(problem.y)):
-        _warn(f"{_disagreement(noise, level)}, unless all of the image is texture")
+        _warn(f"{_disagreement(noise, level)}, or keep it if the whole image is fine texture")
 
 
 def _disagreement(noise: NoiseModel, factor: float) -> str:

@@ -140,7 +140,7 @@ def test_grain_of_some_pixels_is_a_warning():
     generator = torch.Generator().manual_seed(0)
     grain = Blur.gaussian(17, 2.5, "reflect")(torch.randn(COFFEE.shape, generator=generator))
     y = as_bytes((COFFEE + 25 / 255 * grain / grain.std())[0].movedim(0, -1).numpy())
-    with pytest.warns(RestorationWarning, match="unless it is not white"):
+    with pytest.warns(RestorationWarning, match="or keep it if the noise is not white"):
         build(y, noise=GaussianNoise(25))
 
 

@@ -358,6 +358,11 @@ def reason(error: BaseException) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     lines = [re.sub(r"^Type .* a callable class: (?=Option )", "", line) for line in lines]
     text = " ".join(line for line in lines if line and not line.startswith(NOISE))
+    if "NoiseModel is abstract" in text:
+        text = (
+            "this task has no noise model, so name one before its parameters: --data.noise "
+            "GaussianNoise --data.noise.sigma 25"
+        )
     if not text or text.endswith(":"):  # there is no other line
         text = " ".join(line for line in lines if line)
     return shorten(text or type(error).__name__, LONGEST)

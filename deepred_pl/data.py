@@ -168,6 +168,8 @@ class RestorationDataModule(LightningDataModule):
             plausibility.check_span(y, stored, self._needs_zero(operator) is not None)
         elif not isinstance(self.intensity_range, str):
             plausibility.check_outside(y, stored)
+        if not isinstance(self.intensity_range, str) or self.intensity_range == "dtype":
+            plausibility.check_channels(y)
         lost = ~y.isfinite()
         y = torch.where(lost, 0, y)
         plausibility.check_mask(operator, y)
@@ -360,9 +362,10 @@ def _read(
                 category=RestorationWarning,
             )
         return image, stored
-    if source.ndim == 3 and source.shape[-1] == 4 and (source[..., 3] == _opaque(source)).all():
-        image, stored = to_tensor(source[..., :3], intensity_range, missing=missing)  # RGBA
-        return image, replace(stored, alpha=source[..., 3].astype(stored.dtype))
+    has_alpha = source.ndim == 3 and source.shape[-1] in (2, 4)  # grey or RGB and an opaque channel
+    if has_alpha and (source[..., -1] == _opaque(source)).all():
+        image, stored = to_tensor(source[..., :-1], intensity_range, missing=missing)
+        return image, replace(stored, alpha=source[..., -1].astype(stored.dtype))
     return to_tensor(source, intensity_range, missing=missing)
 
 

@@ -191,7 +191,7 @@ def to_tensor(
     if not (np.isfinite(image[0]) | missing_values).all():
         raise ValueError(
             f"expected values near the range [{low[0]:g}, {high[0]:g}], got {_span(known)} in "
-            f"{name}; set intensity_range to the [lo, hi] that are black and white"
+            f"{name}; set data.intensity_range to the [lo, hi] that are black and white"
         )
     image[0, missing_values] = np.nan
     if len({*low}) == len({*high}) == 1:
@@ -260,7 +260,7 @@ def _stored_range(
             low, high = ranges[0]
             raise ValueError(
                 f"expected values that differ, but the {word} range of {name} is "
-                f"[{low:g}, {high:g}]; set intensity_range to [lo, hi]"
+                f"[{low:g}, {high:g}]; set data.intensity_range to [lo, hi]"
             )
         # A constant channel becomes 0.
         highs = [high if high > low else low + 1 for low, high in ranges]
@@ -274,10 +274,11 @@ def _stored_range(
         white = WHITE[dtype]
         least, largest = _extremes(known)
         if least < -0.5 * white or largest > 1.5 * white:
+            low = least if least < -0.1 * largest else 0.0  # not noise around 0
             raise ValueError(
                 f"expected float values in [0, 1], up to noise, got {_span(known)} in {name}; set "
-                "intensity_range to the [lo, hi] that are black and white, such as "
-                f"[{min(0.0, least):.4g}, {rounded_up(largest):.4g}]"
+                "data.intensity_range to the [lo, hi] that are black and white, such as "
+                f"[{low:.4g}, {rounded_up(largest):.4g}]{_marked(known, least)}"
             )
         return [0.0] * count, [white] * count
     try:
@@ -288,9 +289,9 @@ def _stored_range(
         is_range = False
     if not is_range:
         raise ValueError(
-            "intensity_range must be dtype, minmax, percentile or two finite numbers [lo, hi], "
-            f"lo < hi, got {intensity_range!r} for {name}; lo and hi may be lists of {count}, one "
-            "for each channel"
+            "data.intensity_range must be dtype, minmax, percentile or two finite numbers "
+            f"[lo, hi], lo < hi, got {intensity_range!r} for {name}; lo and hi may be lists of "
+            f"{count}, one for each channel"
         )
     return lows, highs
 
@@ -298,7 +299,7 @@ def _stored_range(
 def rounded_up(value: float) -> float:
     """The largest number of as many bits, or else the next number of two digits."""
     for bits in (8, 10, 12, 14, 16):
-        if 2 ** (bits - 1) <= value < 2**bits:
+        if 2 ** (bits - 1) <= value < 1.1 * 2**bits:  # up to noise
             return 2**bits - 1
     if value <= 0:
         return value
@@ -309,6 +310,14 @@ def rounded_up(value: float) -> float:
 def _extremes(known: Sequence[np.ndarray]) -> tuple[float, float]:
     values = [channel for channel in known if channel.size]
     return min(float(c.min()) for c in values), max(float(c.max()) for c in values)
+
+
+def _marked(known: Sequence[np.ndarray], least: float) -> str:
+    """A hint if the least value is one that marks missing values."""
+    count = sum(int((channel == least).sum()) for channel in known)
+    if least >= 0 or count < 2:
+        return ""
+    return f"; if {least:g}, the value of {count}, marks missing ones, set them to NaN"
 
 
 def _span(known: Sequence[np.ndarray]) -> str:
@@ -360,10 +369,10 @@ def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, Ima
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         pages = len(file.pages)
         if number is None and pages > 1:
-            raise ValueError(f"it has {pages} pages; set page to one of 0 to {pages - 1}")
+            raise ValueError(f"it has {pages} pages; set data.page to one of 0 to {pages - 1}")
         number = number or 0
         if not 0 <= number < pages:
-            raise ValueError(f"it has no page {number}; set page to one of 0 to {pages - 1}")
+            raise ValueError(f"it has no page {number}; set data.page to one of 0 to {pages - 1}")
         page = file.pages[number].aspage()
         if page.imagedepth != 1:
             raise ValueError(f"it is a volume of depth {page.imagedepth}; save one slice")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deepred_pl.checks import as_plain, check_grey_levels, check_positive
 from deepred_pl.estimate import noise_level, unclipped
 
-LEAST_ESTIMATE = 0.1  # grey levels; rounding to 8 bits has 0.29
+LEAST_ESTIMATE, ROUNDING = 0.1, 0.3  # grey levels; rounding to 8 bits has 0.29
 # How parameters of noise models depend on its standard deviation: as this power of it.
 POWERS = {"sigma": 1, "gain": 2, "peak": -2, "looks": -2}
 ALIKE = 1.3  # channels whose noise levels differ by less get their mean
@@ -119,7 +119,7 @@ class GaussianNoise(NoiseModel):
         if self.sigma is None:
             raise ValueError(
                 "noise sigma must be a number to simulate a measurement, got null (None); "
-                "set noise.sigma, or give a measurement"
+                "set data.noise.sigma, or give a measurement"
             )
         noise = torch.randn(clean.shape, generator=generator)
         return clean + self.variance(clean).sqrt() * noise
@@ -149,14 +149,14 @@ class GaussianNoise(NoiseModel):
         if all(math.isnan(sigma) for sigma in sigmas):
             raise ValueError(
                 "too few known values to estimate the noise, which takes 3×3 values that are "
-                "neither clipped nor missing; set noise.sigma"
+                "neither clipped nor missing; set data.noise.sigma"
             )
         known = [sigma for sigma in sigmas if sigma >= LEAST_ESTIMATE]
         if not known:
             most = max(sigma for sigma in sigmas if not math.isnan(sigma))
             raise ValueError(
                 f"expected noise in the measurement, but its sigma was estimated as {most:.3f} "
-                "grey levels; set noise.sigma"
+                "grey levels; set data.noise.sigma"
             )
         # A channel whose noise is not seen, as a constant one, has the least of the others.
         sigmas = [sigma if sigma >= LEAST_ESTIMATE else min(known) for sigma in sigmas]
@@ -338,6 +338,8 @@ def corrected(parameters: Mapping[str, Any], factor: float) -> str:
         for name, value in parameters.items()
         if isinstance(value, int | float)
     }
+    if "sigma" in new:
+        new["sigma"] = max(new["sigma"], ROUNDING)
     if new.get("sigma", 0) > 255:
         return "data.intensity_range to a wider [lo, hi], because sigma would be above 255"
     settings = [f"data.noise.{name} to {value:.3g}" for name, value in new.items()]

@@ -445,7 +445,7 @@ class Mask(Operator):
         if self.mask is None:
             raise ValueError(
                 "keep_fraction simulates missing pixels; with a measurement give the mask "
-                "(operator.mask), an image in which known pixels are white"
+                "(data.operator.mask), an image in which known pixels are white"
             )
         channels, height, width = (1, 1, *measurement_shape)[-3:]
         shapes = dict.fromkeys([(1, 1, height, width), (1, channels, height, width)])
@@ -577,8 +577,9 @@ class Radon(Operator):
         side = detectors if self.circle else math.floor(detectors / math.sqrt(2))
         if detectors != self._detectors(side):
             raise ValueError(
-                f"no square image has a diagonal of {detectors} detectors; set circle=true if "
-                "there are as many detectors as image rows, or pad the sinogram"
+                f"no square image has a diagonal of {detectors} detectors; set "
+                "data.operator.circle to true if there are as many detectors as image rows, or pad "
+                "the sinogram"
             )
         return (*leading, side, side)
 
@@ -881,7 +882,8 @@ def _in_two_colours(picture: Tensor, path: str | os.PathLike) -> Tensor:
     colours = bright[:, :1] + 2 * bright[:, 1:2] + 4 * bright[:, 2:]  # (1, 1, H, W), 0 is black
     count = len(colours.flatten().bincount().nonzero())
     if count == 2:
-        brightness = picture.sum(dim=1, keepdim=True)
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # of luminance
+        brightness = (picture * weights).sum(dim=1, keepdim=True)
         return (brightness > (brightness.min() + brightness.max()) / 2).float()
     # Labels have areas of one colour on a background; a mask per channel has not.
     coloured = (colours > 0) & (colours < 7)

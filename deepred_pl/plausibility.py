@@ -26,10 +26,13 @@ EMPTY, DARK = 1 / 16, 1 / 4  # largest value in units of white: 12 and 14 bits i
 TOO_STRONG, STRONG = 1 / 3, 0.6
 STRONG_COUNTS = 0.8  # counts and speckle are not the result of a lossy compression
 WEAK, TOO_WEAK = 2.5, 10.0
-TEXTURE = 12.0  # grey levels; that much texture may look like noise
+UNLIKE = 4.0  # noise of one channel in units of another's
+# Grey levels: that much texture may look like noise, and that much of it like white noise, which is
+# not COARSER times as strong at half the size.
+TEXTURE, WHITE_TEXTURE, COARSER = 12.0, 6.0, 1.15
 UNITS = 0.5, 2.0  # a sigma below the first, noise above the second: stated for the range [0, 1]
 SMALLEST = 8  # pixels of a side, below which there are too few values to judge
-FEW_KNOWN, CONNECTED = 0.4, 0.9  # shares of known pixels, and of known ones next to them
+FEW_KNOWN, CONNECTED = 0.4, 0.55  # shares of known pixels, and of known ones next to them
 FEWEST_ANGLES = 6
 MISFIT = 0.005  # of the detectors
 
@@ -74,31 +77,56 @@ def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> Non
             f"{'' if from_zero else ' (or minmax)'}, or to the type's own range if the image is as "
             "dark as that"
         )
-    if largest.max() <= DARK and image_format.dtype == "uint16":
+    most = float(np.nanquantile(image.numpy()[..., :: _every(image), :: _every(image)], 0.999))
+    if most <= EMPTY:
+        _warn(
+            f"all but a thousandth of the measurement's values are at most {EMPTY:.4g} of their "
+            f"range, {means}. If the brighter ones are hot pixels, set data.intensity_range to "
+            f"[0, {rounded_up(most * float(np.max(image_format.high))):g}]"
+        )
+    elif largest.max() <= DARK and image_format.dtype == "uint16":
         _warn(
             f"the largest value of the measurement, {stored:g}, is {share}. If it has fewer than "
             f"16 bits, {ranges}"
         )
+
+
+def _every(image: Tensor) -> int:
+    """A step at which some hundred thousand pixels are enough for a quantile."""
+    return max(1, math.isqrt(image.shape[-2] * image.shape[-1] // 2**18))
+
+
+def check_channels(image: Tensor) -> None:
+    """Question channels of unlike brightness in one range; image as read, (1, C, H, W)."""
+    largest = torch.nan_to_num(image, nan=0.0).abs().amax(dim=(0, 2, 3))  # (C,)
     dim = [str(i) for i, one in enumerate(largest) if 0 < one <= EMPTY * largest.max()]
-    if dim and not from_zero:
+    if dim:
         _warn(
-            f"the brightest value of channel {', '.join(dim)} (from 0) is less than 1/16 of that "
-            "of another. To restore channels of unlike brightness, set data.intensity_range to "
-            "minmax, which scales each"
+            f"the brightest value of channel {', '.join(dim)} (from 0) is at most 1/16 of that of "
+            "another, which may lend it its structure. To restore channels of unlike brightness, "
+            "set data.intensity_range to minmax, which scales each, and data.noise.sigma to null"
         )
 
 
 def check_outside(image: Tensor, image_format: ImageFormat) -> None:
     """Refuse an explicit range that most values lie outside of."""
     known = image[image.isfinite()]
-    outside = float(((known < -0.5) | (known > 1.5)).float().mean())
+    far = (known < -0.5) | (known > 1.5)
+    outside = float(far.float().mean())
+    low, high = np.min(image_format.low), np.max(image_format.high)
+    span = high - low
+    beyond = known[known < -0.5]
+    if len(beyond) > 1 and beyond.min() == beyond.max():
+        raise ValueError(
+            f"{len(beyond)} of the measurement's values are {low + span * float(beyond[0]):g}, far "
+            f"outside of intensity_range [{low:g}, {high:g}]; if that marks missing values, set "
+            "them to NaN"
+        )
     if outside > 0.5:
-        low, high = np.min(image_format.low), np.max(image_format.high)
-        span = high - low
         raise ValueError(
             f"{outside:.0%} of the measurement's values, from {low + span * float(known.min()):g} "
             f"to {low + span * float(known.max()):g}, lie outside of intensity_range [{low:g}, "
-            f"{high:g}]; set it to the stored values that are black and white"
+            f"{high:g}]; set data.intensity_range to the stored values that are black and white"
         )
 
 
@@ -120,8 +148,8 @@ def check_mask(operator: Operator, y: Tensor) -> None:
             f"the {share:.1%} of the pixels that the mask marks as known all have one value, so "
             "that nothing can be filled from them; known pixels are white (1): invert the mask"
         )
-    pairs = known[..., 1:] & known[..., :-1]
-    connected = float(pairs.sum()) / max(1.0, float(known[..., :-1].sum()))
+    right, down = known[..., 1:] & known[..., :-1], known[..., 1:, :] & known[..., :-1, :]
+    connected = float(right.sum() + down.sum()) / (2 * float(known.sum()))
     if share < FEW_KNOWN and connected > CONNECTED:
         _warn(
             f"only {share:.1%} of the pixels are known, in connected regions. If these are the "
@@ -146,7 +174,7 @@ def check_sinogram(problem: InverseProblem) -> None:
     if np.ptp(angles) > 1 and largest <= 2 * math.pi + 1e-3:
         text = (
             f"the {count} angles lie between {angles.min():.3g} and {angles.max():.3g}, which "
-            "seems to be radians; operator.angles are in degrees (numpy.rad2deg)"
+            "seems to be radians; data.operator.angles are in degrees (numpy.rad2deg)"
         )
         if angles.min() >= 0:
             raise ValueError(text)
@@ -161,6 +189,14 @@ def check_sinogram(problem: InverseProblem) -> None:
             f"the same sum, but their sums vary by {spread:.0%}, and those of the rows by "
             f"{across:.0%}; transpose it to (detectors, angles)"
         )
+    edges, inside = float(sinogram[[0, -1]].mean()), float(sinogram.mean())
+    if edges > inside + 3 * sigma / math.sqrt(2 * count):
+        _warn(
+            "the outermost detectors measure more than the others, as if nothing were outside of "
+            "the object but light: projections are sums along rays, for transmitted intensities "
+            "−log(I / I₀)"
+        )
+        return
     offset = _angle_misfit(sinogram, angles, sigma)
     if spread > 0.2 or offset > MISFIT * detectors:
         found = (
@@ -170,8 +206,8 @@ def check_sinogram(problem: InverseProblem) -> None:
         )
         _warn(
             f"the sinogram is not that of one object at these angles: {found}. Check "
-            "operator.angles, their order and unit (degrees), the axes (detectors, angles), and "
-            "that 0 means no object and that nothing lies outside of the field of view"
+            "data.operator.angles, their order and unit (degrees), the axes (detectors, angles), "
+            "the centre of rotation, and that nothing lies outside of the field of view"
         )
 
 
@@ -231,19 +267,26 @@ def check_noise(problem: InverseProblem) -> None:
         for by in (2, 4)
     )
     most = max(float(found.max()), 0.0 if math.isnan(half) else half)
-    if most < (STRONG_COUNTS if noise.from_zero else STRONG):
+    level, mean = local_level(scaled, valid), 255 * math.sqrt(float(stated.mean()))
+    if most < (STRONG_COUNTS if noise.from_zero else STRONG) and mean > UNITS[0]:
         text = _disagreement(noise, float(found.mean()))
         if most < TOO_STRONG and not quarter >= TOO_STRONG:
             raise ValueError(text)
         _warn(f"{text}, or keep it if the noise is not white")
-    level, mean = local_level(scaled, valid), 255 * math.sqrt(float(stated.mean()))
+    elif len(found) > 1 and found.max() > UNLIKE * found.min() and found.min() < STRONG:
+        factors = ", ".join(f"{factor:.2g}" for factor in fine)
+        _warn(
+            f"the noise is stated as {noise}, but that of the channels seems to be {factors} times "
+            "as strong; set data.noise.sigma to null, and data.intensity_range to minmax"
+        )
     if level > TOO_WEAK and mean < UNITS[0] and level * mean > UNITS[1]:
         raise ValueError(
             f"{_disagreement(noise, level)}: sigma is in grey levels of an 8-bit image, not in "
             "[0, 1]"
         )
-    # What averages pixels leaves less texture.
-    if level > WEAK and level * mean > TEXTURE / math.sqrt(problem.operator.gain(problem.y)):
+    # Texture is stronger at half the size; and what averages pixels leaves less of it.
+    texture = TEXTURE if half > COARSER * level else WHITE_TEXTURE
+    if level > WEAK and level * mean > texture / math.sqrt(problem.operator.gain(problem.y)):
         _warn(f"{_disagreement(noise, level)}, or keep it if the whole image is fine texture")
 
 

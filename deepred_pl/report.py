@@ -25,6 +25,7 @@ TOO_FAR = math.sqrt(2)
 TOO_CLOSE = 0.5  # below, most of the stated noise is missing in the residual, or in the measurement
 WHITE = 0.15  # correlation of neighbours, below which a residual looks like white noise
 FALLING = 1.1  # ratio of the residual after half of the steps to the last one
+FEW_STEPS = 300  # below, an average of 100 steps has not forgotten its start
 AT_LIMIT = 0.02  # of the range between the limits
 SURELY, BEYOND = 6.0, 0.05  # standard deviations, and units of that range
 TOO_SHORT = (
@@ -173,8 +174,9 @@ def _missing_detail(result: dict[str, Any]) -> list[str]:
     ratio, half = result["residual_to_sigma"], result.get("residual_to_sigma_at_half")
     suspect = SUSPECTS.get(result.get("operator", ""))
     wrong = [f"{suspect} is not that of the measurement"] if suspect else []
-    causes = ["the noise is not white, as in a former JPEG: in deblurring use methods/likelihood"]
-    if half is None:
+    causes = ["the noise is not white, as in a former JPEG: use methods/likelihood"]
+    causes = causes if result.get("fidelity") == "backprojection" else []
+    if half is None or result.get("steps", FEW_STEPS) < FEW_STEPS:
         return [TOO_SHORT, *wrong, *causes]
     if half / ratio > FALLING:
         return [f"{TOO_SHORT} (it was still falling)", *wrong, *causes]

@@ -39,7 +39,7 @@ def restore(
     Args:
         image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
             (1, C, H, W); uint8, uint16, or floats in [0, 1]. NaN and masked values are missing, and
-            filled. An opaque fourth channel is kept as it is.
+            filled. An opaque last channel of two or four is kept.
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
             which later ones override earlier ones, such as ["denoising", "methods/quick"].
         overrides: Settings by their names on the command line, such as
@@ -145,7 +145,7 @@ def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
     if not isinstance(image, Tensor):
         raise ValueError(
             f"expected a NumPy array or a tensor, got {type(image).__name__}; use "
-            "numpy.asarray(image), or deepred_pl.images.read_image for files"
+            "numpy.asarray(image), or deepred_pl.images.read_image(path)[0] for a file"
         )
     if image.ndim not in (2, 3) and not (image.ndim == 4 and image.shape[0] == 1):
         raise ValueError(

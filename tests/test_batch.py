@@ -667,14 +667,18 @@ def test_a_folders_other_files_are_listed_by_kind(batch, tmp_path):
     assert "Skipped files of other types: 1 .fits, 2 .heic, 1 without suffix" in said
 
 
-def test_an_image_too_small_for_the_network_is_known_before_the_first_fit(refused, tmp_path):
-    folder = save_crops(tmp_path / "crops", 2)
-    Image.open(folder / "crop1.png").crop((0, 0, 20, 40)).save(folder / "small.png")
+def test_an_image_too_small_for_the_network_fails_once_and_alone(batch, tmp_path):
+    folder = save_crops(tmp_path / "crops", 1)
+    Image.open(folder / "crop0.png").crop((0, 0, 20, 40)).save(folder / "small.png")
     settings = [*TINY, "--model.network.scales=5", "--data.noise.sigma=25"]
-    said = refused("--images", folder, "--tile", 48, settings=settings)
-    assert "at least 33×33 pixels for this network, got 40×20 in" in said
-    assert "small.png; leave it out" in said
-    assert not list((tmp_path / "out").glob("*/result.json"))
+    status, said = batch("--images", folder, "--tile", 40, settings=settings)
+    assert status == 1 and said.count("at least 33×33 pixels, got 40×20") == 1
+    assert "1 of 2 restored" in said
+
+
+def test_a_folder_of_other_files_names_them(refused, tmp_path):
+    (tmp_path / "m31.fits").touch()
+    assert "found only 1 .fits; convert them to TIFF" in refused("--images", tmp_path)
 
 
 def test_warnings_of_the_fits_are_printed_once_for_each_image(batch, tmp_path):

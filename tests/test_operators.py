@@ -340,7 +340,7 @@ def test_random_missing_pixels():
     assert torch.equal(drawn.mask, again.mask)
     given = Mask(torch.ones(1, 1, 33, 47), keep_fraction=0.3)  # a mask goes before
     assert given.drawn(shape, generator) is given
-    with pytest.raises(ValueError, match=r"give the mask \(operator.mask\)"):
+    with pytest.raises(ValueError, match=r"give the mask \(data.operator.mask\)"):
         InverseProblem(picture(), Mask(keep_fraction=0.3))
 
 
@@ -446,7 +446,7 @@ def test_angles_that_are_none_are_refused(angles):
 def test_sinograms_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="with 5 angles, got 47×6"):
         InverseProblem(torch.rand(1, 1, 47, 6), Radon(5))
-    with pytest.raises(ValueError, match="circle=true"):
+    with pytest.raises(ValueError, match=r"data\.operator\.circle to true"):
         InverseProblem(torch.rand(1, 1, 48, 5), Radon(5))
     assert InverseProblem(torch.rand(1, 1, 48, 5), Radon(5, circle=True)).image_shape[-1] == 48
 
@@ -574,10 +574,13 @@ def test_masks_in_colour_are_known_where_they_are_bright(tmp_path):
     voc = Image.fromarray(known.astype(np.uint8)).convert("P")
     voc.putpalette([0, 0, 0, 128, 0, 0] + [0] * 750)
     voc.save(tmp_path / "voc.png")
+    green = np.full((9, 11, 3), (0, 255, 0), np.uint8)
+    green[~known] = 255, 0, 0
     alpha = np.dstack([np.zeros((9, 11, 3), np.uint8), 255 * known.astype(np.uint8)])
     for mask in (
         mask_file(tmp_path / "red.png", red),
         Mask(tmp_path / "voc.png").mask,
+        mask_file(tmp_path / "green.png", green),
         mask_file(tmp_path / "alpha.png", alpha),
     ):
         assert tuple(mask.shape) == (1, 1, 9, 11)

@@ -196,7 +196,7 @@ def test_an_explicit_range_that_holds_few_values_is_refused():
 def test_floats_beyond_one_are_refused_with_a_range_that_every_operator_takes():
     sinogram = radon(resize(photo(1)[:90, :90, 0], (33, 33)), np.arange(0, 180, 6.0), circle=False)
     operator = Radon(30)
-    with pytest.raises(ValueError, match=r"set intensity_range to .*such as \[0, ") as refused:
+    with pytest.raises(ValueError, match=r"set data.intensity_range to .*such as \[0, ") as refused:
         build(sinogram, operator=operator)
     high = float(re.search(r"such as \[0, ([\d.]+)\]", str(refused.value))[1])
     read(sinogram, operator=operator, intensity_range=[0, high])
@@ -209,6 +209,57 @@ def test_a_channel_that_is_much_darker_is_a_warning():
     read(y, intensity_range="minmax")
     y[..., 1] = 0  # an empty one
     read(y)
+
+
+def test_a_darker_channel_within_a_given_range_is_a_warning():
+    y = photo(2) * [3300, 180]
+    with pytest.warns(RestorationWarning, match="channel 1 .* data.intensity_range to minmax"):
+        build(y, intensity_range=[0, 4095])
+    read(y, intensity_range="minmax")
+
+
+def test_a_channel_with_less_noise_is_a_warning():
+    y = drawn(GaussianNoise([10, 1]), COFFEE[:, :2])
+    with pytest.warns(RestorationWarning, match=r"that of the channels seems to be 1\.*"):
+        build(y, noise=GaussianNoise(10))
+    read(y, noise=GaussianNoise(None))
+
+
+def test_hot_pixels_do_not_hide_an_empty_range():
+    y = np.rint(4095 * photo(1)).astype(np.uint16)
+    y[[3, 30, 50], [7, 70, 90]] = 65535
+    with pytest.warns(RestorationWarning, match=r"hot pixels, set .* to \[0, 4095"):
+        build(y)
+    read(y, intensity_range=[0, 4095])
+
+
+@pytest.mark.parametrize("intensity_range", ["dtype", [0, 1]])
+@pytest.mark.parametrize("mark", [-9999, -3.4e38])
+def test_values_that_mark_missing_ones_are_to_be_nan(intensity_range, mark):
+    y = photo(1)
+    y[10:20, 30:40] = mark
+    with pytest.raises(ValueError, match=r"the value of 100, marks|100 of .* set them to NaN"):
+        build(y, intensity_range=intensity_range)
+    y[10:20, 30:40] = np.nan
+    with pytest.warns(RestorationWarning, match="100 of the 11737 values"):
+        build(y, intensity_range=intensity_range)
+
+
+def test_an_image_without_noise_gets_a_sigma_that_is_taken():
+    y = np.full((64, 64), 90, np.uint8)
+    y[20:40, 20:40] = 200
+    with pytest.raises(ValueError, match=r"set data.noise.sigma to 0\.3"):
+        build(y, noise=GaussianNoise(25))
+    with pytest.raises(ValueError, match=r"set data\.noise\.sigma"):
+        build(y, noise=GaussianNoise(None))
+    read(y, noise=GaussianNoise(0.3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_opaque_last_channel_of_an_array_is_transparency(channels):
+    y = as_bytes(photo(channels))
+    data = read(np.dstack([y, np.full(y.shape[:2], 255, np.uint8)]))
+    assert data.problem.y.shape[1] == channels and (data.image_format.alpha == 255).all()
 
 
 def test_nothing_but_zeros_is_refused():
@@ -287,6 +338,12 @@ def sinogram(angles) -> np.ndarray:
 DEGREES = np.linspace(0, 180, 45, endpoint=False)
 
 
+def test_transmitted_light_is_no_sinogram():
+    y = sinogram(DEGREES)
+    with pytest.warns(RestorationWarning, match=r"−log\(I / I₀\)"):
+        build(np.exp(-y), operator=Radon(DEGREES, circle=True))
+
+
 def test_angles_in_radians_are_refused_and_degrees_are_not():
     y, radians = sinogram(DEGREES), np.deg2rad(DEGREES)
     with pytest.raises(ValueError, match=r"seems to be radians.*numpy.rad2deg"):
@@ -362,6 +419,16 @@ def test_a_mask_that_may_be_inverted_is_a_warning():
     with pytest.warns(RestorationWarning) as warned:
         build(gone)
     assert [str(w.message)[:5] for w in warned] == ["33387"]
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_thin_scratches_that_may_be_inverted_are_a_warning(width):
+    rows, columns = np.indices((97, 121))
+    scratches = (rows + columns // 2) % 30 < width
+    with pytest.warns(RestorationWarning, match="in connected regions"):
+        build(photo(), operator=Mask(scratches))
+    read(photo(), operator=Mask(~scratches))
+    read(photo(), operator=Mask(rows % 4 == 0))  # every fourth row was measured
 
 
 def test_a_mask_without_a_missing_pixel_is_a_warning():

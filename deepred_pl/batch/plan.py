@@ -118,7 +118,9 @@ def _matches(text: str) -> list[str]:
         what = "an image, a folder or a pattern"
     files = sorted(os.path.abspath(p) for p in found if p.is_file() and p.name[0] != ".")
     if not files:
-        raise ValueError(f"expected {what}, found nothing: {text}")
+        others = left_out([text])
+        found_others = f"only {others}; convert them to TIFF" if others else "nothing"
+        raise ValueError(f"expected {what}, found {found_others}: {text}")
     return files
 
 
@@ -248,14 +250,8 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         problem = set_up(cli.datamodule)
     except EXPECTED:
         return None
-    height, width = problem.image_shape[-2:]
-    smallest = _smallest_side(cli)
-    if min(height, width) < smallest:
-        raise ValueError(
-            f"expected images of at least {smallest}×{smallest} pixels for this network, got "
-            f"{height}×{width} in {source.path}; leave it out, or use fewer scales "
-            "(model.network.scales)"
-        )
+    if min(problem.image_shape[-2:]) < _smallest_side(cli):
+        return None  # one fit, which reports it, instead of one for each tile
     try:
         tiling, _ = problem.split(batch.tile, batch.overlap)
     except ValueError as error:

@@ -336,7 +336,7 @@ def test_a_page_of_a_tiff_is_chosen(tmp_path):
     with pytest.raises(ValueError, match=r"3 pages; set data.page to one of 0 to 2"):
         read_image(path)
     for page in (3, -1):
-        with pytest.raises(ValueError, match=rf"no page {page}; set page to one of 0 to 2"):
+        with pytest.raises(ValueError, match=rf"no page {page}; set data.page to one of 0 to 2"):
             read_image(path, page=page)
 
 

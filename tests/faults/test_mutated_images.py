@@ -205,7 +205,7 @@ def test_the_undamaged_are_read_or_refused_with_their_reason(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(ORIGINALS[name])
     if name == "pages.tif":
-        with pytest.raises(ValueError, match="2 pages; set data.page to"):
+        with pytest.raises(ValueError, match=r"2 pages; set data\.page to"):
             read_image(path)
     else:
         image, _ = read_image(path)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl import plausibility
-from deepred_pl.checks import RestorationWarning, check_at_least, check_choice
+from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.estimate import noise_level
 from deepred_pl.images import ImageFormat, IntensityRange, read_image, to_tensor
 from deepred_pl.metrics import MetricOn
@@ -178,11 +178,10 @@ class RestorationDataModule(LightningDataModule):
             unmarked = lost if known is None else lost & known.bool()
             operator = without(operator, lost)
             if unmarked.any():
-                rank_zero_warn(
+                plausibility.warn(
                     f"{int(unmarked.sum())} of the {lost.numel()} values of {self._source} are "
                     "NaN, infinite or marked as missing. They are not fitted, and the restored "
-                    "image has estimates in their place.",
-                    category=RestorationWarning,
+                    "image has estimates in their place"
                 )
         truth_range: IntensityRange = self.intensity_range
         self.image_format = _enlarged(stored, operator.factor)
@@ -216,7 +215,7 @@ class RestorationDataModule(LightningDataModule):
             f"black and white at {', '.join(ranges[:4])}{', …' * (len(ranges) > 4)}",
         ]
         if stored.alpha is not None:
-            parts.append("and a transparency that is kept")
+            parts.append("with transparency")
         text = f"{self._source}: {', '.join(parts)}; operator {self.problem.operator}"
         noise = self.problem.noise
         if noise is None:
@@ -355,11 +354,10 @@ def _read(
     if not isinstance(source, np.ndarray):
         image, stored = read_image(source, intensity_range, page, missing)
         if stored.alpha is not None and not _is_transparency(stored.alpha):
-            rank_zero_warn(
-                f"The last channel of {source} was taken for transparency, as the file says, and "
+            plausibility.warn(
+                f"the last channel of {source} was taken for transparency, as the file says, and "
                 "is not restored, but most of its values are neither 0 nor opaque. If it is a "
-                "channel of the image, save it as an NPY array (H, W, C).",
-                category=RestorationWarning,
+                "channel of the image, save it as an NPY array (H, W, C)"
             )
         return image, stored
     has_alpha = source.ndim == 3 and source.shape[-1] in (2, 4)  # grey or RGB and an opaque channel

@@ -47,7 +47,7 @@ def check_layout(image: Tensor, name: str) -> None:
     if min(height, width) <= MOST_COLOURS or height < width == channels:
         raise ValueError(f"{read}, which come last in an array; {moved}")
     if channels >= min(height, width):
-        _warn(f"{read}, as many as its rows or columns, or more. If this is wrong, {moved}")
+        warn(f"{read}, as many as its rows or columns, or more. If this is wrong, {moved}")
 
 
 def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> None:
@@ -79,13 +79,13 @@ def check_span(image: Tensor, image_format: ImageFormat, from_zero: bool) -> Non
         )
     most = float(np.nanquantile(image.numpy()[..., :: _every(image), :: _every(image)], 0.999))
     if most <= EMPTY:
-        _warn(
+        warn(
             f"all but a thousandth of the measurement's values are at most {EMPTY:.4g} of their "
             f"range, {means}. If the brighter ones are hot pixels, set data.intensity_range to "
             f"[0, {rounded_up(most * float(np.max(image_format.high))):g}]"
         )
     elif largest.max() <= DARK and image_format.dtype == "uint16":
-        _warn(
+        warn(
             f"the largest value of the measurement, {stored:g}, is {share}. If it has fewer than "
             f"16 bits, {ranges}"
         )
@@ -101,7 +101,7 @@ def check_channels(image: Tensor) -> None:
     largest = torch.nan_to_num(image, nan=0.0).abs().amax(dim=(0, 2, 3))  # (C,)
     dim = [str(i) for i, one in enumerate(largest) if 0 < one <= EMPTY * largest.max()]
     if dim:
-        _warn(
+        warn(
             f"the brightest value of channel {', '.join(dim)} (from 0) is at most 1/16 of that of "
             "another, which may lend it its structure. To restore channels of unlike brightness, "
             "set data.intensity_range to minmax, which scales each, and data.noise.sigma to null"
@@ -137,7 +137,7 @@ def check_mask(operator: Operator, y: Tensor) -> None:
         return
     known, share = mask.bool(), float(mask.mean())
     if share == 1:
-        _warn(
+        warn(
             "every pixel of the mask is known, so that nothing is filled. Known pixels are white "
             "(1), missing ones black (0)"
         )
@@ -151,7 +151,7 @@ def check_mask(operator: Operator, y: Tensor) -> None:
     right, down = known[..., 1:] & known[..., :-1], known[..., 1:, :] & known[..., :-1, :]
     connected = float(right.sum() + down.sum()) / (2 * float(known.sum()))
     if share < FEW_KNOWN and connected > CONNECTED:
-        _warn(
+        warn(
             f"only {share:.1%} of the pixels are known, in connected regions. If these are the "
             "missing ones, invert the mask: known pixels are white (1)"
         )
@@ -178,7 +178,7 @@ def check_sinogram(problem: InverseProblem) -> None:
         )
         if angles.min() >= 0:
             raise ValueError(text)
-        _warn(text)  # as in tomosynthesis over a few degrees
+        warn(text)  # as in tomosynthesis over a few degrees
     sinogram = y[0].mean(dim=0).cpu().double().numpy()  # (detectors, angles)
     variance = problem.noise_variance()
     sigma = 0.0 if variance is None else math.sqrt(float(variance) / y.shape[1])
@@ -191,7 +191,7 @@ def check_sinogram(problem: InverseProblem) -> None:
         )
     edges, inside = float(sinogram[[0, -1]].mean()), float(sinogram.mean())
     if edges > inside + 3 * sigma / math.sqrt(2 * count):
-        _warn(
+        warn(
             "the outermost detectors measure more than the others, as if nothing were outside of "
             "the object but light: projections are sums along rays, for transmitted intensities "
             "−log(I / I₀)"
@@ -204,7 +204,7 @@ def check_sinogram(problem: InverseProblem) -> None:
             if spread > 0.2
             else f"their centres or widths are {offset:.1f} detectors off"
         )
-        _warn(
+        warn(
             f"the sinogram is not that of one object at these angles: {found}. Check "
             "data.operator.angles, their order and unit (degrees), the axes (detectors, angles), "
             "the centre of rotation, and that nothing lies outside of the field of view"
@@ -272,10 +272,10 @@ def check_noise(problem: InverseProblem) -> None:
         text = _disagreement(noise, float(found.mean()))
         if most < TOO_STRONG and not quarter >= TOO_STRONG:
             raise ValueError(text)
-        _warn(f"{text}, or keep it if the noise is not white")
+        warn(f"{text}, or keep it if the noise is not white")
     elif len(found) > 1 and found.max() > UNLIKE * found.min() and found.min() < STRONG:
         factors = ", ".join(f"{factor:.2g}" for factor in fine)
-        _warn(
+        warn(
             f"the noise is stated as {noise}, but that of the channels seems to be {factors} times "
             "as strong; set data.noise.sigma to null, and data.intensity_range to minmax"
         )
@@ -287,7 +287,7 @@ def check_noise(problem: InverseProblem) -> None:
     # Texture is stronger at half the size; and what averages pixels leaves less of it.
     texture = TEXTURE if half > COARSER * level else WHITE_TEXTURE
     if level > WEAK and level * mean > texture / math.sqrt(problem.operator.gain(problem.y)):
-        _warn(f"{_disagreement(noise, level)}, or keep it if the whole image is fine texture")
+        warn(f"{_disagreement(noise, level)}, or keep it if the whole image is fine texture")
 
 
 def _disagreement(noise: NoiseModel, factor: float) -> str:
@@ -297,5 +297,6 @@ def _disagreement(noise: NoiseModel, factor: float) -> str:
     )
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Warn with a sentence whose first letter and full stop are added."""
     rank_zero_warn(f"{text[0].upper()}{text[1:]}.", category=RestorationWarning)

@@ -31,7 +31,7 @@ SURELY, BEYOND = 6.0, 0.05  # standard deviations, and units of that range
 TOO_SHORT = (
     "the fit was too short: increase trainer.max_steps and model.lr_scheduler.total_steps alike"
 )
-# What may be wrong about an operator.
+# The settings of each operator that most often differ from those of the measurement.
 SUSPECTS = {
     "Blur": "the blur's kernel or boundary",
     "Downsample": "the factor or the kernel",
@@ -116,7 +116,7 @@ def _correlation(residual: Tensor, valid: Tensor) -> float:
 
 
 def _beyond_limits(problem: InverseProblem, restored: Tensor, residual: Tensor) -> list[str]:
-    """Which limits the image would exceed by least squares, if all pixels at one were to change."""
+    """The limits that the image would exceed if its pixels there were shifted to fit y best."""
     (low, high), variance = problem.limits, problem.noise_variance()
     near = AT_LIMIT * (high - low)
     sigma = float((residual.square().mean() if variance is None else variance).sqrt())

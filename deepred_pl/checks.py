@@ -13,6 +13,17 @@ def as_plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def check_factory(name: str, value: object, kind: type, example: str) -> None:
+    """Raise ValueError if a callable that creates objects of a class is needed and one came."""
+    if isinstance(value, kind) or not (value is None or callable(value)):
+        class_name, _, settings = example.partition(", ")
+        raise ValueError(
+            f"{name} must be a class or function that creates it, got "
+            f"{type(value).__name__ if isinstance(value, kind) else repr(value)}; give for example "
+            f"functools.partial({class_name}, {settings})"
+        )
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError unless the value is one of a `Literal`'s."""
     known = get_args(choices)

@@ -16,12 +16,6 @@ from textwrap import fill, shorten
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from pytorch_lightning import Trainer
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 import deepred_pl.denoisers  # noqa: F401  makes their short names known
 from deepred_pl.background import has_abandoned_job
@@ -41,6 +35,22 @@ from deepred_pl.callbacks.checkpoint import SIGNALLED, resume_with
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import check_writable, load_checkpoint
+from deepred_pl.lightning import (
+    NAME,
+    NAMES,
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LightningEnvironment,
+    LightningModule,
+    MisconfigurationException,
+    SaveConfigCallback,
+    SLURMEnvironment,
+    Trainer,
+    callbacks,
+    loggers,
+    rank_zero_warn,
+)
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.trainer import check_trainer
 
@@ -70,6 +80,13 @@ NOISE = (
     *("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with"),
     "Type collections.abc.Callable",
 )
+
+# Parts of a user's own are found by the class that they are derived from.
+NO_SUBCLASS = re.compile(
+    r"Expected a path but (\S+) either not accessible or invalid "
+    r"Import path does not correspond to a subclass of (\w+).*"
+)
+BASES = {"Denoiser": "denoisers", "NoiseModel": "noise", "Operator": "operators", "Term": "losses"}
 
 # Settings that the config.yaml of an earlier run may have, and the remedy.
 FORMER = {
@@ -144,10 +161,10 @@ class RestorationCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         # Lightning calls functions that torch and jsonargparse have deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
+        warnings.filterwarnings("ignore", module=re.escape(f"{NAME}.cli"))
         # Python would show the same text only once, also for another image.
         warnings.filterwarnings("always", category=RestorationWarning, append=True)
-        rank_zero_log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+        rank_zero_log = logging.getLogger(f"{NAME}.utilities.rank_zero")
         rank_zero_log.addFilter(_is_no_advertisement)
         # Errors are raised to the caller, and abbreviated names are errors.
         raising = {"exit_on_error": False, "allow_abbrev": False}
@@ -156,6 +173,8 @@ class RestorationCLI(LightningCLI):
             for name, text in SUBCOMMANDS.items()
         }
         super().__init__(
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             model_class=DeepImagePrior,
             datamodule_class=RestorationDataModule,
             subclass_mode_model=True,
@@ -228,7 +247,6 @@ class RestorationCLI(LightningCLI):
             settings = self._get(self.config, "model").init_args
             if "init_from" in settings:
                 settings.init_from = None  # the checkpoint has the network; that run may be gone
-            self.save_config_kwargs = {"overwrite": True}  # it exists if there is no logger
 
     def instantiate_classes(self) -> None:
         """Build trainer, module and data; report a value of a wrong type as a setting's."""
@@ -238,14 +256,21 @@ class RestorationCLI(LightningCLI):
             raise ValueError(f"the settings do not fit the classes they name: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the callbacks of every run, and TensorBoard unless another logger is set."""
+        """Add the callbacks of every run, and TensorBoard unless another logger is set.
+
+        Settings that turn one of them off, and a progress bar of the user's, are respected.
+        """
         settings = self._get(self.config_init, "trainer")
-        callbacks = [KeepMemory(), Preflight(), Monitor(), Writer()]
-        if settings.get("enable_progress_bar") is not False:
-            callbacks.insert(3, RestorationBar())
-        self.trainer_defaults["callbacks"] = callbacks
-        if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
-            kwargs["logger"] = TensorBoardLogger(
+        bare = settings.get("barebones")
+        own = [KeepMemory(), Preflight(), *([] if bare else [Monitor()])]
+        given = settings.get("callbacks") or []
+        bars = [c for c in given if isinstance(c, callbacks.ProgressBar)]
+        if settings.get("enable_progress_bar") is not False and not bars and not bare:
+            own.append(RestorationBar())
+        self.trainer_defaults["callbacks"] = [*own, Writer()]
+        logged = settings.get("logger") in (None, True)
+        if logged and not settings.get("fast_dev_run") and not bare:
+            kwargs["logger"] = loggers.TensorBoardLogger(
                 settings.get("default_root_dir") or ".", default_hp_metric=False
             )
         if settings.get("plugins") is None:
@@ -253,6 +278,12 @@ class RestorationCLI(LightningCLI):
             # of a step, and resume from any checkpoint in the directory.
             kwargs["plugins"] = LightningEnvironment()
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> Trainer:
+        # A private name of Lightning 2.6, which adds the callbacks of all sections.
+        if config.get("enable_checkpointing") is False or config.get("barebones"):
+            callbacks = [c for c in callbacks if not isinstance(c, LastCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
         """Find bad input before anything is written."""
@@ -295,6 +326,21 @@ def _command_to_resume(checkpoint: Path) -> str:
         return resume_with(checkpoint)
     command = ["deepred", "fit", "--config", str(settings), "--ckpt_path", str(checkpoint)]
     return ": " + shlex.join(command)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves all settings as `config.yaml` in the run directory, whatever the logger."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        path = run_directory(trainer) / self.config_filename
+        resumed = trainer.ckpt_path is not None and path.parent in Path(trainer.ckpt_path).parents
+        if path.exists() and not resumed:
+            raise ValueError(
+                f"expected a run directory of its own, but there is a run in {path.parent}; choose "
+                "another, or leave the logger's version out"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, path, skip_none=False, overwrite=resumed)
 
 
 class _SettingsOnly(RestorationCLI):
@@ -358,6 +404,7 @@ def reason(error: BaseException) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     lines = [re.sub(r"^Type .* a callable class: (?=Option )", "", line) for line in lines]
     text = " ".join(line for line in lines if line and not line.startswith(NOISE))
+    text = NO_SUBCLASS.sub(_expected_class, text)
     if "NoiseModel is abstract" in text:
         text = (
             "this task has no noise model, so name one before its parameters: --data.noise "
@@ -366,6 +413,16 @@ def reason(error: BaseException) -> str:
     if not text or text.endswith(":"):  # there is no other line
         text = " ".join(line for line in lines if line)
     return shorten(text or type(error).__name__, LONGEST)
+
+
+def _expected_class(found: re.Match[str]) -> str:
+    path, base = found.groups()
+    known = f"deepred_pl.{BASES[base]}.{base}" if base in BASES else base
+    text = f"expected a class derived from {known}, got {path}, which is not"
+    other = next(name for name in NAMES if name != NAME)
+    if path.startswith(f"{other}."):
+        return f"{text}: this run uses {NAME}; name its class, or set DEEPRED_LIGHTNING={other}"
+    return f"{text}, or cannot be imported"
 
 
 class _Parser(LightningArgumentParser):

@@ -1,6 +1,5 @@
 """Build an inverse problem from image files."""
 
-import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -11,20 +10,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl import plausibility
 from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.estimate import noise_level
 from deepred_pl.images import ImageFormat, IntensityRange, read_image, to_tensor
+from deepred_pl.lightning import LightningDataModule, rank_zero_info
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Downsample, Mask, Operator, as_operator, without
 from deepred_pl.problem import InverseProblem
 from deepred_pl.sources import name_of
 from deepred_pl.tiles import Region
+from deepred_pl.trainer import Epoch
 
 DEFAULT_SAMPLE = "sample:astronaut"
 
@@ -265,8 +264,8 @@ class RestorationDataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> Iterable[int]:
-        """An endless epoch of θ-steps; y is already on the device."""
-        return itertools.repeat(0)
+        """An epoch of θ-steps, without data: y is already on the device."""
+        return Epoch(self.trainer)
 
     def test_dataloader(self) -> Iterable[int]:
         """One item: the image is scored once."""
@@ -324,7 +323,7 @@ def _limits(
     low, high = float(y.min()), float(y.max())
     limits = [low if low < -noise else 0.0, high if high > 1 + noise else 1.0]
     if intensity_range in ("minmax", "percentile"):  # where the measurement, not the image, ends
-        gain = operator.gain(y)
+        gain = operator.largest_gain(y)
         # What is stored as 0, in each channel; values that are all positive stay positive.
         zeros = -np.asarray(stored.low) / np.subtract(stored.high, stored.low)
         nothing = float(zeros.min()) if zeros.max() <= 0 else -math.inf

@@ -118,7 +118,9 @@ class SURE(Term):
         assert model.network is not None and model.problem is not None
         variance = model.problem.noise_variance()
         assert variance is not None
-        moved = torch.randn(out.shape, generator=model.generator("SURE"), device=out.device)
+        moved = torch.randn(
+            out.shape, generator=model.generator("SURE"), dtype=out.dtype, device=out.device
+        )
         step = PERTURBATION * variance.sqrt()
         rounded = torch.is_autocast_enabled(out.device.type)
         with torch.autocast(out.device.type, enabled=False):

@@ -1,22 +1,20 @@
 """The θ-update: Deep Image Prior and DeepRED as LightningModules."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from deepred_pl import admm
-from deepred_pl.checks import check_at_least, check_choice, check_positive
+from deepred_pl.checks import as_plain, check_at_least, check_choice, check_factory, check_positive
 from deepred_pl.fidelity import (
     Fidelity,
     automatic_epsilon,
@@ -26,17 +24,21 @@ from deepred_pl.fidelity import (
     weighted_variance,
 )
 from deepred_pl.files import last_checkpoint, load_checkpoint
+from deepred_pl.lightning import LightningModule
 from deepred_pl.losses import Term
 from deepred_pl.memory import check_memory
 from deepred_pl.networks import INPUT_CHANNELS, SkipNet
 from deepred_pl.optim import adam
 from deepred_pl.problem import InverseProblem
-from deepred_pl.trainer import check_clipping, check_trainer
+from deepred_pl.torch_state import default_factories, default_settings, own_random_numbers
+from deepred_pl.trainer import Epoch, check_optimizer, check_trainer
 
 # The released rise starts at 20 dB, for noise of σ = 25, which has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
 
 CHANGEABLE = ("result", "init_from", "compile")  # settings that a resumed fit may change
+
+NOT_FITTED = "nothing is restored yet; fit this module, or load a checkpoint (ckpt_path)"
 
 Weighting = Literal["fixed", "discrepancy", "rise"]
 Result = Literal["average", "out"]
@@ -47,8 +49,9 @@ class DeepImagePrior(LightningModule):
     """Fits an untrained network to one measurement (Ulyanov et al. 2018, arXiv:1711.10925).
 
     Each `training_step` is one θ-update on D(A T_θ(z + noise), y). Given a `problem`, the
-    module is complete after construction and works as a child of another LightningModule;
-    without one, it uses the datamodule's problem when the fit starts.
+    module is complete after construction and works as a child of another LightningModule, which
+    calls `training_step` or `theta_step`; without one, it uses the datamodule's problem when the
+    fit starts.
 
     All images below are (1, C, H, W), float32, in [0, 1] or the problem's wider limits.
 
@@ -79,14 +82,17 @@ class DeepImagePrior(LightningModule):
 
     Attributes:
         step: Number of θ-steps made.
-        out: T_θ(z) at the latest step, before the optimizer moved θ.
+        problem: The `InverseProblem`, which cannot be replaced by another.
+        out: T_θ(z) at the latest step, before the optimizer moved θ, without its gradient, which
+            `theta_step` returns.
         average: The exponential average of `out`; starts at the problem's first guess.
         chosen: An image that a callback chose to return instead of `result`, or None.
         epsilon: ε of the back-projection, a number once there is a problem.
 
     Raises:
-        ValueError: An argument is out of range, the image is smaller than the network allows or too
-            large for the memory, or the regularizer does not apply to the problem.
+        ValueError: An argument is out of range or of another kind, the image is smaller than the
+            network allows or too large for the memory, or the regularizer does not apply to the
+            problem.
     """
 
     RESULTS: ClassVar[Any] = Result
@@ -113,9 +119,21 @@ class DeepImagePrior(LightningModule):
         problem: InverseProblem | None = None,
     ) -> None:
         super().__init__()
+        # Numbers of NumPy would make checkpoints that cannot be loaded.
+        input_scale, input_noise_std = as_plain(input_scale), as_plain(input_noise_std)
+        average_decay, epsilon, seed = map(as_plain, (average_decay, epsilon, seed))
         self.save_hyperparameters(
             ignore=["network", "optimizer", "lr_scheduler", "regularizer", "problem"]
         )
+        self.hparams.update({name: as_plain(value) for name, value in self.hparams.items()})
+        check_factory("network", network, nn.Module, "SkipNet, width=32")
+        check_factory("optimizer", optimizer, Optimizer, "torch.optim.Adam, lr=0.01")
+        check_factory("lr_scheduler", lr_scheduler, LRScheduler, "WarmupCosine, total_steps=3000")
+        if not (problem is None or isinstance(problem, InverseProblem)):
+            raise ValueError(
+                f"problem must be an InverseProblem, got {type(problem).__name__}; create it with "
+                "InverseProblem(y, operator, noise)"
+            )
         check_positive("input_scale", input_scale)
         if not 0 <= input_noise_std < math.inf:
             raise ValueError(f"input_noise_std must be >= 0, got {input_noise_std}")
@@ -148,12 +166,15 @@ class DeepImagePrior(LightningModule):
         self.network: nn.Module | None = None
         self.problem: InverseProblem | None = None
         self.register_buffer("chosen", None)
-        self._saved_problem: dict[str, Tensor] = {}  # of a checkpoint loaded without a problem
+        # Of a checkpoint loaded without a problem:
+        self._saved_problem: dict[str, Tensor] = {}
+        self._saved_settings: dict[str, Any] = {}
         if problem is not None:
             self.build(problem)
 
     # Building
 
+    @default_settings()
     def build(self, problem: InverseProblem) -> None:
         """Create the network, z and the state for `problem`.
 
@@ -171,7 +192,7 @@ class DeepImagePrior(LightningModule):
             self._prepare_backprojection(problem)
         self.limits = problem.limits
         if self.network is None:
-            with _seeded(self.seed):
+            with own_random_numbers(self.seed), default_factories():
                 network = self._new_network(problem.image_shape[1])
                 _check_size(network, problem)
                 saved = {} if self.init_from is None else _load_into(network, self.init_from)
@@ -181,12 +202,21 @@ class DeepImagePrior(LightningModule):
                 self.register_buffer(name, tensor.to(problem.y.device))
         else:
             problem.load_state_dict(self._saved_problem)  # raises for another measurement
-            self._saved_problem = {}
+            self._check_settings(self._saved_settings)
+            self._saved_problem, self._saved_settings = {}, {}
         if hasattr(self.network, "limits"):
             self.network.limits = problem.limits  # type: ignore[assignment]
-        self.problem = problem
+        super().__setattr__("problem", problem)
         if isinstance(self.regularizer, Term):
             self.regularizer.check(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "problem" and value is not None and value is not self.problem:
+            raise AttributeError(
+                "a module restores the image it was built for: build(problem) gives the problem to "
+                "a module without one; create a new module for another image"
+            )
+        super().__setattr__(name, value)
 
     def _prepare_backprojection(self, problem: InverseProblem) -> None:
         check_backprojection(problem)
@@ -220,7 +250,8 @@ class DeepImagePrior(LightningModule):
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
-        z = torch.rand(1, height, width, channels).movedim(-1, 1)
+        generator = torch.Generator().set_state(torch.get_rng_state())  # own_random_numbers'
+        z = torch.rand(1, height, width, channels, generator=generator).movedim(-1, 1)
         return z.mul_(self.input_scale)
 
     def _initial_state(self, problem: InverseProblem) -> dict[str, Tensor]:
@@ -239,14 +270,28 @@ class DeepImagePrior(LightningModule):
             self.build(problem)
 
     def train_dataloader(self) -> Iterable[int]:
-        """An endless epoch of θ-steps; y is already on the device."""
-        return itertools.repeat(0)
+        """An epoch of as many θ-steps as the trainer's log_every_n_steps, without data."""
+        return Epoch(self._trainer)
+
+    def on_train_start(self) -> None:
+        """Lightning's hook: refuse data that would not be used."""
+        _check_loader(self.trainer.train_dataloader, "fit")
+
+    def on_predict_start(self) -> None:
+        """Lightning's hook: refuse data that would not be used, and a module that is not fitted."""
+        _check_loader(self.trainer.predict_dataloaders, "predict")
+        self.on_test_start()
+
+    def on_test_start(self) -> None:
+        """Lightning's hook: refuse a module that is not fitted."""
+        if self.step == 0:
+            raise RuntimeError(NOT_FITTED)
 
     def configure_optimizers(self) -> Any:
         """One optimizer for the network's parameters, its schedule stepped after every θ-step."""
-        optimizer = self.make_optimizer(self._checked().parameters())
+        optimizer = self.make_optimizer(self.ready().parameters())
         if self._trainer is not None:
-            check_clipping(optimizer, self._trainer)
+            check_optimizer(optimizer, self._trainer)
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
@@ -255,8 +300,16 @@ class DeepImagePrior(LightningModule):
     # The θ-update
 
     def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
-        """The loss of one θ-step, 0-dim; stores `out` and updates `average`."""
-        network = self._checked()
+        """The loss of one θ-step, 0-dim."""
+        return self.theta_step()[0]
+
+    def theta_step(self) -> tuple[Tensor, Tensor]:
+        """The loss of one θ-step, 0-dim, and T_θ(z), (1, C, H, W), with its gradient.
+
+        A parent that adds a loss of its own on the image takes the image from here: `out`, which
+        this stores, has no gradient. It also updates `average`.
+        """
+        network = self.ready()
         z = self.z
         if self.input_noise_std > 0:
             z = z.add(self._input_noise(), alpha=self.input_noise_std)
@@ -269,7 +322,7 @@ class DeepImagePrior(LightningModule):
         self.out = out.detach()
         self.average.lerp_(self.out, 1 - self.average_decay)
         self.step += 1
-        return self.total_loss(out)
+        return self.total_loss(out), out
 
     def total_loss(self, out: Tensor) -> Tensor:
         """The loss with the regularizer, 0-dim, for T_θ(z) = out, (1, C, H, W)."""
@@ -305,14 +358,23 @@ class DeepImagePrior(LightningModule):
     def _input_noise(self) -> Tensor:
         _, channels, height, width = self.z.shape
         shape = (1, height, width, channels)
-        noise = torch.randn(shape, generator=self.generator(), device=self.z.device)
+        noise = torch.randn(
+            shape, generator=self.generator(), dtype=self.z.dtype, device=self.z.device
+        )
         return noise.movedim(-1, 1)
 
-    def _checked(self) -> nn.Module:
+    def ready(self) -> nn.Module:
+        """The network, if the module can be trained.
+
+        Raises:
+            RuntimeError: There is no problem yet.
+            ValueError: The module's values are not float32.
+        """
         if self.network is None or self.problem is None:
             raise RuntimeError(
                 f"{type(self).__name__} has no measurement to fit; create it with problem="
-                "InverseProblem(y, ...), or give the trainer a RestorationDataModule"
+                "InverseProblem(y, ...), give the trainer a RestorationDataModule, or, inside "
+                "another module, call build(problem) in that module's setup()"
             )
         if self.z.dtype != torch.float32:
             raise ValueError(
@@ -327,18 +389,17 @@ class DeepImagePrior(LightningModule):
     def restored(self) -> Tensor:
         """The restored image, (1, C, H, W): `chosen`, or else the one named by `result`.
 
-        It is within the problem's limits, by default [0, 1].
+        It is within the problem's limits, by default [0, 1]; before the first step it is the
+        problem's first guess.
 
         Without a noise model, the known pixels of inpainting are those of the measurement, unless
         the module was loaded without its problem.
 
         Raises:
-            RuntimeError: No step has been made yet.
+            RuntimeError: There is no problem yet.
         """
-        if self.step == 0:
-            raise RuntimeError(
-                "nothing is restored yet; fit this module, or load a checkpoint (ckpt_path)"
-            )
+        if self.network is None:
+            raise RuntimeError(NOT_FITTED)
         image = self._result() if self.chosen is None else self.chosen
         if self.problem is not None:
             image = self.problem.keep_known(image)
@@ -358,12 +419,17 @@ class DeepImagePrior(LightningModule):
     # Checkpoints
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Numbers on the host: reading the step from the device would stall every step."""
-        return {"step": self.step, "limits": self.limits}
+        """Step, limits and settings; the step from the device would stall every step."""
+        settings = {k: v for k, v in self.hparams.items() if k not in CHANGEABLE and _is_plain(v)}
+        return {"step": self.step, "limits": self.limits, "settings": settings}
 
     def set_extra_state(self, state: dict[str, Any] | int) -> None:
-        """Restore the step and the limits; earlier versions saved only the step."""
+        """Restore step and limits, and refuse other settings; earlier versions saved less."""
         state = {"step": state} if isinstance(state, int) else state
+        if self.problem is None:
+            self._saved_settings = state.get("settings", {})
+        else:
+            self._check_settings(state.get("settings", {}))
         self.step = state["step"]
         limits = tuple(state.get("limits", (0.0, 1.0)))
         if self.problem is not None and limits != self.limits:
@@ -377,7 +443,7 @@ class DeepImagePrior(LightningModule):
         if self.network is None:  # no problem yet: the checkpoint defines the buffers
             own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
             if "average" in own:
-                with _seeded(self.seed):
+                with default_settings(), own_random_numbers(self.seed), default_factories():
                     self.network = self._new_network(own["average"].shape[1])
             for name, value in own.items():
                 if isinstance(value, Tensor) and "." not in name:
@@ -389,11 +455,10 @@ class DeepImagePrior(LightningModule):
         self.chosen = None if chosen is None else torch.empty_like(chosen)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def _check_settings(self, saved: dict[str, Any]) -> None:
         """Refuse settings that a resumed fit cannot change."""
-        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         for name, value in self.hparams.items():
-            if name not in CHANGEABLE and name in saved and saved[name] != value:
+            if name in saved and saved[name] != value:
                 raise ValueError(
                     f"the checkpoint was made with {name}={saved[name]!r}, got {value!r}; resume "
                     "with the same settings, or start without a checkpoint"
@@ -463,6 +528,7 @@ class DeepRED(DeepImagePrior):
         result: REDResult = "average",
         **kwargs: Any,
     ) -> None:
+        lam, mu, rise_step, rise_start = map(as_plain, (lam, mu, rise_step, rise_start))
         for name, value in {"lam (λ)": lam, "mu (μ)": mu}.items():
             check_positive(name, value, "without the RED prior use DeepImagePrior (methods/dip)")
         check_choice("weighting", weighting, Weighting)
@@ -535,15 +601,15 @@ class DeepRED(DeepImagePrior):
         assert expected_residual is not None
         return admm.discrepancy(problem.residual(self.out), expected_residual).clamp(min=least)
 
-    def training_step(self, batch: Any = None, batch_idx: int = 0) -> Tensor:
-        """The loss of one θ-step, 0-dim; requires a `REDUpdate`."""
+    def theta_step(self) -> tuple[Tensor, Tensor]:
+        """The loss of one θ-step, and T_θ(z) with its gradient; requires a `REDUpdate`."""
         if not self.driven:
-            self._checked()  # a missing problem is reported first
+            self.ready()  # a missing problem is reported first
             raise RuntimeError(
                 "DeepRED is trained without its x- and u-updates; add REDUpdate(denoiser) to the "
                 "trainer's callbacks, with submodule='name' if it is a child of another module"
             )
-        return super().training_step(batch, batch_idx)
+        return super().theta_step()
 
     def loss(self, out: Tensor) -> Tensor:
         """D(A out, y) + μ · mean((out − (x − u))²), 0-dim."""
@@ -586,9 +652,15 @@ def _load_into(network: nn.Module, run: str) -> dict[str, Any]:
     return state
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw on the CPU from `seed`, for any device, without changing the process's seed."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        yield
+def _check_loader(loader: Any, verb: str) -> None:
+    """Refuse a DataLoader, whose batches a restoration that is trained directly cannot use."""
+    if isinstance(loader, DataLoader):
+        raise ValueError(
+            "a DeepImagePrior restores the measurement of its problem, and would not use the "
+            f"batches of a DataLoader: leave it out of {verb}(), and restore several images with "
+            "a module each, restore() or deepred-batch"
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

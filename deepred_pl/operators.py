@@ -93,7 +93,7 @@ class Operator(nn.Module, ABC):
         return image
 
     @torch.no_grad()
-    def gain(self, y: Tensor) -> float:
+    def largest_gain(self, y: Tensor) -> float:
         """How many times brighter than its measurement a single bright pixel can be, at least 1.
 
         Args:
@@ -598,7 +598,7 @@ class Radon(Operator):
         filtered = torch.fft.irfft(spectrum / (gram + epsilon)[:, None], n=size, dim=-2)
         return filtered[..., :detectors, :]
 
-    def gain(self, y: Tensor) -> float:
+    def largest_gain(self, y: Tensor) -> float:
         """The number of detectors: a projection is the mean along its ray."""
         return float(y.shape[-2])
 
@@ -718,55 +718,56 @@ class Adapted(Operator):
         return _ByAdjoint.apply(x, self.physics)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return self.physics.A_adjoint(y)
+        return _real(self.physics.A_adjoint(y))
 
     @torch.no_grad()
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
-        zeros = torch.zeros(measurement_shape, device=self._device)
+        zeros = torch.zeros(measurement_shape, device=_device_of(self))
         return tuple(self.physics.A_adjoint(zeros).shape)
 
-    @property
-    def _device(self) -> torch.device | None:
-        return next((t.device for t in (*self.parameters(), *self.buffers())), None)
-
-    @torch.no_grad()
-    def check_adjoint(self, y: Tensor) -> None:
-        """Test ⟨A x, v⟩ = ⟨x, Aᵀ v⟩ with v = A x and a random v; y is a measurement.
-
-        Raises:
-            ValueError: A_adjoint is not the adjoint of A.
-        """
-        shape, generator = self.image_shape(tuple(y.shape)), torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator, device="cpu").to(self._device or y.device)
-        measured = self(x)
-        if measured.shape != y.shape:
-            raise ValueError(
-                f"the operator's A must return {tuple(y.shape)} like the measurement, got "
-                f"{tuple(measured.shape)} for an image of {shape}, the shape that A_adjoint returns"
-            )
-        expected, got = float(measured.square().sum()), float((x * self.adjoint(measured)).sum())
-        if not abs(got - expected) <= MISMATCH * expected:
-            raise ValueError(
-                "the operator's A_adjoint is not the adjoint of its A, so the fit would follow a "
-                f"wrong gradient: expected ⟨x, A_adjoint(A(x))⟩ = ⟨A(x), A(x)⟩ = {expected:.6g}, "
-                f"got {got:.6g}; correct A_adjoint (it is neither an inverse nor a pseudo-inverse)"
-            )
-        v = torch.randn(measured.shape, generator=generator, device="cpu").to(measured)
-        expected, got = float((measured * v).sum()), float((x * self.adjoint(v)).sum())
-        spread = float(measured.norm() * v.norm()) / math.sqrt(v.numel())  # of random ⟨A x, v⟩
-        if not abs(got - expected) <= 10 * MISMATCH * spread:
-            raise ValueError(
-                "the operator's A_adjoint is not the adjoint of its A: expected ⟨x, A_adjoint(v)⟩ "
-                f"= ⟨A(x), v⟩ = {expected:.6g} for a random v, got {got:.6g}; correct A_adjoint, "
-                "which must transpose every step of A, also a mask"
-            )
-
-    @torch.no_grad()
     def first_guess(self, y: Tensor) -> Tensor:
-        """Aᵀ y, scaled to fit y best: one step of steepest descent from 0."""
-        back = self.adjoint(y)
-        explained = self(back)
-        return back * ((explained * y).sum() / explained.square().sum().clamp(min=1e-20))
+        return _scaled_adjoint(self, y)
+
+
+def _device_of(operator: Operator) -> torch.device | None:
+    return next((t.device for t in (*operator.parameters(), *operator.buffers())), None)
+
+
+@torch.no_grad()
+def check_adjoint(operator: Operator, y: Tensor) -> None:
+    """Test an operator's adjoint, ⟨A x, v⟩ = ⟨x, Aᵀ v⟩ with v = A x and a random v.
+
+    Args:
+        operator: The operator.
+        y: A measurement, whose shape and device are used.
+
+    Raises:
+        ValueError: A_adjoint is not the adjoint of A.
+    """
+    shape, generator = operator.image_shape(tuple(y.shape)), torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, device="cpu").to(_device_of(operator) or y.device)
+    measured = operator(x)
+    if measured.shape != y.shape:
+        raise ValueError(
+            f"the operator's A must return {tuple(y.shape)} like the measurement, got "
+            f"{tuple(measured.shape)} for an image of {shape}, the shape that A_adjoint returns"
+        )
+    expected, got = float(measured.square().sum()), float((x * operator.adjoint(measured)).sum())
+    if not abs(got - expected) <= MISMATCH * expected:
+        raise ValueError(
+            "the operator's A_adjoint is not the adjoint of its A, so the fit would follow a "
+            f"wrong gradient: expected ⟨x, A_adjoint(A(x))⟩ = ⟨A(x), A(x)⟩ = {expected:.6g}, "
+            f"got {got:.6g}; correct A_adjoint (it is neither an inverse nor a pseudo-inverse)"
+        )
+    v = torch.randn(measured.shape, generator=generator, device="cpu").to(measured)
+    expected, got = float((measured * v).sum()), float((x * operator.adjoint(v)).sum())
+    spread = float(measured.norm() * v.norm()) / math.sqrt(v.numel())  # of random ⟨A x, v⟩
+    if not abs(got - expected) <= 10 * MISMATCH * spread:
+        raise ValueError(
+            "the operator's A_adjoint is not the adjoint of its A: expected ⟨x, A_adjoint(v)⟩ "
+            f"= ⟨A(x), v⟩ = {expected:.6g} for a random v, got {got:.6g}; correct A_adjoint, "
+            "which must transpose every step of A, also a mask"
+        )
 
 
 class _ByAdjoint(torch.autograd.Function):
@@ -777,7 +778,55 @@ class _ByAdjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.physics.A_adjoint(gradients[0]), None
+        return _real(ctx.physics.A_adjoint(gradients[0])), None
+
+
+def _real(image: Tensor) -> Tensor:
+    return image.real if image.is_complex() else image
+
+
+class RealParts(Operator):
+    """The real and imaginary parts, (..., 2), of an operator's complex measurement, (...).
+
+    Args:
+        operator: A linear map from real images to complex measurements.
+    """
+
+    keeps_units = False
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(self.operator(x))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        if type(self.operator).adjoint is Operator.adjoint:
+            return super().adjoint(y)
+        return _real(self.operator.adjoint(torch.view_as_complex(y.contiguous())))
+
+    def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.operator.image_shape(measurement_shape[:-1])
+
+    @property
+    def observed(self) -> Tensor | None:
+        within = self.operator.observed
+        return None if within is None else within[..., None]
+
+    def first_guess(self, y: Tensor) -> Tensor:
+        return _scaled_adjoint(self, y)
+
+    def __repr__(self) -> str:
+        return f"{self.operator}, complex"
+
+
+@torch.no_grad()
+def _scaled_adjoint(operator: Operator, y: Tensor) -> Tensor:
+    """Aᵀ y, scaled to fit y best: one step of steepest descent from 0."""
+    back = operator.adjoint(y)
+    explained = operator(back)
+    return back * ((explained * y).sum() / explained.square().sum().clamp(min=1e-20))
 
 
 def as_operator(operator: Operator | Physics | None) -> Operator:
@@ -793,8 +842,8 @@ def as_operator(operator: Operator | Physics | None) -> Operator:
     if callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None)):
         return Adapted(operator)
     raise ValueError(
-        "operator must be one of deepred_pl.operators or have methods A and A_adjoint, got "
-        f"{type(operator).__name__}"
+        "operator must be one of deepred_pl.operators, derived from Operator, or have methods A "
+        f"and A_adjoint, got {type(operator).__name__}"
     )
 
 

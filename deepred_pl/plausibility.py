@@ -10,12 +10,12 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.estimate import local_level, noise_level, unclipped
 from deepred_pl.images import ImageFormat, rounded_up
+from deepred_pl.lightning import rank_zero_warn
 from deepred_pl.noise import NoiseModel, corrected, parameters
 from deepred_pl.operators import Mask, Operator, Radon
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
@@ -286,7 +286,8 @@ def check_noise(problem: InverseProblem) -> None:
         )
     # Texture is stronger at half the size; and what averages pixels leaves less of it.
     texture = TEXTURE if half > COARSER * level else WHITE_TEXTURE
-    if level > WEAK and level * mean > texture / math.sqrt(problem.operator.gain(problem.y)):
+    left = texture / math.sqrt(problem.operator.largest_gain(problem.y))
+    if level > WEAK and level * mean > left:
         warn(f"{_disagreement(noise, level)}, or keep it if the whole image is fine texture")
 
 

@@ -8,10 +8,20 @@ from torch import Tensor, nn
 
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
-from deepred_pl.operators import Adapted, Observed, Operator, Physics, as_operator
+from deepred_pl.operators import (
+    Adapted,
+    Observed,
+    Operator,
+    Physics,
+    RealParts,
+    as_operator,
+    check_adjoint,
+)
 from deepred_pl.tiles import Region, Tiling, cut
+from deepred_pl.torch_state import default_settings
 
 LEAST_VARIANCE = 1e-10  # every value has been rounded
+BRIGHTEST = 3.0  # mean of a measurement in [0, 1] that has any noise; that of 0...255 is larger
 
 
 class InverseProblem(nn.Module):
@@ -19,7 +29,8 @@ class InverseProblem(nn.Module):
 
     Args:
         y: The measurement; for an image (1, C, H, W), float, in [0, 1] up to noise. Values that the
-            operator does not observe are set to 0.
+            operator does not observe are set to 0. A complex measurement, as in magnetic resonance
+            imaging, is kept as its real and imaginary parts, (..., 2), each with the noise.
         operator: A (see `deepred_pl.operators`), or an object with `A` and `A_adjoint`; None is
             the identity.
         noise: The noise model; None means the mean squared residual as data term. Parameters left
@@ -36,8 +47,9 @@ class InverseProblem(nn.Module):
             was not.
 
     Raises:
-        ValueError: y or ground_truth is not a finite float tensor of a suitable shape, or an
-            object's `A_adjoint` is not the adjoint of its `A`.
+        ValueError: y or ground_truth is not a finite float tensor of a suitable shape and range,
+            operator or noise is another kind of object, or an object's `A_adjoint` is not the
+            adjoint of its `A`.
 
     >>> problem = InverseProblem(torch.rand(1, 3, 33, 47))
     >>> problem.image_shape
@@ -50,6 +62,7 @@ class InverseProblem(nn.Module):
     ground_truth: Tensor | None
     _clipped_at: Tensor
 
+    @default_settings()
     def __init__(
         self,
         y: Tensor,
@@ -66,7 +79,20 @@ class InverseProblem(nn.Module):
                 "limits are the least and the largest value of x, expected at most 0 and at least "
                 f"1, got {limits}"
             )
+        if not (noise is None or isinstance(noise, NoiseModel)):
+            raise ValueError(
+                "noise must be one of deepred_pl.noise, derived from NoiseModel, or None, got "
+                f"{noise!r}; for example GaussianNoise(sigma=25), in grey levels of 8 bits"
+            )
         self.operator = as_operator(operator)
+        if y.is_complex():
+            if None in (getattr(noise, "sigma", 0), getattr(noise, "peak", 0)):
+                raise ValueError(
+                    "the noise of a complex measurement cannot be estimated: state it, as in "
+                    "GaussianNoise(sigma), the standard deviation of each of its two parts"
+                )
+            self.operator, y = RealParts(self.operator), torch.view_as_real(y.resolve_conj())
+        _make_trainable(self.operator)
         self.image_shape: tuple[int, ...] = self.operator.image_shape(tuple(y.shape))
         if len(self.image_shape) != 4:
             raise ValueError(
@@ -74,8 +100,13 @@ class InverseProblem(nn.Module):
                 f"{type(self.operator).__name__} measures of {self.image_shape}; add the missing "
                 "axes"
             )
-        if isinstance(self.operator, Adapted):
-            self.operator.check_adjoint(y)
+        if isinstance(getattr(self.operator, "operator", self.operator), Adapted):
+            check_adjoint(self.operator, y)
+        if self.operator.keeps_units and y.mean() > BRIGHTEST * limits[1]:
+            raise ValueError(
+                f"y must be in [0, 1] up to noise, but its mean is {float(y.mean()):.3g}; divide "
+                "it by the value of white, which is 255 for 8 bits"
+            )
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)
@@ -101,6 +132,8 @@ class InverseProblem(nn.Module):
 
     def _clipping(self, y: Tensor) -> tuple[float, float]:
         # A measurement within [0, 1] was clipped; counts and speckle are never negative anyway.
+        if isinstance(self.operator, RealParts):
+            return -math.inf, math.inf
         if self.noise is None:
             below = above = self.operator.overshoots
         else:
@@ -145,8 +178,9 @@ class InverseProblem(nn.Module):
             if variance.ndim > 1:  # (1, C, 1, 1), one for each channel
                 variance = variance.flatten()[self._clipped_at // math.prod(self.y.shape[2:])]
             sigma = variance.clamp(min=LEAST_VARIANCE).sqrt()
-            sign = 2.0 * bright - 1
-            beyond = sign * (clean - torch.where(bright, high, low)) / sigma
+            # Torch gives numbers alone the default type, which may be float64.
+            sign = (2.0 * bright - 1).to(clean.dtype)
+            beyond = sign * (clean - torch.where(bright, high, low).to(clean.dtype)) / sigma
             mean = clean + sign * sigma * _inverse_mills(beyond)
         return y.index_copy(0, self._clipped_at, mean).view_as(self.y)
 
@@ -349,11 +383,31 @@ def _density(t: Tensor) -> Tensor:
     return torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
 
 
+def _make_trainable(operator: Operator) -> None:
+    """Give the operator float32 values that a fit can use, whatever it was created under."""
+    operator.float()
+    for module in operator.modules():
+        for name, value in module._buffers.items():
+            if value is not None and value.is_inference():
+                module._buffers[name] = value.clone()
+
+
 def _check(name: str, image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor (1, C, H, W), got {type(image).__name__}; "
+            "deepred_pl.images.to_tensor(array)[0] converts an array (H, W) or (H, W, C)"
+        )
     if image.ndim < 2 or image.shape[0] != 1 or image.numel() == 0:
         raise ValueError(f"{name} must be (1, C, H, W), one image, got {tuple(image.shape)}")
-    if not image.is_floating_point():
-        raise ValueError(f"{name} must be float in [0, 1], got {image.dtype}; divide by 255")
+    if not (image.is_floating_point() or (image.is_complex() and name == "y")):
+        remedy = "take its abs() or real" if image.is_complex() else "divide by 255"
+        raise ValueError(f"{name} must be float in [0, 1], got {image.dtype}; {remedy}")
+    if image.requires_grad:
+        raise ValueError(
+            f"{name} is stored without its gradient, so nothing could be learned through it: "
+            "detach() it; what is to be learned, such as a gain, is a parameter of the operator"
+        )
     if not image.isfinite().all():
         bad = int((~image.isfinite()).sum())
         raise ValueError(

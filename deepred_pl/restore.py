@@ -3,28 +3,32 @@
 import json
 import tempfile
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from pytorch_lightning.cli import SaveConfigCallback
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from deepred_pl.callbacks import LastCheckpoint, Writer
-from deepred_pl.checks import RestorationWarning
+from deepred_pl.callbacks import LastCheckpoint, REDUpdate, Writer
+from deepred_pl.callbacks.red import check_denoiser
+from deepred_pl.checks import RestorationWarning, check_factory
 from deepred_pl.cli import RestorationCLI, reason
+from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, to_array
+from deepred_pl.lightning import Callback, SaveConfigCallback, rank_zero_warn
+from deepred_pl.model import DeepRED
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 from deepred_pl.problem import InverseProblem
 from deepred_pl.report import diagnosis, examine
 from deepred_pl.tiles import blend
+from deepred_pl.torch_state import default_settings
 
 Image = TypeVar("Image", np.ndarray, Tensor)
 
 
+@default_settings()
 def restore(
     image: Image,
     task: str | Sequence[str] = "denoising",
@@ -33,8 +37,14 @@ def restore(
     noise: NoiseModel | None = None,
     tile: int | None = None,
     overlap: int | None = None,
+    denoiser: Denoiser | Callable[[Tensor], Tensor] | None = None,
+    network: Callable[[int], nn.Module] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Image:
     """Restore one image in memory with the settings of a configuration.
+
+    It may be called anywhere, also in a hook of another fit: torch's settings of the calling
+    program, such as inference mode or autocast, do not apply.
 
     Args:
         image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
@@ -50,6 +60,10 @@ def restore(
             restores the image at once.
         overlap: Pixels that neighbouring tiles share and in which they are blended; None is an
             eighth of a tile, plus what a blur or downsampling mixes.
+        denoiser: f, a denoiser or a function from (1, C, H, W) to the same; None uses the
+            configuration's.
+        network: Called with the number of channels, returns T_θ; None uses the configuration's.
+        callbacks: Further callbacks of the fit, or of each tile's.
 
     Returns:
         The restored image, of the same kind, dtype and device as `image`; larger if the operator
@@ -88,6 +102,12 @@ def restore(
             data.measurement = _channels_last(image)
             data.operator = data.operator if operator is None else as_operator(operator)
             data.noise = data.noise if noise is None else noise
+            if network is not None:
+                check_factory("network", network, nn.Module, "SkipNet, width=32")
+                cli.model.make_network = network
+            if denoiser is not None:
+                _use(denoiser, cli)
+            cli.trainer.callbacks.extend(callbacks)
             return cli
 
         def fit(cli: RestorationCLI) -> Tensor:
@@ -123,6 +143,18 @@ def restore(
         if alpha is not None and alpha.shape == array.shape[:2]:
             array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
         return _like(image, array)
+
+
+def _use(denoiser: Callable[[Tensor], Tensor], cli: RestorationCLI) -> None:
+    if not isinstance(cli.model, DeepRED):
+        raise ValueError(
+            f"a denoiser is used by DeepRED, but this configuration fits a "
+            f"{type(cli.model).__name__}; leave denoiser out"
+        )
+    check_denoiser(denoiser)
+    for update in cli.trainer.callbacks:
+        if isinstance(update, REDUpdate):
+            update.denoiser = denoiser
 
 
 def _as_text(name: str, value: Any) -> str:

@@ -1,11 +1,16 @@
 """Options, the report of the fault suite, and a quiet trainer."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+
+# Both of Lightning's names are installed; .ci/run repeats a part with the other.
+os.environ.setdefault("DEEPRED_LIGHTNING", "pytorch_lightning")
+
+from deepred_pl.lightning import Trainer
 
 # Networks this small are slower on two cores than on one.
 torch.set_num_threads(1)

@@ -6,15 +6,16 @@ import json
 import numpy as np
 import skimage.data
 import torch
-from pytorch_lightning import Callback
 from torch import Tensor, nn
 
 from deepred_pl import InverseProblem
 from deepred_pl.batch import jobs
 from deepred_pl.callbacks import LastCheckpoint
+from deepred_pl.lightning import Callback
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
 
+RUN = "lightning_logs/version_0"  # of a trainer's first fit, below its root
 TinyNet = functools.partial(SkipNet, width=4, skip_width=2, scales=2)
 
 

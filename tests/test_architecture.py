@@ -46,7 +46,7 @@ def reachable(name):
 
 def defines_callback(name):
     bases = (
-        {base.id for base in node.bases if isinstance(base, ast.Name)}
+        {getattr(base, "id", getattr(base, "attr", "")) for base in node.bases}
         for node in ast.walk(ast.parse(MODULES[name].read_text()))
         if isinstance(node, ast.ClassDef)
     )

@@ -20,9 +20,6 @@ import skimage.data
 import tifffile
 import torch
 from PIL import Image
-from pytorch_lightning import Trainer
-from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepred_pl.batch import workers
@@ -30,6 +27,7 @@ from deepred_pl.batch.main import main
 from deepred_pl.batch.plan import find_images
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.images import ImageFormat, read_image, write_image
+from deepred_pl.lightning import LightningEnvironment, Trainer, rank_zero_only
 from deepred_pl.restore import restore
 from tests.faults import processes
 from tests.helpers import picture, result_of, run_here

@@ -15,7 +15,8 @@ from deepred_pl import REDUpdate, metrics
 from deepred_pl.cli import RestorationCLI, main
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.images import ImageFormat, read_image, write_image
-from tests.helpers import picture, result_of
+from deepred_pl.lightning import NAME, Trainer
+from tests.helpers import RUN, picture, result_of
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, DENOISING = (ROOT / "configs" / f"{n}.yaml" for n in ("quickstart", "denoising"))
@@ -243,7 +244,7 @@ def test_another_network_goes_with_red_and_keeps_the_tasks_weights(deepred, phot
 def test_callbacks_of_two_overlays_stack_and_their_settings_can_be_given(
     deepred, refused, tmp_path, photo
 ):
-    rate = {"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"}
+    rate = {"class_path": f"{NAME}.callbacks.LearningRateMonitor"}
     (tmp_path / "rate.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [rate]}}))
     run = deepred(
         *("--config", DENOISING, "--config", tmp_path / "rate.yaml"),
@@ -401,8 +402,6 @@ def test_overlays_are_stacked(deepred, photo):
 
 
 def test_the_papers_settings_are_the_released_ones():
-    from pytorch_lightning import Trainer
-
     cli = RestorationCLI(["--config", str(DENOISING), "--config", "paper/denoising"], run=False)
     assert isinstance(cli.trainer, Trainer) and cli.trainer.max_steps == 6000
     model = cli.model
@@ -497,7 +496,9 @@ def test_a_run_can_be_quiet_and_unlogged(deepred, tmp_path, photo):
     args += ["--trainer.max_steps=2", "--trainer.logger=false"]
     args += ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     main(args)
-    assert (tmp_path / "restored.png").is_file() and (tmp_path / "result.json").is_file()
+    assert (tmp_path / RUN / "restored.png").is_file() and (
+        tmp_path / RUN / "result.json"
+    ).is_file()
 
 
 def test_the_processes_random_numbers_are_left_alone(deepred, photo):

@@ -274,9 +274,10 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_what_is_missing_is_said():
     with pytest.raises(RuntimeError, match="create it with problem="):
         DeepImagePrior().training_step()
-    for unfitted in (DeepImagePrior(), make(DeepRED)):
-        with pytest.raises(RuntimeError, match="nothing is restored yet"):
-            _ = unfitted.restored
+    with pytest.raises(RuntimeError, match="nothing is restored yet"):
+        _ = DeepImagePrior().restored
+    unfitted = make(DeepRED)
+    assert torch.equal(unfitted.restored, unfitted.problem.first_guess())
     with pytest.raises(ValueError, match="result must be one of"):
         DeepImagePrior(result="x")
     undriven = DeepRED(network=TinyNet, problem=noisy_problem())

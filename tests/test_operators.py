@@ -664,4 +664,4 @@ def test_a_part_in_which_nothing_was_measured_is_refused():
     ],
 )
 def test_how_much_brighter_a_point_can_be_than_its_measurement(operator, gain):
-    assert operator.gain(operator(picture(1, 48, 48))) == pytest.approx(gain, rel=1e-4)
+    assert operator.largest_gain(operator(picture(1, 48, 48))) == pytest.approx(gain, rel=1e-4)

@@ -12,7 +12,7 @@ from deepred_pl.cli import main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
 from deepred_pl.optim import WarmupCosine
-from tests.helpers import Cut, Scissors, TinyNet, noisy_problem, picture, smooth
+from tests.helpers import RUN, Cut, Scissors, TinyNet, noisy_problem, picture, smooth
 
 ROOT = Path(__file__).parents[1]
 TASKS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem != "fast"]
@@ -81,10 +81,11 @@ def test_a_fit_resumed_at_any_step_ends_like_an_uninterrupted_one(make_trainer, 
     for cut in (1, 13, 20, 26):
         with pytest.raises(Cut):
             trainer(f"cut {cut}", Scissors(cut)).fit(new_model())
-        saved = tmp_path / f"cut {cut}" / "checkpoints" / "last.ckpt"
+        saved = tmp_path / f"cut {cut}" / RUN / "checkpoints" / "last.ckpt"
         assert torch.load(saved, weights_only=True)["global_step"] == cut
-        trainer(f"cut {cut}", LastCheckpoint()).fit(new_model(), ckpt_path=saved)
-        assert_same_checkpoint(saved, tmp_path / "whole" / "checkpoints" / "last.ckpt")
+        trainer(f"resumed {cut}", LastCheckpoint()).fit(new_model(), ckpt_path=saved)
+        resumed = tmp_path / f"resumed {cut}" / RUN / "checkpoints" / "last.ckpt"
+        assert_same_checkpoint(resumed, tmp_path / "whole" / RUN / "checkpoints" / "last.ckpt")
 
 
 def test_a_finished_fit_is_extended_by_resuming_with_more_steps(make_trainer, tmp_path):
@@ -96,7 +97,7 @@ def test_a_finished_fit_is_extended_by_resuming_with_more_steps(make_trainer, tm
             enable_checkpointing=True,
             default_root_dir=tmp_path / folder,
         ).fit(new_model(), ckpt_path=ckpt_path)
-        return tmp_path / folder / "checkpoints" / "last.ckpt"
+        return tmp_path / folder / RUN / "checkpoints" / "last.ckpt"
 
     whole = fit(29, "whole")
     finished = fit(13, "finished")
@@ -110,7 +111,7 @@ def test_every_task_resumes_exactly(tmp_path, monkeypatch, task):
     fifth, end_of_step = tmp_path / "fifth.ckpt", LastCheckpoint.on_train_batch_end
 
     def last(folder):
-        return tmp_path / folder / "lightning_logs/version_0/checkpoints/last.ckpt"
+        return tmp_path / folder / RUN / "checkpoints/last.ckpt"
 
     def keep_the_fifth(self, trainer, *args):
         end_of_step(self, trainer, *args)

@@ -9,14 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate, admm
 from deepred_pl.callbacks import LastCheckpoint, Monitor, Panels, Writer
+from deepred_pl.lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    callbacks,
+    loggers,
+)
 from deepred_pl.optim import WarmupCosine
 from tests.helpers import TinyNet, assert_same_state, noisy_problem, smooth
 
@@ -94,12 +98,14 @@ def test_a_fast_dev_run_makes_a_step_and_leaves_nothing(make_trainer, tmp_path):
         steps=-1,
         fast_dev_run=True,
         enable_checkpointing=True,
-        logger=TensorBoardLogger(tmp_path),
+        logger=loggers.TensorBoardLogger(tmp_path),
     )
     assert model.step == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("limit", [{"overfit_batches": 1}, {"limit_train_batches": 2}])
+@pytest.mark.parametrize(
+    "limit", [{"overfit_batches": 1}, {"overfit_batches": 0.5}, {"limit_train_batches": 2}]
+)
 def test_short_epochs_make_the_same_fit(make_trainer, limit):
     """There is one image: an epoch's length is nothing but bookkeeping."""
     model, limited = made(), made()
@@ -119,7 +125,7 @@ def test_the_learning_rate_can_be_watched(make_trainer, tmp_path):
     def schedule(optimizer):
         return WarmupCosine(optimizer, total_steps=6, warmup_steps=2)
 
-    logger = CSVLogger(tmp_path)
+    logger = loggers.CSVLogger(tmp_path)
     watch = callbacks.LearningRateMonitor(logging_interval="step")
     model = made(lr_scheduler=schedule)
     fit(make_trainer, model, watch, logger=logger, log_every_n_steps=1)
@@ -129,12 +135,12 @@ def test_the_learning_rate_can_be_watched(make_trainer, tmp_path):
 
 
 def test_two_loggers_share_the_curves_and_the_first_has_the_files(make_trainer, tmp_path):
-    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    both = [loggers.CSVLogger(tmp_path / "csv"), loggers.TensorBoardLogger(tmp_path / "tb")]
     model = made()
-    fit(make_trainer, model, Monitor(), Writer(), logger=loggers, log_every_n_steps=2)
-    with open(f"{loggers[0].log_dir}/metrics.csv") as file:
+    fit(make_trainer, model, Monitor(), Writer(), logger=both, log_every_n_steps=2)
+    with open(f"{both[0].log_dir}/metrics.csv") as file:
         gaps = [float(row["curves/gap"]) for row in csv.DictReader(file) if row["curves/gap"]]
-    events = EventAccumulator(loggers[1].log_dir).Reload()
+    events = EventAccumulator(both[1].log_dir).Reload()
     assert gaps == pytest.approx([event.value for event in events.Scalars("curves/gap")], rel=1e-5)
     assert len(gaps) == 3
     files = {path.name for path in (tmp_path / "csv").rglob("*") if path.is_file()}
@@ -246,11 +252,6 @@ def test_true_precisions_are_refused(make_trainer, precision):
     assert "use precision='bf16-mixed'" in refused(make_trainer, made(), precision=precision)
 
 
-def test_a_share_of_an_endless_epoch_is_refused(make_trainer):
-    with pytest.raises(MisconfigurationException, match=r"must be `1.0` or an int"):
-        fit(make_trainer, made(), overfit_batches=0.5)
-
-
 # Inside another module
 
 
@@ -307,7 +308,7 @@ def test_a_parents_true_precision_is_refused(make_trainer):
 
 def test_a_parents_fast_dev_run_makes_a_step_and_leaves_nothing(make_trainer, tmp_path):
     parent, watch = Outer(), [Monitor("restoration"), Panels(1, submodule="restoration")]
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     make_trainer(callbacks=[inner(), *watch], fast_dev_run=True, logger=logger).fit(parent)
     assert parent.restoration.step == 1 and not list(tmp_path.iterdir())
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from deepred_pl.callbacks import Writer
@@ -25,6 +23,7 @@ from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import last_checkpoint, load_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
+from deepred_pl.lightning import NAME, Callback, LightningModule, Trainer, rank_zero_only
 from deepred_pl.moments import RunningMoments
 from deepred_pl.problem import InverseProblem
 from deepred_pl.report import compare, score, write_uncertainty
@@ -185,7 +184,7 @@ def _fit(job: Job) -> None:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
         cli.after_fit()
     except Exception:
-        logging.getLogger("pytorch_lightning").exception("the fit failed")
+        logging.getLogger(NAME).exception("the fit failed")
         raise
 
 
@@ -245,7 +244,7 @@ def _log_into(path: Path) -> Iterator[None]:
     """Redirect Lightning's messages and warnings to a file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "py.warnings")]
+    loggers = [logging.getLogger(name) for name in (NAME, "py.warnings")]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     logging.captureWarnings(True)
     for logger in loggers:

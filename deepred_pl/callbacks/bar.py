@@ -1,24 +1,25 @@
 """The progress bar of a fit."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from deepred_pl.callbacks.base import is_log_step
+from deepred_pl.callbacks.base import is_log_step, restoration_callbacks
+from deepred_pl.lightning import LightningModule, Trainer, callbacks
 
-SHOWN = {"curves/psnr_average": "PSNR average {:.2f} dB", "curves/gap": "gap {:.3g}"}
+SHOWN = {"psnr_average": ("PSNR average", "{:.2f}", " dB"), "gap": ("gap", "{:.3g}", "")}
+EACH = 3  # restorations whose numbers are shown; of more, the least and the largest
 
 
-class RestorationBar(ProgressBar):
+class RestorationBar(callbacks.ProgressBar):
     """A progress bar over θ-steps with PSNR, gap and the time left.
 
-    It shows what `Monitor` logged last: the PSNR of the average if the true image is known, and the
-    gap. Without a terminal, it prints a line for every tenth of the fit.
+    It shows what `Monitor` logged last of each restoration: the PSNR of the average if the true
+    image is known, and the gap. Without a terminal, it prints a line for every tenth of the fit.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,10 @@ class RestorationBar(ProgressBar):
         self._progress.update(self._task, completed=step)
         if not is_log_step(trainer):
             return
-        numbers = _numbers(trainer.callback_metrics)
+        groups = {
+            callback.submodule or "curves": None for callback in restoration_callbacks(trainer)
+        }
+        numbers = _numbers(trainer.callback_metrics, groups)
         self._progress.update(self._task, numbers=numbers)
         tenths = 10 * step // total if total > 0 else step
         if numbers and tenths > self._printed and not self._progress.console.is_terminal:
@@ -81,6 +85,14 @@ class RestorationBar(ProgressBar):
             self._progress = None
 
 
-def _numbers(logged: dict[str, Tensor]) -> str:
-    values = {name: float(logged[name]) for name in SHOWN if name in logged}
-    return "  ".join(SHOWN[name].format(v) for name, v in values.items() if math.isfinite(v))
+def _numbers(logged: Mapping[str, Tensor], groups: Iterable[str]) -> str:
+    shown = []
+    for name, (label, form, unit) in SHOWN.items():
+        found = (float(logged[f"{g}/{name}"]) for g in groups if f"{g}/{name}" in logged)
+        values = [value for value in found if math.isfinite(value)]
+        texts = [form.format(value) for value in values]
+        if len(values) > EACH:
+            texts = [f"{form.format(min(values))} … {form.format(max(values))}"]
+        if texts:
+            shown.append(f"{label} {', '.join(texts)}{unit}")
+    return "  ".join(shown)

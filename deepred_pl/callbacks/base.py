@@ -2,18 +2,22 @@
 
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from deepred_pl.lightning import Callback, LightningModule, Trainer, loggers
 from deepred_pl.model import DeepImagePrior
+from deepred_pl.trainer import check_end, check_fit
 
 
 class RestorationCallback(Callback):
     """A callback that acts on one restoration of the trained module.
+
+    The restoration is looked up at every use: a parent may replace it between two steps, by another
+    image's. Subclasses that override a hook of Lightning's call this class's, too.
 
     Callbacks do not import one another; they query their `siblings`, the others that act on the
     same restoration, through the attributes and methods of this class.
@@ -28,7 +32,8 @@ class RestorationCallback(Callback):
 
     chooses: ClassVar[bool] = False
     waiting: bool = False
-    _model: DeepImagePrior | None = None
+    _trained: LightningModule | None = None  # during a fit
+    _current: DeepImagePrior | None = None  # the restoration that it has started with
 
     def __init__(self, submodule: str = "") -> None:
         self.submodule = submodule
@@ -41,8 +46,8 @@ class RestorationCallback(Callback):
     @property
     def model(self) -> DeepImagePrior:
         """The restoration that it acts on, during a fit."""
-        assert self._model is not None
-        return self._model
+        assert self._trained is not None
+        return self.restoration(self._trained)
 
     def restoration(self, pl_module: LightningModule) -> DeepImagePrior:
         """Find the restoration that it acts on.
@@ -50,10 +55,13 @@ class RestorationCallback(Callback):
         Raises:
             ValueError: There is none at `submodule`; the message lists those that exist.
         """
-        children = dict(pl_module.named_modules())
-        found = children.get(self.submodule)
+        try:
+            found = pl_module.get_submodule(self.submodule)
+        except AttributeError:
+            found = pl_module
         if not isinstance(found, DeepImagePrior):
-            names = [name for name, child in children.items() if isinstance(child, DeepImagePrior)]
+            children = pl_module.named_modules()
+            names = [name for name, child in children if isinstance(child, DeepImagePrior)]
             raise ValueError(
                 f"expected a DeepImagePrior or DeepRED at submodule={self.submodule!r} of "
                 f"{type(pl_module).__name__}, which has them at {names}; use one of these names"
@@ -64,12 +72,46 @@ class RestorationCallback(Callback):
         """The other callbacks that act on the same restoration."""
         return [c for c in restoration_callbacks(trainer, self.submodule) if c is not self]
 
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning calls the module's own hook only of the module that is trained.
+        model, problem = self.restoration(pl_module), getattr(trainer.datamodule, "problem", None)
+        if model is not pl_module and model.problem is None and problem is not None:
+            model.build(problem)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._model = self.restoration(pl_module)
-        self.check(self._model, trainer)
+        self._trained = pl_module
+        self._check_all(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._trained is not None:
+            check_end(trainer)
+            self._current = self.model
+            self.start(self._current, trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *batch: Any
+    ) -> None:
+        if self._trained is not None and self.model is not self._current:
+            self.setup(trainer, pl_module, "fit")
+            self._check_all(trainer)
+            self._current = self.model
+            self.start(self._current, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._model = None
+        self._trained = self._current = None
+
+    def _check_all(self, trainer: Trainer) -> None:
+        model = self.model
+        if self is restoration_callbacks(trainer, self.submodule)[0]:  # once for a restoration
+            check_fit(model, trainer)
+        self.check(model, trainer)
+
+    # What subclasses do
+
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        """Begin with a restoration: as a fit starts, or resumes, or after a parent replaced it."""
 
     # What siblings, the writer and the command line ask
 
@@ -123,14 +165,43 @@ def restoration_callbacks(
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """The directory of the trainer's run: its logger's, or its default root."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The directory of the trainer's run.
+
+    That of its first logger if it has one on this machine, as TensorBoard's and CSV's have, or else
+    the next lightning_logs/version_n of the trainer's default root, which is created.
+    """
+    if isinstance(trainer.logger, loggers.TensorBoardLogger | loggers.CSVLogger):
+        return Path(trainer.logger.log_dir)
+    if trainer not in _directories:
+        _directories[trainer] = _new_version(Path(trainer.default_root_dir) / "lightning_logs")
+    return _directories[trainer]
+
+
+_directories: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+
+
+def _new_version(runs: Path) -> Path:
+    numbers = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
+    number = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+    while True:
+        directory = runs / f"version_{number}"
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:  # another process was faster
+            number += 1
+        except OSError:  # whoever writes into it reports it
+            return directory
+        else:
+            return directory
 
 
 def tensorboard_writers(trainer: Trainer) -> list[SummaryWriter]:
     """The event files of the trainer's TensorBoard loggers."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [logger.experiment for logger in loggers]
+    return [
+        logger.experiment
+        for logger in trainer.loggers
+        if isinstance(logger, loggers.TensorBoardLogger)
+    ]
 
 
 def is_log_step(trainer: Trainer) -> bool:

@@ -11,13 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
-
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory, stability
 from deepred_pl.checks import check_at_least
 from deepred_pl.files import describe, last_checkpoint, move
+from deepred_pl.lightning import LightningModule, Trainer, callbacks, rank_zero_info
 from deepred_pl.model import DeepImagePrior
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send
@@ -35,7 +32,7 @@ def resume_with(checkpoint: Path) -> str:
     return f", use the same settings and the checkpoint (ckpt_path) {checkpoint}"
 
 
-class LastCheckpoint(Checkpoint):
+class LastCheckpoint(callbacks.Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run directory, saved every n θ-steps and at the end.
 
     The file is only replaced by a complete one with finite values; if it cannot be written, the fit
@@ -65,6 +62,7 @@ class LastCheckpoint(Checkpoint):
         self._signal: int | None = None
         self._ending = False
         self._step = 0  # the latest seen
+        self._saved: Path | None = None  # of this fit
         self.how_to_resume: Callable[[Path], str] = resume_with
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,6 +78,7 @@ class LastCheckpoint(Checkpoint):
                 raise Stopped(SIGNALLED + number)  # REDUpdate keeps it until we have saved
 
         self._ending, self._step = False, trainer.global_step
+        self._saved = Path(trainer.ckpt_path) if trainer.ckpt_path is not None else None
         # Until now Lightning's own handler was active.
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
@@ -109,11 +108,8 @@ class LastCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        path = last_checkpoint(run_directory(trainer))
-        if not path.is_file() and trainer.ckpt_path is not None:
-            path = Path(trainer.ckpt_path)  # nothing was saved since
-        if trainer.training and path.is_file():
-            rank_zero_info(f"To resume{self.how_to_resume(path)}")
+        if trainer.training and self._saved is not None and self._saved.is_file():
+            rank_zero_info(f"To resume{self.how_to_resume(self._saved)}")
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
@@ -135,6 +131,7 @@ class LastCheckpoint(Checkpoint):
         try:
             trainer.save_checkpoint(new, weights_only=False)
             move(new, path)
+            self._saved = path
         except OSError as error:
             with suppress(OSError):
                 new.unlink(missing_ok=True)

@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl.callbacks.base import RestorationCallback, stability
-from deepred_pl.checks import check_at_least
+from deepred_pl.checks import as_plain, check_at_least
+from deepred_pl.lightning import LightningModule, Trainer, rank_zero_info
 from deepred_pl.model import DeepImagePrior
 
 RECENT = 0.2  # weight of the latest check in the usual PSNR
@@ -47,6 +46,7 @@ class CollapseGuard(RestorationCallback):
 
     def __init__(self, drop: float = 6.0, patience: int = 3, submodule: str = "") -> None:
         super().__init__(submodule)
+        drop, patience = as_plain(drop), as_plain(patience)
         check_at_least(1, patience=patience)
         if not drop > 0:
             raise ValueError(f"drop must be > 0 dB, got {drop}; with .inf only NaN is a collapse")
@@ -81,15 +81,16 @@ class CollapseGuard(RestorationCallback):
         self._failures = state_dict["failures"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self.rollbacks, self._usual, self._failures = 0, math.nan, 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
         periods = [c.period for c in self.siblings(trainer) if c.period]
         self._every_n_steps = min(periods, default=DIP_PERIOD)
-        self._checks = self.model.step // self._every_n_steps
-        if not math.isfinite(stability(self.model)):
+        self._checks = model.step // self._every_n_steps
+        if not math.isfinite(stability(model)):
             raise RuntimeError(
-                f"expected a finite state to continue from, got NaN at step {self.model.step}; "
+                f"expected a finite state to continue from, got NaN at step {model.step}; "
                 "resume from an earlier checkpoint, or start without one"
             )
         self._good = _State(self, trainer)

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pytorch_lightning import Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
-
 from deepred_pl.callbacks.base import name_of
+from deepred_pl.lightning import Trainer, loggers
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.networks import ImageParameter
 
@@ -27,7 +25,7 @@ def log_hyperparameters(
     known = {f"final/{name}": float(v) for name, v in final.items() if v is not None}
     columns = {**describe(model, trainer, result), **labels}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, loggers.TensorBoardLogger):
             logger.log_hyperparams(columns, known, trainer.global_step)
 
 

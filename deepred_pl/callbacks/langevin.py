@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from deepred_pl.callbacks.base import RestorationCallback
-from deepred_pl.checks import check_positive
+from deepred_pl.checks import as_plain, check_positive
+from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.moments import RunningMoments
 
@@ -37,6 +37,7 @@ class Langevin(RestorationCallback):
 
     def __init__(self, noise: float = 2.0, burn_in: float = 0.35, submodule: str = "") -> None:
         super().__init__(submodule)
+        noise, burn_in = as_plain(noise), as_plain(burn_in)
         check_positive("noise", noise, "without it use methods/dip")
         if not 0 <= burn_in < 1:
             raise ValueError(
@@ -61,6 +62,7 @@ class Langevin(RestorationCallback):
         self._samples.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._samples = RunningMoments()
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
@@ -84,5 +86,7 @@ class Langevin(RestorationCallback):
         generator = model.generator("Langevin")
         for weight in model.network.parameters():
             if weight.ndim == 4 and weight in rates:
-                noise = torch.randn(weight.shape, generator=generator, device=weight.device)
+                noise = torch.randn(
+                    weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
+                )
                 weight.add_(noise, alpha=self.noise * rates[weight])

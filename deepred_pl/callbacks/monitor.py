@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from deepred_pl import admm
@@ -13,6 +12,7 @@ from deepred_pl.callbacks.base import (
     restoration_callbacks,
     tensorboard_writers,
 )
+from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.metrics import psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
 
@@ -46,12 +46,12 @@ class Monitor(RestorationCallback):
             Otherwise it is the name of the group.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
         monitors = [c for c in trainer.callbacks if isinstance(c, Monitor)]
         if self is monitors[0] and not trainer.fast_dev_run:  # an event file has one layout
             layout: dict[str, Any] = {}
             for monitor in monitors:
-                problem = monitor.restoration(pl_module).problem
+                problem = monitor.model.problem
                 known = problem is not None and problem.ground_truth is not None
                 layout |= figure3(monitor._group, with_psnr=known)
             for writer in tensorboard_writers(trainer):

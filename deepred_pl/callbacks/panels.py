@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from deepred_pl.callbacks.base import RestorationCallback, tensorboard_writers
 from deepred_pl.checks import check_at_least
+from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.model import DeepImagePrior, DeepRED
 
 DISPLAYS = 10  # TensorBoard shows 10 images of a panel by default, evenly chosen
@@ -49,7 +49,7 @@ class Panels(RestorationCallback):
         self._left = 0  # displays
         self._shown = 0  # step of the latest display
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
         self._every = 0
         if self.every_n_steps == 0 or trainer.fast_dev_run or not tensorboard_writers(trainer):
             return
@@ -59,9 +59,8 @@ class Panels(RestorationCallback):
         self._left, self._shown = max(DISPLAYS, steps // self._every), 0
         sharing = sum(isinstance(callback, Panels) for callback in trainer.callbacks)
         self._largest = MOST_BYTES // (sharing * PANELS * (self._left + 1))  # one for the end
-        problem = self.model.problem
-        assert problem is not None
-        self._show(trainer, {"measurement": problem.as_image()})
+        assert model.problem is not None
+        self._show(trainer, {"measurement": model.problem.as_image()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         due = self._every and trainer.global_step and trainer.global_step % self._every == 0

@@ -3,19 +3,18 @@
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepred_pl.callbacks.base import RestorationCallback
+from deepred_pl.lightning import Callback, LightningModule, Trainer, rank_zero_info
 from deepred_pl.memory import as_text, check_memory, free_memory, give_memory_back, keep_memory
 from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.torch_state import own_random_numbers
 
 PART = 128  # pixels of a side; the memory of a step is proportional to the pixels
 TRIES = 3  # steps timed; the first is slower
@@ -38,13 +37,19 @@ class Preflight(RestorationCallback):
     def __init__(self) -> None:
         super().__init__()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass  # a parent may have no restoration under its name
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         needed = _check_fit(pl_module, trainer)
         if pl_module.compiled:
             rank_zero_info("Compiling the network, which takes a minute or two.")
-        with trainer.precision_plugin.forward_context(), _forked(pl_module.device):
+        with (
+            trainer.precision_plugin.forward_context(),
+            own_random_numbers(device=pl_module.device),
+        ):
             seconds = step_seconds(pl_module)
         steps = trainer.max_steps - (pl_module.step if trainer.ckpt_path else 0)
         text = f"Expected: {seconds:.2g} s per θ-step"
@@ -110,13 +115,8 @@ def _check_fit(model: DeepImagePrior, trainer: Trainer) -> int:
 
 def fit_memory(model: DeepImagePrior, trainer: Trainer) -> int:
     """Bytes that a θ-step needs at the trainer's precision."""
-    with trainer.precision_plugin.forward_context(), _forked(model.device):
+    with trainer.precision_plugin.forward_context(), own_random_numbers(device=model.device):
         return step_memory(model)
-
-
-def _forked(device: torch.device) -> AbstractContextManager:
-    """A context whose random numbers do not affect the process's generators."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def step_seconds(model: DeepImagePrior) -> float:

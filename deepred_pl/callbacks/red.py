@@ -2,28 +2,33 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from threading import Lock
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepred_pl import admm
 from deepred_pl.background import Background
 from deepred_pl.callbacks.base import RestorationCallback, name_of
-from deepred_pl.checks import RestorationWarning, check_at_least, check_choice
+from deepred_pl.checks import RestorationWarning, as_plain, check_at_least, check_choice
 from deepred_pl.denoisers import Denoiser
+from deepred_pl.lightning import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.operators import Identity
 from deepred_pl.problem import InverseProblem
-from deepred_pl.trainer import check_averaging
+from deepred_pl.trainer import optimized
 
 ABANDONED = 1.0  # seconds to wait for a running job after its fit failed or was stopped
 LAST_JOB = 60.0  # seconds to wait for a running job after its fit has ended
 
 XUpdate = Literal["fixed_point", "gradient", "mixed", "pnp"]
+
+# One for each denoiser in use, by its id, because it may serve several restorations.
+_locks: WeakValueDictionary[int, Lock] = WeakValueDictionary()
 
 
 class REDUpdate(RestorationCallback):
@@ -51,7 +56,7 @@ class REDUpdate(RestorationCallback):
     Args:
         denoiser: f, a callable from (1, C, H, W) to (1, C, H, W) in [0, 1]; see
             `deepred_pl.denoisers`. It is called on a thread on which torch uses one core, one call
-            at a time.
+            at a time, also if several `REDUpdate`s share it.
         every_n_steps: θ-steps per round of x- and u-update, at least 1.
         rounds_per_denoising: Rounds per denoiser call, at least 1.
         x_update: "fixed_point", "gradient" (steepest descent), "mixed": fixed point in the first
@@ -90,6 +95,10 @@ class REDUpdate(RestorationCallback):
         submodule: str = "",
     ) -> None:
         super().__init__(submodule)
+        every_n_steps, rounds_per_denoising = (
+            as_plain(every_n_steps),
+            as_plain(rounds_per_denoising),
+        )
         check_at_least(
             1,
             every_n_steps=every_n_steps,
@@ -107,8 +116,7 @@ class REDUpdate(RestorationCallback):
                 "x_update='pnp' has one denoiser call per round: expected rounds_per_denoising and "
                 f"inner_iterations of 1, got {rounds_per_denoising} and {inner_iterations}"
             )
-        if not callable(denoiser):
-            raise ValueError(f"denoiser must be callable, image to image, got {denoiser!r}")
+        check_denoiser(denoiser)
         self.denoiser = denoiser
         self.every_n_steps = every_n_steps
         self.rounds_per_denoising = rounds_per_denoising
@@ -119,6 +127,8 @@ class REDUpdate(RestorationCallback):
         self.retries = retries
         self._red: DeepRED | None = None  # the restoration, unless it is a plain DeepImagePrior
         self._background: Background | None = None
+        self._lock: Lock | None = None  # during a fit
+        self._began = (0, 0)  # θ-step and Lightning's step as the fit started
         self._reset()
 
     def _reset(self) -> None:
@@ -183,17 +193,16 @@ class REDUpdate(RestorationCallback):
         self._waited, self._worked = state_dict["wait_seconds"], state_dict["busy_seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._reset()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        if isinstance(self.model, DeepRED):
-            self._red = self.model
-            self._red.driven = True
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (model := self._red) is None:
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        self._close(LAST_JOB)  # that of a restoration which was replaced
+        self._began = model.step, trainer.global_step
+        if not isinstance(model, DeepRED):
             return
+        self._red, model.driven = model, True
+        self._lock = _locks.setdefault(id(self.denoiser), Lock())
         self._background = Background(model.x.device)
         if self._submitted_step is None:
             self._submitted_step = model.step - model.step % self.period
@@ -203,6 +212,7 @@ class REDUpdate(RestorationCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, *batch)
         self._update(trainer)  # the round that had failed, in a resumed fit
         self._raise_failure()
 
@@ -225,7 +235,15 @@ class REDUpdate(RestorationCallback):
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
         if not isinstance(model, DeepRED):
             return
-        check_averaging(trainer)
+        if isinstance(self.denoiser, nn.Module) and optimized(trainer) & {
+            *self.denoiser.parameters()
+        }:
+            rank_zero_warn(
+                "The denoiser is trained while it runs in the background, so that the result "
+                "depends on timing; give REDUpdate a copy (copy.deepcopy), which you update "
+                "between two epochs.",
+                category=RestorationWarning,
+            )
         if self.x_update == "mixed" and trainer.max_steps < 1:
             raise ValueError(
                 "x_update='mixed' changes at half of the trainer's max_steps, got max_steps="
@@ -254,9 +272,8 @@ class REDUpdate(RestorationCallback):
         """Discard the running job; the next denoising starts from the restored snapshot."""
         if self._background is not None and self._background.busy:
             try:
-                self._result()
-            except RuntimeError:
-                pass  # neither its result nor its error is needed
+                with suppress(RuntimeError):  # neither its result nor its error is needed
+                    self._result()
             except BaseException as error:  # a signal, or a timeout
                 self._failure = error
 
@@ -303,7 +320,7 @@ class REDUpdate(RestorationCallback):
             self._submit(model, trainer)
 
     def _x_update(self, step: int, trainer: Trainer, limits: admm.Limits) -> admm.XUpdate:
-        second_half = 2 * step > _last_step(trainer)
+        second_half = 2 * step > self._last_step(trainer)
         if self.x_update == "pnp":
             return partial(admm.plug_and_play, limits=limits)
         if self.x_update == "gradient" or (self.x_update == "mixed" and second_half):
@@ -321,17 +338,17 @@ class REDUpdate(RestorationCallback):
         model.lam_pending, model.mu_pending = model.lam.clone(), model.mu.clone()
         self._submitted_step = model.step
         collected_at = (model.step // self.period + 1) * self.period
-        if trainer.max_steps < 1 or collected_at <= _last_step(trainer):
+        if trainer.max_steps < 1 or collected_at <= self._last_step(trainer):
             self._start_job(model, trainer)  # otherwise a resumed fit starts it
 
     def _start_job(self, model: DeepRED, trainer: Trainer) -> None:
         """Denoise the snapshot, which a resumed fit has from its checkpoint."""
         pnp, step = self.x_update == "pnp", self._submitted_step
-        assert self._background is not None and step is not None
+        assert self._background is not None and self._lock is not None and step is not None
         self._background.submit(
             f"denoiser {name_of(self.denoiser)} on the {'v' if pnp else 'x'} of step {step}",
             admm.inner_iterations,
-            partial(_denoise, self.denoiser, self.retries),
+            partial(_denoise, self.denoiser, self.retries, self._lock),
             self._x_update(step, trainer, model.limits),
             model.v_pending if pnp else model.x_pending,
             model.v_pending,
@@ -339,6 +356,20 @@ class REDUpdate(RestorationCallback):
             model.mu_pending,
             self.inner_iterations,
         )
+
+    def _last_step(self, trainer: Trainer) -> float:
+        """The last θ-step, of which a parent may make several, or less than one, per step.
+
+        Lightning's steps are those of optimizers: fewer where a parent accumulates gradients, more
+        where it has several optimizers of its own.
+        """
+        step, global_step = self._began
+        passes: float = trainer.accumulate_grad_batches
+        root = self._trained
+        if root is not None and not root.automatic_optimization:
+            made = trainer.global_step - global_step
+            passes = (self.model.step - step) / made if made else 1
+        return step + (trainer.max_steps - global_step) * passes
 
     def _result(self) -> tuple[Tensor, Tensor]:
         """Wait for the job's last inner x and its f(x)."""
@@ -361,10 +392,19 @@ class REDUpdate(RestorationCallback):
             self._background.close(timeout)
             self._waited += self._background.wait_seconds
             self._worked += self._background.busy_seconds
-            self._background = None
+            self._background = self._lock = None
         if self._red is not None:
             self._red.driven = False
             self._red = None
+
+
+def check_denoiser(denoiser: object) -> None:
+    """Raise ValueError unless the denoiser can be called with an image."""
+    if not callable(denoiser) or isinstance(denoiser, type):
+        raise ValueError(
+            "denoiser must be an object of deepred_pl.denoisers, such as NonLocalMeans(sigma=3), "
+            f"or a function from image to image, got {denoiser!r}"
+        )
 
 
 def _passed(every: int, before: int, step: int) -> bool:
@@ -372,19 +412,15 @@ def _passed(every: int, before: int, step: int) -> bool:
     return step // every > before // every
 
 
-def _last_step(trainer: Trainer) -> int:
-    """The last θ-step; a parent that accumulates gradients makes several per Lightning step."""
-    return trainer.max_steps * trainer.accumulate_grad_batches
-
-
-def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, x: Tensor) -> Tensor:
-    for _ in range(retries):
-        try:
-            return _denoise_once(denoiser, x)
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
-            rank_zero_info(f"Denoiser {name_of(denoiser)} failed; retrying: {reason}")
-    return _denoise_once(denoiser, x)
+def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, lock: Lock, x: Tensor) -> Tensor:
+    with lock:
+        for _ in range(retries):
+            try:
+                return _denoise_once(denoiser, x)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+                rank_zero_info(f"Denoiser {name_of(denoiser)} failed; retrying: {reason}")
+        return _denoise_once(denoiser, x)
 
 
 @torch.no_grad()

@@ -4,11 +4,9 @@ import math
 from collections import deque
 from typing import Any, Literal
 
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-
-from deepred_pl.callbacks.base import RestorationCallback
-from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl.callbacks.base import RestorationCallback, restoration_callbacks
+from deepred_pl.checks import as_plain, check_at_least, check_choice
+from deepred_pl.lightning import LightningModule, Trainer, rank_zero_warn
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.moments import RunningMoments, together
 
@@ -32,7 +30,8 @@ class AutoStop(RestorationCallback):
                       window is the best, and the fit stops there. Needs a noise model.
 
     The best window's average becomes the module's `chosen`, which `restored` returns instead of
-    `result`, also if the fit ran to its end.
+    `result`, also if the fit ran to its end. Where one trainer has several, for several
+    restorations, it stops once all of them have; until then, the image of each is kept.
 
     Args:
         rule: "variance" or "discrepancy".
@@ -43,7 +42,7 @@ class AutoStop(RestorationCallback):
 
     Attributes:
         best_step: Last step of the best window, or None.
-        stopped: Whether it ended the fit.
+        stopped: Whether it has found its image, and wants to end the fit.
 
     Raises:
         ValueError: An argument is out of range, or a noise model is needed and missing.
@@ -59,6 +58,7 @@ class AutoStop(RestorationCallback):
         submodule: str = "",
     ) -> None:
         super().__init__(submodule)
+        window, patience = as_plain(window), as_plain(patience)
         check_choice("rule", rule, Rule)
         if window < 2 * BLOCKS or window % BLOCKS:
             raise ValueError(
@@ -111,10 +111,10 @@ class AutoStop(RestorationCallback):
             self._blocks[-1].load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._reset()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
         if 0 < trainer.max_steps < self.window:
             self._on = False
             rank_zero_warn(
@@ -123,7 +123,7 @@ class AutoStop(RestorationCallback):
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if not self._on:
+        if not self._on or self.stopped:
             return
         self._blocks[-1].add(self.model.out)
         if self._blocks[-1].count == self.window // BLOCKS:
@@ -149,4 +149,6 @@ class AutoStop(RestorationCallback):
             model.chosen = mean
         waited = model.step - (self.best_step or 0)
         if found or (self.rule == "variance" and waited >= self.patience):
-            self.stopped = trainer.should_stop = True
+            self.stopped = True
+            others = [c for c in restoration_callbacks(trainer) if isinstance(c, AutoStop)]
+            trainer.should_stop = all(other.stopped for other in others)

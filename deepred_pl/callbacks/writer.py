@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory
 from deepred_pl.callbacks.hparams import log_hyperparameters
 from deepred_pl.files import check_writable, describe, write_json
 from deepred_pl.images import ImageFormat, write_image
+from deepred_pl.lightning import Callback, LightningModule, Trainer, callbacks, rank_zero_info
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.report import compare, diagnosis, score, write_uncertainty
 
@@ -39,7 +37,7 @@ class Writer(Callback):
 
     def __init__(self) -> None:
         self.labels: dict[str, str] = {}
-        self._timer = Timer()
+        self._timer = callbacks.Timer()
         self._at_half: Tensor | None = None  # residual ratio after half of the steps
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +48,7 @@ class Writer(Callback):
         self._at_half = state_dict.get("at_half")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._timer, self._at_half = Timer(), None
+        self._timer, self._at_half = callbacks.Timer(), None
         if not trainer.fast_dev_run:
             check_writable(run_directory(trainer))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepred_pl.checks import check_grey_levels
+from deepred_pl.checks import as_plain, check_grey_levels
 
 
 class Denoiser(ABC):
@@ -50,6 +50,7 @@ class GreyLevelDenoiser(Denoiser):
 
     @sigma.setter
     def sigma(self, sigma: float) -> None:
+        sigma = as_plain(sigma)
         check_grey_levels("denoiser sigma", sigma, "3 means 3/255")
         self._sigma = sigma
 

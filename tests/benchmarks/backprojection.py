@@ -27,11 +27,11 @@ from statistics import mean
 import numpy as np
 import skimage
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
 
 from deepred_pl import InverseProblem, REDUpdate, restore
 from deepred_pl.callbacks import CollapseGuard, KeepMemory
 from deepred_pl.cli import RestorationCLI
+from deepred_pl.lightning import NAME, Callback, LightningModule, Trainer
 from deepred_pl.metrics import psnr
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="of `rule`: two more fits of each")
     chosen = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger(NAME).setLevel(logging.ERROR)
     if chosen.what == "rule":
         rule(chosen.grid)
     else:

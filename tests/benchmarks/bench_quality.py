@@ -3,10 +3,9 @@
 import time
 from functools import partial
 
-from pytorch_lightning import Callback
-
 from deepred_pl import REDUpdate
 from deepred_pl.cli import RestorationCLI
+from deepred_pl.lightning import Callback
 from tests.benchmarks.bench_trainer import fit
 from tests.benchmarks.conftest import problem, psnr, synchronize
 from tests.benchmarks.textbook import Textbook

@@ -8,12 +8,11 @@ from statistics import median
 
 import pytest
 import torch
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import CollapseGuard, Monitor
 from deepred_pl.denoisers import NonLocalMeans
+from deepred_pl.lightning import NAME, Callback, Trainer, loggers
 from deepred_pl.networks import SkipNet
 from tests.benchmarks.bench_theta_step import bare_step
 from tests.benchmarks.conftest import BM3DS, deep_image_prior, problem, synchronize
@@ -36,7 +35,7 @@ class Clock(Callback):
 def fit(model, steps, *callbacks, logger=False):
     """Fit, and give the seconds of the steps."""
     warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger(NAME).setLevel(logging.ERROR)
     clock = Clock()
     # REDUpdate waits for its last job at the end of the fit, which is no part of the steps.
     trainer = Trainer(
@@ -66,7 +65,7 @@ def test_lightnings_cost(race, device, side, width, steps, tmp_path):
     def our_fit():
         # Of its own, for Lightning brings module and problem to the CPU behind a fit.
         model = deep_image_prior(problem(side, device), width)
-        logger = TensorBoardLogger(tmp_path)
+        logger = loggers.TensorBoardLogger(tmp_path)
         return fit(model, steps, CollapseGuard(), Monitor(), logger=logger)
 
     race({"bare loop": bare_loop, "fit": our_fit})

@@ -4,7 +4,7 @@ import pytest
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import AutoStop, CollapseGuard, Langevin, RestorationCallback, Writer
-from tests.helpers import TinyNet, noisy_problem, smooth
+from tests.helpers import RUN, TinyNet, noisy_problem, smooth
 
 
 class Counting(RestorationCallback):
@@ -28,7 +28,7 @@ def made(**settings):
 def test_what_a_callback_adds_to_the_result_is_written(make_trainer, tmp_path):
     update = REDUpdate(smooth, every_n_steps=2)
     make_trainer(max_steps=5, callbacks=[update, Counting(), Writer()]).fit(made())
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / RUN / "result.json").read_text())
     assert (result["counted"], result["steps"]) == (5, 5)
     assert (result["denoiser"], result["k"], result["x_update"]) == ("smooth", 2, "fixed_point")
 

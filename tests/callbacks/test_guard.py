@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from pytorch_lightning import Callback
 
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
 from deepred_pl.callbacks import AutoStop, CollapseGuard, Langevin, LastCheckpoint, Writer
+from deepred_pl.lightning import Callback
 from deepred_pl.metrics import psnr
 from deepred_pl.networks import ImageParameter
-from tests.helpers import TinyNet, noisy_problem, result_of, smooth
+from tests.helpers import RUN, TinyNet, noisy_problem, result_of, smooth
 
 STEPS = 100
 
@@ -65,7 +65,7 @@ def test_a_forced_failure_is_survived(make_trainer, tmp_path, kind, spoil, red):
 
 def test_the_count_is_in_the_result(make_trainer, tmp_path):
     fit(make_trainer, at=(31, 62), spoil=poison)
-    assert result_of(tmp_path)["rollbacks"] == 2
+    assert result_of(tmp_path / RUN)["rollbacks"] == 2
 
 
 @pytest.mark.parametrize("kind", [DeepImagePrior, DeepRED])
@@ -208,7 +208,7 @@ def test_the_count_survives_a_resume(make_trainer, tmp_path):
         return guard
 
     assert part(43).rollbacks == 1
-    assert part(60, tmp_path / "checkpoints" / "last.ckpt").rollbacks == 1
+    assert part(60, tmp_path / RUN / "checkpoints" / "last.ckpt").rollbacks == 1
 
 
 def test_it_must_stand_before_the_update(make_trainer):

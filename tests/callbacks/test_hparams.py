@@ -1,11 +1,11 @@
 import pytest
-from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from deepred_pl import DeepImagePrior, DeepRED, REDUpdate
 from deepred_pl.callbacks import Writer
 from deepred_pl.denoisers import TotalVariation
+from deepred_pl.lightning import loggers
 from deepred_pl.losses import TotalVariationPenalty
 from deepred_pl.networks import ImageParameter
 from tests.helpers import TinyNet, noisy_problem, smooth
@@ -24,7 +24,7 @@ def entry(folder):
 
 
 def fit(make_trainer, folder, model, *callbacks, labels=None):
-    logger = TensorBoardLogger(folder, default_hp_metric=False)
+    logger = loggers.TensorBoardLogger(folder, default_hp_metric=False)
     writer = Writer()
     writer.labels = labels or {}
     make_trainer(max_steps=3, callbacks=[*callbacks, writer], logger=logger).fit(model)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning import Callback
 
 from deepred_pl import DeepImagePrior, InverseProblem
 from deepred_pl.callbacks import Langevin, LastCheckpoint, Writer
+from deepred_pl.lightning import Callback
 from deepred_pl.operators import Mask
-from tests.helpers import Cut, Outs, Scissors, TinyNet, noisy_problem, picture
+from tests.helpers import RUN, Cut, Outs, Scissors, TinyNet, noisy_problem, picture
 
 
 def still(parameters):
@@ -50,9 +50,9 @@ def test_mean_and_std_are_those_of_the_outputs_behind_the_burn_in(make_trainer, 
     samples = np.stack(outs.outs[6:])
     np.testing.assert_allclose(model.restored, samples.mean(0), atol=1e-6)
     np.testing.assert_allclose(langevin.std, samples.std(0), atol=1e-5)
-    written = np.load(tmp_path / "uncertainty.npy", allow_pickle=False)
+    written = np.load(tmp_path / RUN / "uncertainty.npy", allow_pickle=False)
     np.testing.assert_allclose(written, samples.std(0)[0].transpose(1, 2, 0), atol=1e-5)
-    picture = np.asarray(Image.open(tmp_path / "uncertainty.png"))
+    picture = np.asarray(Image.open(tmp_path / RUN / "uncertainty.png"))
     grey = samples.std(0)[0].mean(0)
     np.testing.assert_allclose(picture, 255 * grey / grey.max(), atol=1)
 
@@ -90,7 +90,7 @@ def test_a_fit_that_was_cut_off_has_the_same_samples(make_trainer, tmp_path, cut
 
     with pytest.raises(Cut):
         fit(Scissors(cut))
-    resumed, again = fit(LastCheckpoint(), tmp_path / "checkpoints" / "last.ckpt")
+    resumed, again = fit(LastCheckpoint(), tmp_path / RUN / "checkpoints" / "last.ckpt")
     whole, langevin = fit(LastCheckpoint())
     assert again._samples.count == 12
     assert torch.equal(resumed.restored, whole.restored) and torch.equal(again.std, langevin.std)

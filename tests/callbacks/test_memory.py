@@ -4,10 +4,10 @@ from contextlib import suppress
 import psutil
 import pytest
 import torch
-from pytorch_lightning import Trainer
 
 from deepred_pl import DeepImagePrior
 from deepred_pl.callbacks import KeepMemory, preflight
+from deepred_pl.lightning import Trainer
 from tests.faults import processes
 from tests.helpers import TinyNet, noisy_problem
 

@@ -4,8 +4,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from scipy.stats import truncnorm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -13,6 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Monitor, RestorationBar
 from deepred_pl.callbacks.monitor import measure
+from deepred_pl.lightning import Callback, LightningModule, loggers
 from tests.helpers import TinyNet, noisy_problem, picture, smooth
 
 
@@ -69,7 +68,7 @@ def test_without_truth_or_noise_level_there_are_no_such_curves(make_trainer):
 
 
 def test_curves_are_logged_every_n_steps_through_the_logger(make_trainer, tmp_path):
-    logger = CSVLogger(tmp_path)
+    logger = loggers.CSVLogger(tmp_path)
     _, trainer = fitted(make_trainer, noisy_problem(), logger=logger, log_every_n_steps=3)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         logged = list(csv.DictReader(file))
@@ -93,7 +92,7 @@ def layout_of(folder):
 
 @pytest.mark.parametrize("kind", [DeepRED, DeepImagePrior])
 def test_tensorboard_has_the_papers_figure(make_trainer, tmp_path, kind):
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     fitted(make_trainer, noisy_problem(), kind, logger=logger, log_every_n_steps=2)
     layout, logged = layout_of(logger.log_dir)
     assert [title for title, _ in layout] == ["Figure 3"] * 3
@@ -115,7 +114,7 @@ def test_a_figure_without_a_true_image_has_no_psnr_and_each_child_has_one(make_t
         def training_step(self, batch, batch_idx):
             return self.a.training_step() + self.b.training_step()
 
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     callbacks = [REDUpdate(smooth, submodule="a"), Monitor("a"), Monitor("b")]
     make_trainer(max_steps=2, callbacks=callbacks, logger=logger, log_every_n_steps=1).fit(Two())
     layout, logged = layout_of(logger.log_dir)
@@ -133,7 +132,7 @@ def test_the_denoisers_work_and_the_wait_for_it_are_logged_and_survive(make_trai
         trainer = make_trainer(
             max_steps=steps,
             callbacks=[update, Monitor()],
-            logger=CSVLogger(tmp_path),
+            logger=loggers.CSVLogger(tmp_path),
             log_every_n_steps=2,
         )
         trainer.fit(model, **resume)
@@ -157,7 +156,7 @@ def test_a_child_is_logged_under_its_name(make_trainer, tmp_path):
 
     callbacks = [*parent_callbacks(), Monitor("restorations.1")]
     trainer = make_trainer(
-        max_steps=2, callbacks=callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=2
+        max_steps=2, callbacks=callbacks, logger=loggers.CSVLogger(tmp_path), log_every_n_steps=2
     )
     trainer.fit(Parent())
     assert "restorations.1/gap" in trainer.callback_metrics

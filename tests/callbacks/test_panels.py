@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Panels
+from deepred_pl.lightning import Callback, LightningModule, loggers
 from deepred_pl.operators import Downsample
 from tests.helpers import TinyNet, noisy_problem, picture, smooth
 
@@ -31,7 +30,7 @@ def shown(folder):
 
 def fitted(make_trainer, tmp_path, problem, panels, steps=7, kind=DeepRED, **settings):
     model = kind(network=TinyNet, problem=problem)
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     callbacks = [REDUpdate(smooth, every_n_steps=2), panels]
     make_trainer(max_steps=steps, callbacks=callbacks, logger=logger, **settings).fit(model)
     return model, shown(logger.log_dir)
@@ -94,7 +93,7 @@ def size(folder):
 @pytest.mark.parametrize("every, looks", [(None, 10), (1, 100), (400, 1), (90, 5)])
 def test_a_log_stays_small(make_trainer, tmp_path, every, looks, monkeypatch):
     monkeypatch.setattr("deepred_pl.callbacks.panels.MOST_BYTES", 400_000)
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     callbacks = [REDUpdate(blank), Panels(every)]
     make_trainer(max_steps=400, callbacks=callbacks, logger=logger).fit(constant())
     pictures = shown(logger.log_dir)
@@ -114,7 +113,7 @@ def test_a_fit_without_a_known_end_shows_its_end_too(make_trainer, tmp_path, mon
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = trainer.global_step == 33
 
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     time = {"minutes": 5}
     callbacks = [Stop(), REDUpdate(blank), Panels()]
     make_trainer(max_steps=-1, max_time=time, callbacks=callbacks, logger=logger).fit(constant())
@@ -133,7 +132,7 @@ def test_two_share_what_a_log_may_take(make_trainer, tmp_path, monkeypatch):
             return self.a.training_step() + self.b.training_step()
 
     monkeypatch.setattr("deepred_pl.callbacks.panels.MOST_BYTES", 400_000)
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     both = [REDUpdate(blank, submodule=name) for name in "ab"]
     both += [Panels(submodule=name) for name in "ab"]
     make_trainer(max_steps=20, callbacks=both, logger=logger).fit(Two())
@@ -153,7 +152,7 @@ def test_an_accumulating_parent_has_all_looks(make_trainer, tmp_path):
         def training_step(self, batch, batch_idx):
             return self.a.training_step()
 
-    logger = TensorBoardLogger(tmp_path)
+    logger = loggers.TensorBoardLogger(tmp_path)
     callbacks = [REDUpdate(smooth, submodule="a"), Panels(submodule="a")]
     settings = {"max_steps": 20, "accumulate_grad_batches": 4, "logger": logger}
     make_trainer(callbacks=callbacks, **settings).fit(Parent())

@@ -8,11 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import Callback, LightningModule
 from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate, RestorationDataModule
 from deepred_pl.denoisers import Denoiser, NonLocalMeans
+from deepred_pl.lightning import Callback, LightningModule
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Operator
 from tests.helpers import TinyNet, assert_same_state, noisy_problem, picture, smooth
@@ -239,8 +239,9 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 def test_a_denoiser_must_be_callable():
-    with pytest.raises(ValueError, match="denoiser must be callable"):
-        REDUpdate("BM3D")
+    for wrong in ("BM3D", NonLocalMeans):  # a name, and a class
+        with pytest.raises(ValueError, match="denoiser must be an object of"):
+            REDUpdate(wrong)
 
 
 def test_mixed_needs_the_length_of_the_fit(make_trainer):

@@ -8,7 +8,7 @@ from torch import nn
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import AutoStop, LastCheckpoint, Writer
 from deepred_pl.noise import GaussianNoise
-from tests.helpers import Outs, TinyNet, noisy_problem, picture, result_of, smooth
+from tests.helpers import RUN, Outs, TinyNet, noisy_problem, picture, result_of, smooth
 
 
 class Script(nn.Module):
@@ -54,7 +54,7 @@ def test_the_window_of_least_variance_is_returned_and_the_fit_stops(make_trainer
     assert stop.best_step == 20 + 4 * best and 60 <= stop.best_step <= 80
     assert model.step == stop.best_step + 100 and stop.stopped
     np.testing.assert_allclose(model.restored, windows[best].mean(0), atol=1e-6)
-    result = result_of(tmp_path)
+    result = result_of(tmp_path / RUN)
     assert result["stop_reason"] == f"auto_stop: variance, best at step {stop.best_step}"
 
 
@@ -94,7 +94,7 @@ def test_a_resumed_fit_chooses_the_same_window(make_trainer, tmp_path, cut):
             enable_checkpointing=True,
             default_root_dir=tmp_path / folder,
         ).fit(model, ckpt_path=ckpt_path)
-        return model, stop, tmp_path / folder / "checkpoints" / "last.ckpt"
+        return model, stop, tmp_path / folder / RUN / "checkpoints" / "last.ckpt"
 
     whole, stopped, _ = fit(60, "whole")
     assert stopped.stopped and whole.step > 33
@@ -108,7 +108,7 @@ def test_the_choice_is_in_the_checkpoint(make_trainer, tmp_path):
     model = DeepImagePrior(TinyNet, problem=noisy_problem())
     callbacks = [AutoStop(window=10), LastCheckpoint()]
     make_trainer(max_steps=12, callbacks=callbacks, enable_checkpointing=True).fit(model)
-    saved = tmp_path / "checkpoints" / "last.ckpt"
+    saved = tmp_path / RUN / "checkpoints" / "last.ckpt"
     other = DeepImagePrior.load_from_checkpoint(saved, network=TinyNet, map_location="cpu")
     assert torch.equal(other.restored, model.restored)
     assert not torch.equal(other.restored, other.average.clamp(0, 1))
@@ -145,7 +145,7 @@ def test_a_resumed_rule_keeps_its_window(make_trainer, tmp_path):
 
     fit(20)
     with pytest.raises(ValueError, match="AutoStop has rule and window"):
-        fit(10, tmp_path / "checkpoints" / "last.ckpt")
+        fit(10, tmp_path / RUN / "checkpoints" / "last.ckpt")
 
 
 def test_a_choice_ends_with_its_fit(make_trainer, tmp_path):

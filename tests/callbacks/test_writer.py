@@ -16,7 +16,7 @@ from deepred_pl import (
 from deepred_pl.callbacks import LastCheckpoint, Writer
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.report import compare, diagnosis, score
-from tests.helpers import TinyNet, noisy_problem, picture, result_of, smooth
+from tests.helpers import RUN, TinyNet, noisy_problem, picture, result_of, smooth
 
 
 def run(make_trainer, model, data=None, steps=5, **settings):
@@ -31,7 +31,7 @@ def run(make_trainer, model, data=None, steps=5, **settings):
 def test_a_run_leaves_its_pictures_figures_and_checkpoint(make_trainer, tmp_path):
     model = DeepRED(network=TinyNet, problem=noisy_problem(3, 12, 13), seed=3)
     run(make_trainer, model)
-    result = result_of(tmp_path)
+    result = result_of(tmp_path / RUN)
     truth = model.problem.ground_truth.double().numpy()
     for name in ("out", "average", "x"):
         mse = ((getattr(model, name).double().numpy() - truth) ** 2).mean()
@@ -41,21 +41,21 @@ def test_a_run_leaves_its_pictures_figures_and_checkpoint(make_trainer, tmp_path
     assert result["metric_on"] == "rgb" and result["noise_sigma"] == pytest.approx(25)
     assert (result["steps"], result["seed"], result["stop_reason"]) == (5, 3, "max_steps")
     assert result["seconds"] > 0 and result["denoiser_wait_seconds"] >= 0
-    restored = np.asarray(Image.open(tmp_path / "restored.png"))
+    restored = np.asarray(Image.open(tmp_path / RUN / "restored.png"))
     want = np.rint(model.restored[0].movedim(0, -1).numpy() * 255)
     np.testing.assert_array_equal(restored, want)
-    assert Image.open(tmp_path / "comparison.png").size[1] > 12
-    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert Image.open(tmp_path / RUN / "comparison.png").size[1] > 12
+    assert (tmp_path / RUN / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_without_a_ground_truth_metrics_are_null(make_trainer, tmp_path):
     np.save(tmp_path / "y.npy", picture(1, 12, 13)[0, 0].numpy())
     data = RestorationDataModule(measurement=tmp_path / "y.npy", noise=GaussianNoise(None))
     run(make_trainer, DeepImagePrior(network=TinyNet), data)
-    result = result_of(tmp_path)
+    result = result_of(tmp_path / RUN)
     assert set(result["psnr"].values()) == {None} and set(result["ssim"].values()) == {None}
     assert result["metric_on"] == "grey"
-    assert tifffile.imread(tmp_path / "restored.tif").dtype == np.float32
+    assert tifffile.imread(tmp_path / RUN / "restored.tif").dtype == np.float32
 
 
 def test_sixteen_bits_are_written_back(make_trainer, tmp_path):
@@ -63,13 +63,13 @@ def test_sixteen_bits_are_written_back(make_trainer, tmp_path):
     tifffile.imwrite(tmp_path / "y.tif", values)
     data = RestorationDataModule(measurement=tmp_path / "y.tif")
     run(make_trainer, DeepRED(network=TinyNet), data)
-    assert tifffile.imread(tmp_path / "restored.tif").dtype == np.uint16
+    assert tifffile.imread(tmp_path / RUN / "restored.tif").dtype == np.uint16
 
 
 def test_a_perfect_measurement_does_not_stop_the_writing(make_trainer, tmp_path):
     data = RestorationDataModule(ground_truth="sample:camera")  # no noise: infinite PSNR
     run(make_trainer, DeepImagePrior(network=TinyNet), data, steps=1)
-    assert result_of(tmp_path)["psnr"]["measurement"] is None
+    assert result_of(tmp_path / RUN)["psnr"]["measurement"] is None
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from deepred_pl.cli import EXPECTED, RestorationCLI, reason
 from deepred_pl.images import write_image
 from tests.faults import processes
-from tests.helpers import picture
+from tests.helpers import RUN, picture
 
 SAVED, STEPS = 11, 14
 
@@ -46,7 +46,7 @@ def resume_them(connection, folder, seed, tries):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     fit(folder, "whole", SAVED)
-    whole = folder / "whole" / "checkpoints" / "last.ckpt"
+    whole = folder / "whole" / RUN / "checkpoints" / "last.ckpt"
     expected = fit(folder, "expected", STEPS, "--ckpt_path", str(whole)).restored
     chance = random.Random(seed)
     for i in range(tries):

@@ -12,7 +12,8 @@ import torch
 from deepred_pl import DeepRED, REDUpdate, background
 from deepred_pl.background import THREAD_NAME
 from deepred_pl.callbacks import AutoStop, LastCheckpoint
-from tests.helpers import TinyNet, noisy_problem, smooth
+from deepred_pl.lightning import NAME
+from tests.helpers import RUN, TinyNet, noisy_problem, smooth
 from tests.test_resume import assert_same_checkpoint
 
 STEPS, K = 21, 4  # a round is due at 4, 8, ... and none at the end
@@ -20,7 +21,7 @@ STEPS, K = 21, 4  # a round is due at 4, 8, ... and none at the end
 
 @pytest.fixture(autouse=True)
 def _hear_lightning(caplog):
-    caplog.set_level("INFO", logger="pytorch_lightning")
+    caplog.set_level("INFO", logger=NAME)
 
 
 class Failing:
@@ -117,7 +118,7 @@ def fit(make_trainer, tmp_path):
             trainer.fit(new_model(), ckpt_path=ckpt_path)
         finally:
             assert not update.waiting
-        return tmp_path / folder / "checkpoints" / "last.ckpt"
+        return tmp_path / folder / RUN / "checkpoints" / "last.ckpt"
 
     return run
 
@@ -134,7 +135,7 @@ def test_a_fit_whose_denoiser_failed_goes_on_as_if_it_had_not(
         (RuntimeError, TimeoutError), match=f"denoiser Failing on the x of step 8.*{message}"
     ):
         fit("cut", Failing(failure, [3]), timeout=60, retries=0, **schedule)
-    saved = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    saved = tmp_path / "cut" / RUN / "checkpoints" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 12  # the round that failed
     assert_same_checkpoint(fit("resumed", smooth, ckpt_path=saved, **schedule), whole)
 
@@ -143,7 +144,7 @@ def test_a_failure_in_the_last_round_repeats_one_step(fit, tmp_path):
     whole = fit("whole", smooth, every_n_steps=7)  # at 7, 14 and 21
     with pytest.raises(RuntimeError, match="no such patch"):
         fit("cut", Failing(raises, [3]), retries=0, every_n_steps=7)
-    saved = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    saved = tmp_path / "cut" / RUN / "checkpoints" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == STEPS - 1
     assert_same_checkpoint(fit("resumed", smooth, ckpt_path=saved, every_n_steps=7), whole)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning import Callback
-from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.callbacks import LastCheckpoint
@@ -21,12 +19,12 @@ from deepred_pl.callbacks.checkpoint import Stopped
 from deepred_pl.cli import RestorationCLI, main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
+from deepred_pl.lightning import Callback, LightningEnvironment
 from tests.faults import processes
 from tests.faults.processes import CHECKPOINT, RESULTS, ROUND, STEP
-from tests.helpers import TinyNet, noisy_problem, picture, result_of, smooth
+from tests.helpers import RUN, TinyNet, noisy_problem, picture, result_of, smooth
 from tests.test_resume import assert_same_checkpoint
 
-VERSION = "lightning_logs/version_0"
 STEPS = 30
 
 
@@ -58,7 +56,7 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     status, moments = processes.run(options_in(root)("whole"), root / "log")
     assert status == 0, (root / "log").read_text()
-    return pixels(root / "whole" / VERSION), moments
+    return pixels(root / "whole" / RUN), moments
 
 
 def pixels(directory):
@@ -94,7 +92,7 @@ def test_a_fit_killed_at_random_moments_ends_with_the_same_pixels(
             where = f"try {i}, seed {seed}: {delay:.4f} s into {name} {number}"
             delay /= 2
         assert status == -signal.SIGKILL, where
-        run = cut / VERSION
+        run = cut / RUN
         assert_nothing_is_half_written(run)
         if not (run / "result.json").exists():  # else it is complete
             last = run / "checkpoints" / "last.ckpt"
@@ -117,7 +115,7 @@ def test_a_fit_that_is_told_to_stop_says_how_to_go_on(options, whole, tmp_path, 
     status, _ = processes.run(options("cut"), tmp_path / "log", (number, STEP, at))
     output = (tmp_path / "log").read_text()
     assert status == 128 + number, output
-    run = tmp_path / "cut" / VERSION
+    run = tmp_path / "cut" / RUN
     assert f"Stopped at step {at};" in output
     assert f"the image so far: {run / 'restored.png'}" in output
     assert not (run / "result.json").exists()
@@ -157,7 +155,7 @@ def test_a_hung_denoiser_does_not_hold_the_process(options, whole, tmp_path):
     *_, last = ended.stderr.strip().splitlines()
     assert last.startswith("deepred: error: denoiser Hanging on the x of step 8 did not finish")
     assert "Traceback" not in ended.stderr
-    main([*go_on(tmp_path / "hung" / VERSION), "--red.denoiser", "TotalVariation"])
+    main([*go_on(tmp_path / "hung" / RUN), "--red.denoiser", "TotalVariation"])
     assert pixels(tmp_path / "hung" / "lightning_logs" / "version_1") == whole[0]
 
 
@@ -194,13 +192,13 @@ def test_a_fit_that_waits_for_its_denoiser_stops_at_once(make_trainer, tmp_path,
     assert len(calls) == 1  # its denoiser still computes
     released.set()
     assert signal.getsignal(number) is before
-    saved = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    saved = tmp_path / "cut" / RUN / "checkpoints" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 8
     resumed = new_trainer(make_trainer, tmp_path / "resumed", REDUpdate(smooth, every_n_steps=4))
     resumed.fit(new_model(), ckpt_path=saved)
     whole = new_trainer(make_trainer, tmp_path / "whole", REDUpdate(smooth, every_n_steps=4))
     whole.fit(new_model())
-    ends = [tmp_path / f / "checkpoints" / "last.ckpt" for f in ("resumed", "whole")]
+    ends = [tmp_path / f / RUN / "checkpoints" / "last.ckpt" for f in ("resumed", "whole")]
     assert_same_checkpoint(*ends)
 
 
@@ -223,7 +221,7 @@ def test_a_fit_that_gives_nan_keeps_the_checkpoint_before(make_trainer, tmp_path
     trainer = new_trainer(make_trainer, tmp_path, REDUpdate(smooth, every_n_steps=100))
     trainer.callbacks[1:] = [Poison(), LastCheckpoint(every_n_steps=4)]
     trainer.fit(new_model())
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
 
 
@@ -237,7 +235,7 @@ def test_a_signal_before_the_first_step_counts(make_trainer, tmp_path):
     with pytest.raises(Stopped) as stop:
         trainer.fit(new_model())
     assert stop.value.code == 128 + signal.SIGTERM
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 1
 
 
@@ -263,8 +261,9 @@ def test_ctrl_c_before_the_fit_has_its_status(monkeypatch, options, capsys):
     assert "deepred: stopped" in capsys.readouterr().err
 
 
-def test_a_run_without_a_logger_goes_on_in_its_own_directory(options, tmp_path):
+def test_a_run_without_a_logger_goes_on_in_a_directory_of_its_own(options, tmp_path):
     main([*options("run", steps=9), "--trainer.logger", "false"])
-    run = tmp_path / "run"
+    run = tmp_path / "run" / RUN
     main([*go_on(run), "--trainer.max_steps", "12"])
-    assert result_of(run)["steps"] == 12
+    assert result_of(run)["steps"] == 9
+    assert result_of(run.with_name("version_1"))["steps"] == 12

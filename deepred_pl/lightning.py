@@ -1,0 +1,105 @@
+"""PyTorch Lightning, by whichever of its two names the program uses.
+
+`lightning.pytorch` and `pytorch_lightning` are the same library with classes of their own, which do
+not fit together. This package uses the one that the environment variable DEEPRED_LIGHTNING names,
+or else the one that the program imports first, or else `pytorch_lightning`.
+"""
+
+import linecache
+import os
+import re
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+NAMES = ("pytorch_lightning", "lightning.pytorch")
+IMPORT = re.compile(r"^\s*(?:from|import)\s+(pytorch_lightning|lightning)\b", re.MULTILINE)
+
+
+def _name() -> str:
+    chosen = os.environ.get("DEEPRED_LIGHTNING")
+    if chosen is None:
+        imported = [name for name in list(sys.modules) if name in NAMES]  # in their order
+        return imported[0] if imported else _imported_next(sys._getframe())
+    if chosen not in NAMES:
+        raise ImportError(f"DEEPRED_LIGHTNING must be one of {', '.join(NAMES)}, got {chosen!r}")
+    return chosen
+
+
+def _imported_next(frame: FrameType | None) -> str:
+    """The name that the files importing this package import after it, as sorted imports do."""
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith("deepred_pl"):
+            source = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+            if found := IMPORT.search(source):
+                return NAMES[found[1] == "lightning"]
+        frame = frame.f_back
+    return NAMES[0]
+
+
+NAME = _name()
+
+if TYPE_CHECKING or NAME == "pytorch_lightning":
+    from pytorch_lightning import (
+        Callback,
+        LightningDataModule,
+        LightningModule,
+        Trainer,
+        callbacks,
+        loggers,
+    )
+    from pytorch_lightning.cli import (
+        ArgsType,
+        LightningArgumentParser,
+        LightningCLI,
+        SaveConfigCallback,
+    )
+    from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.utilities.rank_zero import (
+        rank_zero_info,
+        rank_zero_only,
+        rank_zero_warn,
+    )
+else:
+    from lightning.pytorch import (
+        Callback,
+        LightningDataModule,
+        LightningModule,
+        Trainer,
+        callbacks,
+        loggers,
+    )
+    from lightning.pytorch.cli import (
+        ArgsType,
+        LightningArgumentParser,
+        LightningCLI,
+        SaveConfigCallback,
+    )
+    from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import (
+        rank_zero_info,
+        rank_zero_only,
+        rank_zero_warn,
+    )
+
+__all__ = [
+    "NAME",
+    "ArgsType",
+    "Callback",
+    "LightningArgumentParser",
+    "LightningCLI",
+    "LightningDataModule",
+    "LightningEnvironment",
+    "LightningModule",
+    "MisconfigurationException",
+    "SLURMEnvironment",
+    "SaveConfigCallback",
+    "Trainer",
+    "callbacks",
+    "loggers",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+]

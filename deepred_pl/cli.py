@@ -164,8 +164,9 @@ class RestorationCLI(LightningCLI):
         warnings.filterwarnings("ignore", module=re.escape(f"{NAME}.cli"))
         # Python would show the same text only once, also for another image.
         warnings.filterwarnings("always", category=RestorationWarning, append=True)
-        rank_zero_log = logging.getLogger(f"{NAME}.utilities.rank_zero")
-        rank_zero_log.addFilter(_is_no_advertisement)
+        for name in NAMES:
+            log = logging.getLogger(f"{name}.utilities.rank_zero")
+            log.addFilter(_is_no_advertisement)
         # Errors are raised to the caller, and abbreviated names are errors.
         raising = {"exit_on_error": False, "allow_abbrev": False}
         commands = {

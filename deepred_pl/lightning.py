@@ -12,6 +12,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
+# Both log by the logger of the one that was imported last.
 NAMES = ("pytorch_lightning", "lightning.pytorch")
 IMPORT = re.compile(r"^\s*(?:from|import)\s+(pytorch_lightning|lightning)\b", re.MULTILINE)
 
@@ -86,6 +87,7 @@ else:
 
 __all__ = [
     "NAME",
+    "NAMES",
     "ArgsType",
     "Callback",
     "LightningArgumentParser",

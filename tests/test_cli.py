@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import json
 import random
 import re
 import shutil
@@ -12,10 +13,11 @@ import yaml
 from PIL import Image
 
 from deepred_pl import REDUpdate, metrics
+from deepred_pl.callbacks import LastCheckpoint, Monitor, RestorationBar, Writer
 from deepred_pl.cli import RestorationCLI, main
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.images import ImageFormat, read_image, write_image
-from deepred_pl.lightning import NAME, Trainer
+from deepred_pl.lightning import NAME, Trainer, loggers
 from tests.helpers import RUN, picture, result_of
 
 ROOT = Path(__file__).parents[1]
@@ -620,6 +622,75 @@ def test_a_file_that_is_no_checkpoint_gets_one_clear_line(refused, tmp_path):
     for name in ("last.ckpt", "other.ckpt"):
         said = refused("--config", QUICKSTART, ckpt_path=tmp_path / name)
         assert "expected a run's checkpoints/last.ckpt" in said and "weights_only" not in said
+
+
+@pytest.mark.parametrize(
+    ("section", "base"),
+    [
+        ("red.denoiser", "denoisers.Denoiser"),
+        ("data.operator", "operators.Operator"),
+        ("data.noise", "noise.NoiseModel"),
+        ("model.regularizer", "losses.Term"),
+    ],
+)
+def test_a_class_of_ones_own_is_told_what_to_derive_from(refused, section, base):
+    said = refused("--config", DENOISING, f"--{section}=torch.nn.Identity")
+    assert f"expected a class derived from deepred_pl.{base}, got torch.nn.Identity" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "missing"),
+    [
+        ("--trainer.callbacks+=RichProgressBar", RestorationBar),
+        ("--trainer.enable_checkpointing=false", LastCheckpoint),
+        ("--trainer.barebones=true", (LastCheckpoint, Monitor, RestorationBar)),
+    ],
+)
+def test_parts_of_every_run_give_way_to_the_users_settings(option, missing):
+    args = ["--config", str(DENOISING), option, "--trainer.accelerator=cpu"]
+    bare = ["--trainer.log_every_n_steps=null"] if "barebones" in option else []
+    cli = RestorationCLI([*args, *bare], run=False)
+    parts = (RestorationBar, LastCheckpoint, Monitor, Writer, REDUpdate)
+    given = {kind for kind in parts if any(isinstance(c, kind) for c in cli.trainer.callbacks)}
+    assert given == {kind for kind in parts if not issubclass(kind, missing)}
+
+
+def test_settings_are_kept_whatever_the_logger_and_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("mine")
+    tiny = ["--data.crop=40", "--model.network.width=4", "--trainer.max_steps=2"]
+    quick = ["fit", "--config", str(DENOISING), *tiny, "--trainer.enable_progress_bar=false"]
+    logger = {"class_path": f"{__name__}.Remote"}
+    for option in ("--trainer.logger=false", f"--trainer.logger={json.dumps(logger)}"):
+        main([*quick, option])
+    last = tmp_path / RUN / "checkpoints" / "last.ckpt"
+    main([*quick, "--trainer.logger=false", f"--ckpt_path={last}", "--trainer.max_steps=3"])
+    runs = [tmp_path / "lightning_logs" / f"version_{i}" for i in range(3)]
+    assert [result_of(run)["steps"] for run in runs] == [2, 2, 3]
+    assert all(config_of(run)["trainer"]["max_steps"] for run in runs)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+    assert not (tmp_path / "remote").exists()
+
+
+class Remote(loggers.Logger):
+    """A logger of a service, whose folder on this machine is not the run's."""
+
+    name, version, save_dir = "remote", "1", "remote"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+def test_a_run_directory_that_is_taken_is_refused(refused, tmp_path):
+    settings = {"save_dir": str(tmp_path), "name": "", "version": ""}
+    logger = {"class_path": "CSVLogger", "init_args": settings}
+    (tmp_path / "config.yaml").write_text("mine")
+    said = refused("--config", DENOISING, f"--trainer.logger={json.dumps(logger)}")
+    assert "expected a run directory of its own, but there is a run in" in said
+    assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

@@ -71,10 +71,17 @@ for model, name in (made(), ""), (Parent(), "child"):
     trainer = Trainer(max_steps=4, callbacks=parts, log_every_n_steps=2, logger=logger, **quiet)
     trainer.fit(model)
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
-    print(len(tags["scalars"]) > 5, len(tags["images"]), end=" ")
+    print(len(tags["scalars"]) > 5, len(tags["images"]))
+
+from deepred_pl.cli import main
+main(["fit", "--config", "denoising", "--trainer.logger=pytorch_lightning.loggers.CSVLogger"])
 """
     (tmp_path / "program.py").write_text(program)
     env = {name: value for name, value in os.environ.items() if name != "DEEPRED_LIGHTNING"}
     command = [sys.executable, "-W", "ignore", "program.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout == "True 5 True 5 ", done.stderr
+    assert done.stdout.split() == ["True", "5", "True", "5"], done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        "got pytorch_lightning.loggers.CSVLogger, which is not: this run uses lightning.pytorch; "
+        "name its class, or set DEEPRED_LIGHTNING=pytorch_lightning"
+    )

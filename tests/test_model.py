@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
+from deepred_pl import trainer as trainer_module
+from deepred_pl.callbacks import AutoStop, CollapseGuard
 from deepred_pl.callbacks.monitor import measure
 from deepred_pl.callbacks.writer import summarise
+from deepred_pl.lightning import NAME
 from deepred_pl.networks import DeepDecoder, SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Downsample, Mask
@@ -285,8 +289,79 @@ def test_what_is_missing_is_said():
         undriven.training_step()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "example"),
+    [
+        ({"network": SkipNet(3, width=4, scales=2)}, r"partial\(SkipNet, width=32\)"),
+        ({"network": nn.Conv2d(1, 1, 1)}, "got Conv2d"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, r"partial\(torch\.optim\.Adam, lr=0.01"),
+        ({"lr_scheduler": 0.1}, r"got 0\.1; give for example functools\.partial\(WarmupCosine"),
+        ({"problem": picture(3)}, r"must be an InverseProblem, got Tensor"),
+    ],
+)
+def test_objects_of_another_kind_are_refused(wrong, example):
+    with pytest.raises(ValueError, match=example):
+        DeepRED(**wrong)
+
+
+PLAIN_SETTINGS = {
+    "lam": 0.25,
+    "mu": 0.5,
+    "average_decay": 0.75,
+    "input_noise_std": 0.125,
+    "seed": 3,
+}
+
+
+def test_numbers_of_numpy_and_torch_become_pythons(make_trainer, tmp_path):
+    settings = {
+        "lam": np.float32(0.25),
+        "mu": np.float64(0.5),
+        "average_decay": torch.tensor(0.75),
+        "input_noise_std": np.float16(0.125),
+        "seed": np.int64(3),
+    }
+    numbers, plain = make(DeepRED, **settings), make(DeepRED, **PLAIN_SETTINGS)
+    for model in (numbers, plain):
+        update = REDUpdate(smooth, every_n_steps=np.int64(2))
+        stop = AutoStop(window=np.int64(10), patience=np.int64(1000))
+        trainer = make_trainer(max_steps=12, callbacks=[CollapseGuard(np.float32(6)), update, stop])
+        trainer.fit(model)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        loaded = DeepRED.load_from_checkpoint(tmp_path / "last.ckpt", network=TinyNet)
+        assert torch.equal(loaded.restored, model.restored)
+        assert loaded.lam.dtype == torch.float32
+        assert {name: loaded.hparams[name] for name in settings} == PLAIN_SETTINGS
+        assert {type(loaded.hparams[name]) for name in settings} == {float, int}
+    assert_same_state(numbers, plain)
+
+
+def test_data_that_would_not_be_used_is_refused(make_trainer):
+    loader = DataLoader([torch.zeros(3)])
+    model, update = make(DeepRED), REDUpdate(smooth, every_n_steps=2)
+    with pytest.raises(ValueError, match=r"the batches of a DataLoader: leave it out of fit\(\)"):
+        make_trainer(max_steps=2, callbacks=[update]).fit(model, loader)
+    make_trainer(max_steps=2, callbacks=[update]).fit(model)
+    with pytest.raises(ValueError, match=r"leave it out of predict\(\)"):
+        make_trainer().predict(model, loader)
+
+
+def test_seed_everything_is_said_to_change_nothing(make_trainer, monkeypatch, caplog):
+    caplog.set_level("INFO", logger=NAME)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    trainer_module._say_that_seeds_are_settings.cache_clear()
+    for _ in range(2):
+        update = REDUpdate(smooth, every_n_steps=2)
+        make_trainer(max_steps=1, callbacks=[update]).fit(make(DeepRED))
+    assert caplog.text.count("seed_everything does not change θ₀, z and the input noise") == 1
+
+
 def test_one_module_restores_one_image():
     model = make()
+    with pytest.raises(AttributeError, match=r"build\(problem\) gives the problem"):
+        model.problem = noisy_problem()
+    with pytest.raises(AttributeError, match="create a new module for another image"):
+        make(problem=None).problem = noisy_problem()
     model.build(model.problem)  # nothing happens
     with pytest.raises(ValueError, match="another image"):
         model.build(noisy_problem())

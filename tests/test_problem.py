@@ -5,7 +5,8 @@ from PIL import Image
 from scipy.integrate import trapezoid
 from scipy.stats import norm, truncnorm
 
-from deepred_pl import InverseProblem
+from deepred_pl import DeepRED, InverseProblem, REDUpdate
+from deepred_pl.callbacks import Monitor, Writer
 from deepred_pl.fidelity import backprojection
 from deepred_pl.noise import (
     GammaNoise,
@@ -14,9 +15,9 @@ from deepred_pl.noise import (
     PoissonGaussianNoise,
     PoissonNoise,
 )
-from deepred_pl.operators import Blur, Downsample, Identity, Mask
+from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator
 from deepred_pl.tiles import Region
-from tests.helpers import noisy_problem, picture
+from tests.helpers import RUN, TinyNet, noisy_problem, picture, result_of, smooth
 
 
 def test_residual_and_data_term_are_the_mean_squared_residual():
@@ -141,11 +142,102 @@ def test_first_guess_is_the_measurement_clipped():
         (torch.zeros(1, 3, 0, 5), r"\(1, C, H, W\)"),
         (torch.zeros(1, 3, 5, 5, dtype=torch.uint8), "float"),
         (torch.tensor([[[[0.0, np.nan, np.inf]]]]), "2 of its 3 values"),
+        (np.zeros((1, 3, 5, 5)), r"got ndarray; deepred_pl\.images\.to_tensor"),
+        ([[0.1]], "got list"),
+        (255 * picture(3, 5, 5), r"its mean is \d+; divide it by the value of white"),
+        (picture(3, 5, 5).requires_grad_(), "is a parameter of the operator"),
     ],
 )
 def test_a_measurement_that_is_no_image_is_refused(y, message):
     with pytest.raises(ValueError, match=message):
         InverseProblem(y)
+
+
+def test_what_is_no_noise_model_is_refused():
+    with pytest.raises(ValueError, match=r"or None, got 25; for example GaussianNoise\(sigma=25\)"):
+        InverseProblem(picture(), noise=25)
+
+
+class MaskedFourier(Operator):
+    """The known part of an image's Fourier transform, as magnetic resonance imaging has it."""
+
+    keeps_units = False
+
+    def __init__(self, known):
+        super().__init__()
+        self.register_buffer("known", known)
+
+    def forward(self, x):
+        return self.known * torch.fft.fft2(x, norm="ortho")
+
+    def image_shape(self, measurement_shape):
+        return measurement_shape
+
+    @property
+    def observed(self):
+        return self.known
+
+
+class Physics:
+    """The same for any program: two functions."""
+
+    def __init__(self, known):
+        self.A = MaskedFourier(known)
+
+    def A_adjoint(self, y):
+        return torch.fft.ifft2(self.A.known * y, norm="ortho")
+
+
+def complex_problem(kind=MaskedFourier, sigma=5, height=9, width=12, **settings):
+    random = torch.Generator().manual_seed(0)
+    truth = picture(1, height, width)
+    known = (torch.rand(1, 1, height, width, generator=random) < 0.6).float()
+    noise = torch.randn(1, 1, height, width, 2, generator=random) * sigma / 255
+    y = known * (torch.fft.fft2(truth, norm="ortho") + torch.view_as_complex(noise))
+    return y, truth, known, InverseProblem(y, kind(known), GaussianNoise(sigma), truth, **settings)
+
+
+def test_a_complex_measurement_is_fitted_by_its_two_parts():
+    y, truth, known, problem = complex_problem()
+    out = truth.flip(-1).requires_grad_()
+    residual = np.fft.fft2(out.detach().double().numpy(), norm="ortho") - y.numpy()
+    seen = known.bool().numpy()
+    assert problem.image_shape == (1, 1, 9, 12) and problem.y.shape == (1, 1, 9, 12, 2)
+    want = (np.abs(residual[seen]) ** 2).sum() / (2 * seen.sum())
+    assert problem.residual(out).item() == pytest.approx(want, rel=1e-5)
+    (got,) = torch.autograd.grad(problem.data_term(out), out)
+    slope = np.fft.ifft2(seen * residual, norm="ortho").real / seen.sum()
+    torch.testing.assert_close(got, torch.from_numpy(slope).float(), rtol=1e-4, atol=1e-7)
+    assert problem.residual_ratio(truth).item() == pytest.approx(1, abs=0.25)
+    assert problem.clipped_to == (-np.inf, np.inf)
+
+
+def test_a_complex_operator_with_an_adjoint_gives_the_same():
+    _, truth, known, ours = complex_problem()
+    other = complex_problem(Physics)[3]  # which does not tell what was observed
+    found = []
+    for problem, seen in ((ours, known.mean()), (other, 1)):
+        out = truth.flip(-1).requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.data_term(out), out)
+        found.append((gradient * seen, problem.operator.adjoint(problem.y), problem.first_guess()))
+    for one, another in zip(*found, strict=True):
+        torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-6)
+    assert backprojection(other, truth.flip(-1), 0.01).isfinite()
+
+
+def test_the_noise_of_a_complex_measurement_must_be_stated():
+    y, _, known, _ = complex_problem()
+    with pytest.raises(ValueError, match="of a complex measurement cannot be estimated"):
+        InverseProblem(y, MaskedFourier(known), GaussianNoise(None))
+
+
+def test_a_complex_measurement_is_restored(make_trainer, tmp_path):
+    *_, problem = complex_problem(height=33, width=36)
+    model = DeepRED(network=TinyNet, problem=problem, fidelity="backprojection", input_scale=1.0)
+    parts = [REDUpdate(smooth, every_n_steps=5), Monitor(), Writer()]
+    make_trainer(max_steps=20, log_every_n_steps=10, callbacks=parts).fit(model)
+    assert model.restored.shape == (1, 1, 33, 36) and model.restored.isfinite().all()
+    assert result_of(tmp_path / RUN)["psnr"]["restored"] > 5
 
 
 def test_a_vector_needs_an_operator_that_measures_images():

@@ -10,11 +10,12 @@ import torch
 from deepred_pl import DeepRED, InverseProblem, REDUpdate, restore
 from deepred_pl.cli import settings_of
 from deepred_pl.denoisers import NonLocalMeans
-from deepred_pl.networks import SkipNet
+from deepred_pl.lightning import Callback
+from deepred_pl.networks import DeepDecoder, SkipNet
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Mask, Radon
 from deepred_pl.optim import WarmupCosine
-from tests.helpers import picture
+from tests.helpers import picture, smooth
 
 TINY = {
     "trainer.max_steps": 3,
@@ -102,6 +103,28 @@ def test_the_parts_can_be_given():
     assert restored.shape == (36, 36, 3) and restored.dtype == np.float32
 
 
+def test_denoiser_network_and_callbacks_may_be_objects():
+    y, seen = picture(3, 33, 47), []
+
+    def denoiser(x):
+        seen.append(x.shape)
+        return smooth(x)
+
+    class Watch(Callback):
+        def on_train_end(self, trainer, module):
+            seen.append(type(module.network))
+
+    objects = {"denoiser": denoiser, "network": partial(DeepDecoder, width=4, scales=2)}
+    every_step = CLEAN | {"red.every_n_steps": 1}
+    restored = restore(y, overrides=every_step, callbacks=[Watch()], **objects)
+    assert seen[-1] is DeepDecoder and set(seen[:-1]) == {y.shape} and len(seen) > 1
+    del objects["denoiser"]
+    assert not torch.equal(restore(y, overrides=every_step, **objects), restored)
+    seen.clear()
+    tiled = restore(y, overrides=CLEAN, tile=33, callbacks=[Watch()], denoiser=denoiser)
+    assert tiled.shape == y.shape and seen.count(SkipNet) == 2
+
+
 def test_nothing_is_written_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     restore(picture(1), overrides=CLEAN)
@@ -142,6 +165,13 @@ def test_an_intensity_range_is_undone():
         ("photo.png", {}, r"array or a tensor, got str; use numpy\.asarray"),
         (stored(np.uint8)[:20], {"noise": GaussianNoise(3)}, "at least 33×33 pixels"),
         (stored(np.uint8), {"task": "tomography"}, "with 60 angles"),
+        (stored(np.uint8), {"denoiser": NonLocalMeans}, "denoiser must be an object of"),
+        (stored(np.uint8), {"network": SkipNet(3, 4)}, "network must be a class or function"),
+        (
+            stored(np.uint8),
+            {"task": ["denoising", "methods/dip"], "denoiser": smooth},
+            "fits a DeepImagePrior; leave denoiser out",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(image, arguments, message):

@@ -147,6 +147,61 @@ def test_two_loggers_share_the_curves_and_the_first_has_the_files(make_trainer, 
     assert {"metrics.csv", "restored.png", "result.json"} <= files
 
 
+class Looks(Callback):
+    """θ-steps at which an epoch ends."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("every, ends", [(4, [4, 8, 10]), (7, [7, 10]), (0, [10]), (None, [10])])
+def test_an_epoch_is_as_long_as_the_trainer_logs_once(make_trainer, every, ends):
+    looks, model = Looks(), made()
+    trainer = fit(make_trainer, model, looks, steps=10, log_every_n_steps=every)
+    assert looks.steps == ends and trainer.global_step == model.step == 10
+
+
+def test_epochs_do_not_change_a_fit_nor_its_resumption(make_trainer, tmp_path, recwarn):
+    whole, stopped, resumed = made(), made(), made()
+    fit(make_trainer, whole, steps=11)
+    fit(make_trainer, stopped, steps=6, log_every_n_steps=4).save_checkpoint(tmp_path / "last.ckpt")
+    looks = Looks()
+    trainer = make_trainer(max_steps=11, log_every_n_steps=4, callbacks=[update(), looks])
+    trainer.fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert looks.steps == [8, 11]
+    assert_same_state(whole, resumed)
+    assert not [w for w in recwarn if "resum" in str(w.message)]
+
+
+def test_the_best_of_a_curve_is_kept_at_every_epochs_end(make_trainer, tmp_path):
+    """As everybody writes it, without a period of one's own."""
+    best = callbacks.ModelCheckpoint(tmp_path, monitor="curves/gap", mode="min", save_top_k=1)
+    model, gaps = made(), {}
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            gaps[trainer.global_step] = float(trainer.callback_metrics["curves/gap"])
+
+    settings = {"enable_checkpointing": True, "log_every_n_steps": 3}
+    fit(make_trainer, model, Monitor(), best, Watch(), steps=15, **settings)
+    assert len(gaps) == 5 and min(gaps, key=gaps.get) != 15
+    kept = DeepRED.load_from_checkpoint(best.best_model_path, network=TinyNet)
+    assert kept.step == min(gaps, key=gaps.get)
+
+
+@pytest.mark.parametrize("epochs, steps, refused", [(2, 20, True), (5, 20, False), (-1, 20, False)])
+def test_max_epochs_that_would_end_a_fit_early_are_refused(make_trainer, epochs, steps, refused):
+    settings = {"steps": steps, "max_epochs": epochs, "log_every_n_steps": 4}
+    if refused:
+        with pytest.raises(ValueError, match="would end the fit after 8 of max_steps=20 θ-steps"):
+            fit(make_trainer, made(), **settings)
+    else:
+        assert fit(make_trainer, made(), **settings).global_step == steps
+
+
 def test_a_metric_stops_the_fit(make_trainer):
     stopping = callbacks.EarlyStopping(
         "curves/gap", patience=1, mode="max", check_on_train_epoch_end=True

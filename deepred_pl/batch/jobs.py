@@ -23,7 +23,7 @@ from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import last_checkpoint, load_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
-from deepred_pl.lightning import NAME, Callback, LightningModule, Trainer, rank_zero_only
+from deepred_pl.lightning import NAME, NAMES, Callback, LightningModule, Trainer, rank_zero_only
 from deepred_pl.moments import RunningMoments
 from deepred_pl.problem import InverseProblem
 from deepred_pl.report import compare, score, write_uncertainty
@@ -244,7 +244,7 @@ def _log_into(path: Path) -> Iterator[None]:
     """Redirect Lightning's messages and warnings to a file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in (NAME, "py.warnings")]
+    loggers = [logging.getLogger(name) for name in (*NAMES, "py.warnings")]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     logging.captureWarnings(True)
     for logger in loggers:

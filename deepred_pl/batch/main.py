@@ -26,7 +26,7 @@ from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import EXPECTED, reason
 from deepred_pl.files import check_writable, last_checkpoint, write_bytes
-from deepred_pl.lightning import NAME
+from deepred_pl.lightning import NAMES
 from deepred_pl.report import diagnosis
 from deepred_pl.sources import SET
 
@@ -225,13 +225,15 @@ def _count(text: str) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress Lightning's messages about the machine; those of fits go to `run.log`."""
-    log = logging.getLogger(NAME)
-    before = log.level
-    log.setLevel(logging.WARNING)
+    logs = [logging.getLogger(name) for name in NAMES]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 @_quiet()

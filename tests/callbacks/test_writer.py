@@ -72,6 +72,18 @@ def test_a_perfect_measurement_does_not_stop_the_writing(make_trainer, tmp_path)
     assert result_of(tmp_path / RUN)["psnr"]["measurement"] is None
 
 
+def test_every_run_without_a_logger_has_a_directory_of_its_own(make_trainer, tmp_path):
+    others = tmp_path / "config.yaml", tmp_path / "lightning_logs" / "version_3" / "restored.png"
+    for file in others:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("the user's")
+    for version in (4, 5):
+        run(make_trainer, DeepImagePrior(network=TinyNet, problem=noisy_problem()))
+        directory = tmp_path / "lightning_logs" / f"version_{version}"
+        assert result_of(directory)["steps"] == 5
+    assert [file.read_text() for file in others] == ["the user's"] * 2
+
+
 def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer, tmp_path):
     (tmp_path / "file").write_text("in the way")
     model = DeepRED(network=TinyNet, problem=noisy_problem())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from deepred_pl.callbacks.checkpoint import Stopped
 from deepred_pl.cli import RestorationCLI, main
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
-from deepred_pl.lightning import Callback, LightningEnvironment
+from deepred_pl.lightning import NAME, Callback, LightningEnvironment, loggers
 from tests.faults import processes
 from tests.faults.processes import CHECKPOINT, RESULTS, ROUND, STEP
 from tests.helpers import RUN, TinyNet, noisy_problem, picture, result_of, smooth
@@ -223,6 +224,31 @@ def test_a_fit_that_gives_nan_keeps_the_checkpoint_before(make_trainer, tmp_path
     trainer.fit(new_model())
     saved = torch.load(tmp_path / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
+
+
+def test_only_a_checkpoint_of_the_same_fit_is_offered(make_trainer, tmp_path, caplog):
+    """A logger's fixed directory may hold that of another."""
+
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, model, *batch):
+            if trainer.global_step == 3:
+                raise RuntimeError("of the user's")
+
+    def fit(*others, every_n_steps=100, ckpt_path=None):
+        caplog.clear()
+        logger = loggers.CSVLogger(tmp_path, name="", version="")
+        saving = LastCheckpoint(every_n_steps)
+        settings = {"max_steps": 6, "logger": logger, "enable_checkpointing": True}
+        parts = [REDUpdate(smooth, every_n_steps=2), saving, *others]
+        with suppress(RuntimeError):
+            make_trainer(callbacks=parts, **settings).fit(new_model(), ckpt_path=ckpt_path)
+        return "To resume" in caplog.text
+
+    caplog.set_level("INFO", logger=NAME)
+    assert not fit()
+    assert not fit(Fails())
+    assert fit(Fails(), every_n_steps=2)
+    assert fit(Fails(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_a_signal_before_the_first_step_counts(make_trainer, tmp_path):

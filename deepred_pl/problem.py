@@ -92,7 +92,7 @@ class InverseProblem(nn.Module):
                     "GaussianNoise(sigma), the standard deviation of each of its two parts"
                 )
             self.operator, y = RealParts(self.operator), torch.view_as_real(y.resolve_conj())
-        _make_trainable(self.operator)
+        _make_usable(self.operator)
         self.image_shape: tuple[int, ...] = self.operator.image_shape(tuple(y.shape))
         if len(self.image_shape) != 4:
             raise ValueError(
@@ -111,6 +111,8 @@ class InverseProblem(nn.Module):
         if observed is not None:
             y = y * observed.to(y)
         self.noise = None if noise is None else noise.fitted(y, observed)
+        if self.noise is not None:
+            _make_usable(self.noise)
         self.metric_on = metric_on
         self.limits = float(limits[0]), float(limits[1])
         if ground_truth is not None:
@@ -383,10 +385,10 @@ def _density(t: Tensor) -> Tensor:
     return torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
 
 
-def _make_trainable(operator: Operator) -> None:
-    """Give the operator float32 values that a fit can use, whatever it was created under."""
-    operator.float()
-    for module in operator.modules():
+def _make_usable(part: nn.Module) -> None:
+    """Give a part of the problem values that a fit can use, whatever settings it was made in."""
+    part.float()
+    for module in part.modules():
         for name, value in module._buffers.items():
             if value is not None and value.is_inference():
                 module._buffers[name] = value.clone()

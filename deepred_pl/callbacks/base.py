@@ -85,22 +85,25 @@ class RestorationCallback(Callback):
         self._check_all(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._trained is not None:
-            check_end(trainer)
-            self._current = self.model
-            self.start(self._current, trainer)
+        check_end(trainer)
+        self._follow(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any
     ) -> None:
-        if self._trained is not None and self.model is not self._current:
-            self.setup(trainer, pl_module, "fit")
-            self._check_all(trainer)
-            self._current = self.model
-            self.start(self._current, trainer)
+        self._follow(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trained = self._current = None
+
+    def _follow(self, trainer: Trainer) -> None:
+        if self._trained is None or (model := self.model) is self._current:
+            return
+        if self._current is not None:  # a parent has replaced it
+            self.setup(trainer, self._trained, "fit")
+            self._check_all(trainer)
+        self._current = model
+        self.start(model, trainer)
 
     def _check_all(self, trainer: Trainer) -> None:
         model = self.model

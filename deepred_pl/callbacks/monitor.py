@@ -22,7 +22,8 @@ GREY_LEVELS = 255  # per unit of the images
 class Monitor(RestorationCallback):
     """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
 
-    Every `trainer.log_every_n_steps` θ-steps, in the group "curves":
+    Every `trainer.log_every_n_steps` θ-steps, and at the end of every epoch for callbacks that
+    monitor one, in the group "curves":
         objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, for matching x and
                             f(x), in squared grey levels of an 8-bit image, in which small values
                             remain readable; Plug-and-Play has v instead of x, and minimizes no
@@ -58,7 +59,7 @@ class Monitor(RestorationCallback):
                 writer.add_custom_scalars(layout)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if is_log_step(trainer):
+        if is_log_step(trainer) or trainer.is_last_batch:
             curves = measure(self.model)
             for callback in restoration_callbacks(trainer, self.submodule):
                 curves |= {n: torch.tensor(value) for n, value in callback.curves().items()}

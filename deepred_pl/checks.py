@@ -14,13 +14,12 @@ def as_plain(value: Any) -> Any:
 
 
 def check_factory(name: str, value: object, kind: type, example: str) -> None:
-    """Raise ValueError if a callable that creates objects of a class is needed and one came."""
+    """Raise ValueError if an object of the class came in place of what creates one."""
     if isinstance(value, kind) or not (value is None or callable(value)):
-        class_name, _, settings = example.partition(", ")
+        got = f"a {type(value).__name__}" if isinstance(value, kind) else repr(value)
         raise ValueError(
-            f"{name} must be a class or function that creates it, got "
-            f"{type(value).__name__ if isinstance(value, kind) else repr(value)}; give for example "
-            f"functools.partial({class_name}, {settings})"
+            f"{name} must be a class or function that creates it, got {got}; give for example "
+            f"functools.partial({example})"
         )
 
 

@@ -233,7 +233,7 @@ class RestorationCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning 2.6 lets a checkpoint override the command line, and has no option against it.
-        # `DeepImagePrior.on_load_checkpoint` refuses settings that a resumed fit cannot change.
+        # `DeepImagePrior.set_extra_state` refuses settings that a resumed fit cannot change.
         pass
 
     def before_instantiate_classes(self) -> None:
@@ -265,6 +265,7 @@ class RestorationCLI(LightningCLI):
         bare = settings.get("barebones")
         own = [KeepMemory(), Preflight(), *([] if bare else [Monitor()])]
         given = settings.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
         bars = [c for c in given if isinstance(c, callbacks.ProgressBar)]
         if settings.get("enable_progress_bar") is not False and not bars and not bare:
             own.append(RestorationBar())

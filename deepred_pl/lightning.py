@@ -9,12 +9,15 @@ import linecache
 import os
 import re
 import sys
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING
 
 # Both log by the logger of the one that was imported last.
 NAMES = ("pytorch_lightning", "lightning.pytorch")
-IMPORT = re.compile(r"^\s*(?:from|import)\s+(pytorch_lightning|lightning)\b", re.MULTILINE)
+IMPORT = re.compile(  # of Lightning's other packages, such as lightning.fabric, nothing follows
+    r"^\s*(?:from|import)\s+(pytorch_lightning\b|lightning\b(?!\.(?!pytorch\b)))", re.MULTILINE
+)
 
 
 def _name() -> str:
@@ -32,8 +35,9 @@ def _imported_next(frame: FrameType | None) -> str:
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith("deepred_pl"):
             source = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
-            if found := IMPORT.search(source):
-                return NAMES[found[1] == "lightning"]
+            for found in IMPORT.finditer(source):
+                if find_spec(found[1]) is not None:  # else an alternative that is not installed
+                    return NAMES[found[1] == "lightning"]
         frame = frame.f_back
     return NAMES[0]
 

@@ -31,7 +31,7 @@ from deepred_pl.networks import INPUT_CHANNELS, SkipNet
 from deepred_pl.optim import adam
 from deepred_pl.problem import InverseProblem
 from deepred_pl.torch_state import default_factories, default_settings, own_random_numbers
-from deepred_pl.trainer import Epoch, check_optimizer, check_trainer
+from deepred_pl.trainer import Epoch, check_end, check_optimizer, check_trainer
 
 # The released rise starts at 20 dB, for noise of σ = 25, which has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
@@ -273,9 +273,18 @@ class DeepImagePrior(LightningModule):
         """An epoch of as many θ-steps as the trainer's log_every_n_steps, without data."""
         return Epoch(self._trainer)
 
+    def test_dataloader(self) -> Iterable[int]:
+        """One item: the image is scored once."""
+        return [0]
+
+    def predict_dataloader(self) -> Iterable[int]:
+        """One item: the image is returned once."""
+        return [0]
+
     def on_train_start(self) -> None:
-        """Lightning's hook: refuse data that would not be used."""
+        """Lightning's hook: refuse data that would not be used, and epochs that end too soon."""
         _check_loader(self.trainer.train_dataloader, "fit")
+        check_end(self.trainer)
 
     def on_predict_start(self) -> None:
         """Lightning's hook: refuse data that would not be used, and a module that is not fitted."""
@@ -289,7 +298,7 @@ class DeepImagePrior(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer for the network's parameters, its schedule stepped after every θ-step."""
-        optimizer = self.make_optimizer(self.ready().parameters())
+        optimizer = self.make_optimizer(self.trainable_network().parameters())
         if self._trainer is not None:
             check_optimizer(optimizer, self._trainer)
         if self.make_lr_scheduler is None:
@@ -309,7 +318,7 @@ class DeepImagePrior(LightningModule):
         A parent that adds a loss of its own on the image takes the image from here: `out`, which
         this stores, has no gradient. It also updates `average`.
         """
-        network = self.ready()
+        network = self.trainable_network()
         z = self.z
         if self.input_noise_std > 0:
             z = z.add(self._input_noise(), alpha=self.input_noise_std)
@@ -363,7 +372,7 @@ class DeepImagePrior(LightningModule):
         )
         return noise.movedim(-1, 1)
 
-    def ready(self) -> nn.Module:
+    def trainable_network(self) -> nn.Module:
         """The network, if the module can be trained.
 
         Raises:
@@ -454,6 +463,11 @@ class DeepImagePrior(LightningModule):
         chosen = state_dict.get(prefix + "chosen")
         self.chosen = None if chosen is None else torch.empty_like(chosen)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse other settings than those of a checkpoint of an earlier version."""
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        self._check_settings({k: v for k, v in saved.items() if k not in CHANGEABLE})
 
     def _check_settings(self, saved: dict[str, Any]) -> None:
         """Refuse settings that a resumed fit cannot change."""
@@ -604,7 +618,7 @@ class DeepRED(DeepImagePrior):
     def theta_step(self) -> tuple[Tensor, Tensor]:
         """The loss of one θ-step, and T_θ(z) with its gradient; requires a `REDUpdate`."""
         if not self.driven:
-            self.ready()  # a missing problem is reported first
+            self.trainable_network()  # a missing problem is reported first
             raise RuntimeError(
                 "DeepRED is trained without its x- and u-updates; add REDUpdate(denoiser) to the "
                 "trainer's callbacks, with submodule='name' if it is a child of another module"

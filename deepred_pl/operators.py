@@ -807,7 +807,11 @@ class RealParts(Operator):
         return _real(self.operator.adjoint(torch.view_as_complex(y.contiguous())))
 
     def image_shape(self, measurement_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return self.operator.image_shape(measurement_shape[:-1])
+        shape = measurement_shape[:-1]
+        if not isinstance(self.operator, Adapted):
+            return self.operator.image_shape(shape)
+        zeros = torch.zeros(shape, dtype=torch.complex64, device=_device_of(self))
+        return tuple(self.operator.adjoint(zeros).shape)
 
     @property
     def observed(self) -> Tensor | None:
@@ -819,6 +823,11 @@ class RealParts(Operator):
 
     def __repr__(self) -> str:
         return f"{self.operator}, complex"
+
+
+def is_adapted(operator: Operator) -> bool:
+    """Whether it is an object with `A` and `A_adjoint`."""
+    return isinstance(operator.operator if isinstance(operator, RealParts) else operator, Adapted)
 
 
 @torch.no_grad()

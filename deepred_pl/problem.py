@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel, mean_over
 from deepred_pl.operators import (
-    Adapted,
     Observed,
     Operator,
     Physics,
     RealParts,
     as_operator,
     check_adjoint,
+    is_adapted,
 )
 from deepred_pl.tiles import Region, Tiling, cut
 from deepred_pl.torch_state import default_settings
@@ -32,7 +32,7 @@ class InverseProblem(nn.Module):
             operator does not observe are set to 0. A complex measurement, as in magnetic resonance
             imaging, is kept as its real and imaginary parts, (..., 2), each with the noise.
         operator: A (see `deepred_pl.operators`), or an object with `A` and `A_adjoint`; None is
-            the identity.
+            the identity. Its parameters and buffers become float32.
         noise: The noise model; None means the mean squared residual as data term. Parameters left
             open (sigma=None) are estimated from y.
         ground_truth: The true x if it is known, of the image's shape. It is only used by metrics,
@@ -100,13 +100,9 @@ class InverseProblem(nn.Module):
                 f"{type(self.operator).__name__} measures of {self.image_shape}; add the missing "
                 "axes"
             )
-        if isinstance(getattr(self.operator, "operator", self.operator), Adapted):
+        if is_adapted(self.operator):
             check_adjoint(self.operator, y)
-        if self.operator.keeps_units and y.mean() > BRIGHTEST * limits[1]:
-            raise ValueError(
-                f"y must be in [0, 1] up to noise, but its mean is {float(y.mean()):.3g}; divide "
-                "it by the value of white, which is 255 for 8 bits"
-            )
+        self._check_scale(y, limits[1])
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)
@@ -126,6 +122,19 @@ class InverseProblem(nn.Module):
         truth = None if ground_truth is None else ground_truth.detach().clone().float()
         self.register_buffer("ground_truth", truth, persistent=False)
         self._clip_to(*self._clipping(y))
+
+    @torch.no_grad()
+    def _check_scale(self, y: Tensor, brightest: float) -> None:
+        """Refuse the measurement of an image whose white is 255 rather than 1."""
+        mean = float(y.mean())
+        if not self.operator.keeps_units or mean <= BRIGHTEST * brightest:
+            return
+        white = float(self.operator(torch.ones(self.image_shape, device=y.device)).mean())
+        if mean > BRIGHTEST * brightest * white:  # which is more than 1 if the operator sums
+            raise ValueError(
+                f"y must be in [0, 1] up to noise, but its mean is {mean:.3g}; divide it by the "
+                "value of white, which is 255 for 8 bits"
+            )
 
     def _clip_to(self, low: float, high: float) -> None:
         self.clipped_to = low, high
@@ -180,7 +189,7 @@ class InverseProblem(nn.Module):
             if variance.ndim > 1:  # (1, C, 1, 1), one for each channel
                 variance = variance.flatten()[self._clipped_at // math.prod(self.y.shape[2:])]
             sigma = variance.clamp(min=LEAST_VARIANCE).sqrt()
-            # Torch gives numbers alone the default type, which may be float64.
+            # Where there are only Python's numbers, torch gives the default type, perhaps float64.
             sign = (2.0 * bright - 1).to(clean.dtype)
             beyond = sign * (clean - torch.where(bright, high, low).to(clean.dtype)) / sigma
             mean = clean + sign * sigma * _inverse_mills(beyond)
@@ -392,6 +401,10 @@ def _make_usable(part: nn.Module) -> None:
         for name, value in module._buffers.items():
             if value is not None and value.is_inference():
                 module._buffers[name] = value.clone()
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                copy = parameter.detach().clone()
+                module._parameters[name] = nn.Parameter(copy, parameter.requires_grad)
 
 
 def _check(name: str, image: Tensor) -> None:

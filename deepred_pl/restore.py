@@ -4,6 +4,7 @@ import json
 import tempfile
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,7 +64,7 @@ def restore(
         denoiser: f, a denoiser or a function from (1, C, H, W) to the same; None uses the
             configuration's.
         network: Called with the number of channels, returns T_θ; None uses the configuration's.
-        callbacks: Further callbacks of the fit, or of each tile's.
+        callbacks: Further callbacks of the fit; with tiles, each fit has copies of them.
 
     Returns:
         The restored image, of the same kind, dtype and device as `image`; larger if the operator
@@ -107,7 +108,7 @@ def restore(
                 cli.model.make_network = network
             if denoiser is not None:
                 _use(denoiser, cli)
-            cli.trainer.callbacks.extend(callbacks)
+            cli.trainer.callbacks.extend(callbacks if tile is None else deepcopy(callbacks))
             return cli
 
         def fit(cli: RestorationCLI) -> Tensor:

@@ -9,6 +9,29 @@ import torch
 _lock = threading.RLock()
 
 
+class _Float32:
+    """Makes float32 the process's default type while any of its threads is in this context."""
+
+    def __init__(self) -> None:
+        self._users, self._before = 0, torch.float32
+
+    def __enter__(self) -> None:
+        with _lock:
+            if self._users == 0:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with _lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.set_default_dtype(self._before)
+
+
+_float32 = _Float32()
+
+
 @contextmanager
 def default_settings() -> Iterator[None]:
     """Gradients on, inference mode and autocast off, and float32 on the CPU as defaults.
@@ -16,16 +39,13 @@ def default_settings() -> Iterator[None]:
     Lightning runs a program's hooks in other settings: inference mode in `predict_step`, autocast
     or another default type in `training_step`.
     """
-    dtype = torch.get_default_dtype()  # of the process, so that it is only touched if need be
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
             stack.enter_context(torch.autocast(device, enabled=False))
-        if dtype != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(_float32)
         yield
 
 
@@ -50,8 +70,8 @@ def own_random_numbers(
 def default_factories() -> Iterator[None]:
     """Create and initialise tensors on the CPU, also inside `Trainer.init_module(empty_init=True)`.
 
-    Default devices and empty initialisation are function modes of torch, which has no other way to
-    leave them.
+    Default devices and empty initialisation are function modes of torch; only this private name,
+    checked with torch 2.13, leaves all of them.
     """
     with torch._C.DisableTorchFunction():
         yield

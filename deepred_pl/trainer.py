@@ -17,7 +17,7 @@ from deepred_pl.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from deepred_pl.operators import Adapted
+from deepred_pl.operators import is_adapted
 
 if TYPE_CHECKING:
     from deepred_pl.model import DeepImagePrior
@@ -55,8 +55,8 @@ def check_trainer(model: LightningModule, trainer: Trainer) -> None:
     """Refuse Trainer settings that the fit of one image, trained directly, cannot use.
 
     Raises:
-        ValueError: Several devices, accumulated gradients, no end or one before max_steps, a
-            compiled module, or callbacks that average weights.
+        ValueError: Several devices, accumulated gradients, no end, a compiled module, or callbacks
+            that average weights.
     """
     check_shared(trainer)
     accumulated: Any = trainer.accumulate_grad_batches
@@ -72,14 +72,6 @@ def check_trainer(model: LightningModule, trainer: Trainer) -> None:
         raise ValueError(
             "a fit is measured in steps: expected max_steps or max_time, got neither; set "
             "max_steps, for example Trainer(max_steps=3000)"
-        )
-    epochs, steps = trainer.max_epochs, len(Epoch(trainer))
-    shortened = trainer.limit_train_batches != 1.0 or trainer.overfit_batches or trainer.barebones
-    if epochs and 0 < epochs * steps < trainer.max_steps and not shortened:
-        raise ValueError(
-            f"max_epochs={epochs} would end the fit after {epochs * steps} of max_steps="
-            f"{trainer.max_steps} θ-steps, because an epoch has log_every_n_steps={steps}; leave "
-            "max_epochs out"
         )
     if model._compiler_ctx is not None:  # set by Lightning for torch.compile; checked with 2.6
         raise ValueError(
@@ -117,7 +109,7 @@ def check_fit(model: "DeepImagePrior", trainer: Trainer) -> None:
         RuntimeError: It has no problem.
         ValueError: The trainer, or an optimizer of its parameters, has settings that it cannot use.
     """
-    network = model.ready()
+    network = model.trainable_network()
     check_shared(trainer)
     trained = {*network.parameters()}
     for optimizer in trainer.optimizers:
@@ -125,7 +117,7 @@ def check_fit(model: "DeepImagePrior", trainer: Trainer) -> None:
             check_optimizer(optimizer, trainer)
     assert model.problem is not None
     learned = optimized(trainer)
-    adapted = isinstance(model.problem.operator, Adapted)
+    adapted = is_adapted(model.problem.operator)
     fixed = [
         f"problem.{name}"
         for name, parameter in model.problem.named_parameters()
@@ -154,13 +146,28 @@ def _say_that_seeds_are_settings() -> None:
 
 
 def check_end(trainer: Trainer) -> None:
-    """Raise ValueError if the epochs that are to end the fit have no end; called as it starts."""
+    """Check what ends a fit, as it starts.
+
+    Raises:
+        ValueError: max_epochs never ends it, or before its max_steps or max_time, because of the
+            length of a restoration's epochs.
+    """
     endless = trainer.num_training_batches == float("inf") and trainer.max_steps == -1
     if endless and trainer.max_epochs != -1 and not _has_timer(trainer):
         raise ValueError(
             f"max_epochs={trainer.max_epochs} never ends a fit whose training dataloader has no "
             "end; set max_steps, or return the restoration's train_dataloader(), which has epochs "
             "of log_every_n_steps steps"
+        )
+    alone = hasattr(trainer.lightning_module, "theta_step")
+    chosen = trainer.limit_train_batches != 1.0 or trainer.overfit_batches or trainer.fast_dev_run
+    if not alone or chosen or not isinstance(trainer.train_dataloader, Epoch):
+        return
+    steps = max(0, trainer.max_epochs or 0) * trainer.num_training_batches
+    if 0 < steps < trainer.max_steps or (steps and trainer.max_steps == -1):
+        raise ValueError(
+            f"max_epochs={trainer.max_epochs} would end the fit after {steps} θ-steps, because an "
+            f"epoch has log_every_n_steps={trainer.num_training_batches}; leave max_epochs out"
         )
 
 

@@ -22,10 +22,15 @@ from deepred_pl import (
 )
 from deepred_pl.callbacks import AutoStop, CollapseGuard, Monitor, RestorationBar
 from deepred_pl.checks import RestorationWarning
-from deepred_pl.lightning import Callback, LightningDataModule, LightningModule, Trainer
+from deepred_pl.lightning import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    callbacks,
+)
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Mask, Operator, gaussian_kernel
-from deepred_pl.trainer import check_fit
 from tests.helpers import TinyNet, assert_same_state, noisy_problem, picture, smooth
 
 TRUE_WIDTH = 1.5
@@ -367,14 +372,23 @@ def test_an_optimizer_of_many_evaluations_is_refused(make_trainer, kind):
         make_trainer(max_steps=4, callbacks=[update]).fit(made)
 
 
-def test_several_devices_and_averaging_are_refused_for_a_child_too():
-    model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
-    trainer = Trainer(accelerator="cpu", devices=2, max_steps=1, logger=False)
+@pytest.mark.parametrize("kind", [DeepRED, DeepImagePrior])
+def test_averaged_weights_are_refused_for_a_child_too(make_trainer, kind):
+    averaging = callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    watch = [Monitor("restoration"), averaging]  # without a REDUpdate
+    with pytest.raises(ValueError, match="StochasticWeightAveraging averages weights"):
+        make_trainer(max_steps=2, callbacks=watch).fit(Plain(kind))
+
+
+def test_several_devices_are_refused_for_a_child_too():  # without starting their processes
+    parent = Plain()
+    update = REDUpdate(smooth, submodule="restoration")
+    trainer = Trainer(accelerator="cpu", devices=2, max_steps=1, logger=False, callbacks=[update])
     with pytest.raises(ValueError, match=r"one image uses one device: .* got 2"):
-        check_fit(model, trainer)
+        update.on_fit_start(trainer, parent)
 
 
-def test_a_denoiser_that_is_trained_beside_its_restoration_is_warned_of(make_trainer):
+def test_a_warning_is_given_if_the_denoiser_is_being_trained(make_trainer):
     parent = Plain()
     parent.denoiser = nn.Conv2d(3, 3, 3, padding=1)
     update = REDUpdate(parent.denoiser, every_n_steps=2, submodule="restoration")
@@ -388,7 +402,7 @@ def test_a_denoiser_that_is_trained_beside_its_restoration_is_warned_of(make_tra
 def test_a_restoration_that_its_parent_replaces_is_followed(make_trainer):
     """As a video's frames one after the other: each is fitted as it would be alone."""
 
-    def callbacks(name):
+    def parts(name):
         guard, update = CollapseGuard(submodule=name), REDUpdate(smooth, 2, submodule=name)
         return [guard, update, Monitor(name), AutoStop(window=10, patience=100, submodule=name)]
 
@@ -400,12 +414,12 @@ def test_a_restoration_that_its_parent_replaces_is_followed(make_trainer):
                 self.trainer.strategy.setup_optimizers(self.trainer)
 
     finished, parent = [], Frames()
-    trainer = make_trainer(max_steps=26, log_every_n_steps=13, callbacks=callbacks("restoration"))
+    trainer = make_trainer(max_steps=26, log_every_n_steps=13, callbacks=parts("restoration"))
     trainer.fit(parent)
     finished.append(parent.restoration)
     for restoration, channels in zip(finished, (3, 1), strict=True):
         alone = Plain(problem=noisy_problem(channels), seed=restoration.seed)
-        make_trainer(max_steps=13, callbacks=callbacks("restoration")).fit(alone)
+        make_trainer(max_steps=13, callbacks=parts("restoration")).fit(alone)
         for name in ("x", "u", "out", "average", "chosen"):
             first, second = (getattr(m, name) for m in (restoration, alone.restoration))
             assert torch.equal(first, second), name
@@ -416,12 +430,18 @@ def test_restorations_that_share_a_denoiser_take_turns(make_trainer):
         """A denoiser with a work array."""
 
         def __init__(self):
-            self.work = torch.empty(1, 3, 9, 11)
+            self.work, self.inside, self.most = torch.empty(1, 3, 9, 11), 0, 0
 
         def __call__(self, x):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
             self.work.copy_(x)
             time.sleep(0.001)  # lets others run
+            self.inside -= 1
             return smooth(self.work).clone()
+
+        def method(self, x):
+            return self(x)
 
     def fitted(*denoisers):
         parent = Temporal(0.0)
@@ -430,8 +450,10 @@ def test_restorations_that_share_a_denoiser_take_turns(make_trainer):
         make_trainer(max_steps=20, callbacks=updates).fit(parent)
         return parent
 
-    shared = Stateful()
-    assert_same_state(fitted(shared, shared), fitted(Stateful(), Stateful()))
+    shared, apart = Stateful(), fitted(Stateful(), Stateful())
+    assert_same_state(fitted(shared, shared), apart)
+    assert_same_state(fitted(shared.method, shared.method), apart)  # two objects of one
+    assert shared.most == 1
 
 
 def test_the_fit_stops_once_all_have_stopped(make_trainer):
@@ -492,3 +514,113 @@ def test_mixed_changes_at_half_of_the_models_steps(make_trainer):
     kinds = []
     make_trainer(max_steps=16, callbacks=[update]).fit(Adversarial())
     assert kinds == [admm.fixed_point] * 4 + [admm.gradient_step] * 4
+
+
+# Callbacks of an earlier fit, and modules that come late
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_callbacks_of_a_fit_that_failed_serve_another(make_trainer, tmp_path, resumes):
+    """A bug in the user's code, then the same callbacks again."""
+
+    class Bug(Callback):
+        def on_train_batch_end(self, trainer, module, *batch):
+            if trainer.global_step == 15:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                raise KeyError("of the user's")
+
+    parts = [REDUpdate(smooth, every_n_steps=2), AutoStop(window=10, patience=1000)]
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    with pytest.raises(KeyError):
+        make_trainer(max_steps=40, callbacks=[*parts, Bug()]).fit(model)
+    if resumes:
+        model = DeepRED(network=TinyNet, problem=noisy_problem())
+    path = tmp_path / "last.ckpt" if resumes else None
+    make_trainer(max_steps=25, callbacks=parts).fit(model, ckpt_path=path)
+    assert model.step == (25 if resumes else 40)
+    if resumes:  # as without a stop
+        whole = DeepRED(network=TinyNet, problem=noisy_problem())
+        again = [REDUpdate(smooth, every_n_steps=2), AutoStop(window=10, patience=1000)]
+        make_trainer(max_steps=25, callbacks=again).fit(whole)
+        assert_same_state(model, whole)
+        assert parts[1].state_dict()["best_step"] == again[1].state_dict()["best_step"]
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_a_parent_may_create_its_restoration_in_a_hook(make_trainer, hook):
+    class Late(Plain):
+        def __init__(self):
+            LightningModule.__init__(self)
+
+        def create(self, stage=None):
+            if not hasattr(self, "restoration"):
+                self.restoration = DeepRED(network=TinyNet, problem=noisy_problem())
+
+    late, update = Late(), REDUpdate(smooth, every_n_steps=2, submodule="restoration")
+    setattr(late, hook, late.create)
+    make_trainer(max_steps=3, callbacks=[update]).fit(late)
+    assert late.restoration.step == 3
+
+
+def test_a_misspelled_name_is_refused_for_a_restoration_that_is_trained_itself(make_trainer):
+    model = DeepRED(network=TinyNet, problem=noisy_problem())
+    with pytest.raises(ValueError, match=r"at submodule='resto' of DeepRED, which has them at"):
+        make_trainer(max_steps=2, callbacks=[REDUpdate(smooth, submodule="resto")]).fit(model)
+
+
+def test_one_that_stops_does_not_undo_what_others_want(make_trainer):
+    """Another callback ends the fit at the step at which one of two has found its image."""
+
+    class End(Callback):
+        step = None
+
+        def on_train_batch_end(self, trainer, module, *batch):
+            trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+    def fit(end):
+        names = ["frames.0", "frames.1"]
+        first, second = (
+            AutoStop("variance", 10, p, n) for p, n in zip((2, 999), names, strict=True)
+        )
+        updates = [REDUpdate(smooth, every_n_steps=5, submodule=name) for name in names]
+        trainer = make_trainer(max_steps=100, callbacks=[*updates, end, first, second])
+        trainer.fit(Temporal(0.0))
+        assert first.stopped and not second.stopped
+        return trainer.global_step, first.best_step
+
+    end = End()
+    steps, best = fit(end)
+    end.step = best + 2  # when its patience is over
+    assert steps == 100 and fit(end)[0] == end.step
+
+
+def test_a_module_that_has_stopped_keeps_its_image_where_a_fit_is_resumed(make_trainer, tmp_path):
+    def parts():
+        stops = [
+            AutoStop(window=10, patience=p, submodule=f"frames.{i}") for i, p in enumerate((2, 99))
+        ]
+        updates = [REDUpdate(smooth, every_n_steps=5, submodule=f"frames.{i}") for i in range(2)]
+        return [*stops, *updates]
+
+    stopped, resumed, first = Temporal(0.0), Temporal(0.0), parts()
+    trainer = make_trainer(max_steps=40, callbacks=first)
+    trainer.fit(stopped)
+    assert [stop.stopped for stop in first[:2]] == [True, False]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = parts()
+    make_trainer(max_steps=60, callbacks=second).fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert second[0].stopped
+    assert torch.equal(resumed.frames[0].chosen, stopped.frames[0].chosen)
+
+
+def test_restore_in_threads_is_the_same_also_with_another_default_type():
+    images = [noisy_problem(3, 33, 35).y[0], noisy_problem(1, 33, 35).y[0]] * 2
+    expected = [small_restore(image) for image in images]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            restored = list(threads.map(small_restore, images))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(itertools.starmap(torch.equal, zip(restored, expected, strict=True)))

@@ -4,9 +4,11 @@ import linecache
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from deepred_pl import lightning
 from deepred_pl.lightning import NAME, NAMES, _imported_next, _name
 
 
@@ -17,6 +19,7 @@ def test_the_name_that_is_imported_next_is_found(name, how, depth):
     """Sorted imports put this package before Lightning, in any file up to the program's."""
     calls = "def call(n):\n    return next_name() if n == 1 else call(n - 1)\n"
     other = "import lightning_utilities\nimport this.lightning\n# import lightning\n"
+    other += "from lightning.fabric import Fabric\n"
     source = f"{other}{calls}\n{how.format(name)}"
     linecache.cache["program"] = (len(source), None, source.splitlines(keepends=True), "program")
     names = {"next_name": lambda: _imported_next(sys._getframe(1)), "__name__": "program"}
@@ -85,3 +88,15 @@ main(["fit", "--config", "denoising", "--trainer.logger=pytorch_lightning.logger
         "got pytorch_lightning.loggers.CSVLogger, which is not: this run uses lightning.pytorch; "
         "name its class, or set DEEPRED_LIGHTNING=pytorch_lightning"
     )
+
+
+def test_an_alternative_that_is_not_installed_is_passed_over(monkeypatch):
+    lines = ["try:\n", "    import lightning.pytorch\n", "except ImportError:\n"]
+    lines.append("    import pytorch_lightning\n")
+    linecache.cache["program"] = (1, None, lines, "program")
+    code = SimpleNamespace(co_filename="program")
+    frame = SimpleNamespace(f_globals={}, f_code=code, f_back=None)
+    for name in NAMES:
+        installed = name.partition(".")[0]
+        monkeypatch.setattr(lightning, "find_spec", {installed: installed}.get)
+        assert _imported_next(frame) == name

@@ -293,7 +293,7 @@ def test_what_is_missing_is_said():
     ("wrong", "example"),
     [
         ({"network": SkipNet(3, width=4, scales=2)}, r"partial\(SkipNet, width=32\)"),
-        ({"network": nn.Conv2d(1, 1, 1)}, "got Conv2d"),
+        ({"network": nn.Conv2d(1, 1, 1)}, "got a Conv2d"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, r"partial\(torch\.optim\.Adam, lr=0.01"),
         ({"lr_scheduler": 0.1}, r"got 0\.1; give for example functools\.partial\(WarmupCosine"),
         ({"problem": picture(3)}, r"must be an InverseProblem, got Tensor"),

@@ -237,7 +237,8 @@ def test_a_complex_measurement_is_restored(make_trainer, tmp_path):
     parts = [REDUpdate(smooth, every_n_steps=5), Monitor(), Writer()]
     make_trainer(max_steps=20, log_every_n_steps=10, callbacks=parts).fit(model)
     assert model.restored.shape == (1, 1, 33, 36) and model.restored.isfinite().all()
-    assert result_of(tmp_path / RUN)["psnr"]["restored"] > 5
+    scores = result_of(tmp_path / RUN)["psnr"]
+    assert scores["out"] > scores["measurement"]  # that of the first guess
 
 
 def test_a_vector_needs_an_operator_that_measures_images():

@@ -192,14 +192,22 @@ def test_the_best_of_a_curve_is_kept_at_every_epochs_end(make_trainer, tmp_path)
     assert kept.step == min(gaps, key=gaps.get)
 
 
-@pytest.mark.parametrize("epochs, steps, refused", [(2, 20, True), (5, 20, False), (-1, 20, False)])
-def test_max_epochs_that_would_end_a_fit_early_are_refused(make_trainer, epochs, steps, refused):
-    settings = {"steps": steps, "max_epochs": epochs, "log_every_n_steps": 4}
-    if refused:
-        with pytest.raises(ValueError, match="would end the fit after 8 of max_steps=20 θ-steps"):
-            fit(make_trainer, made(), **settings)
-    else:
-        assert fit(make_trainer, made(), **settings).global_step == steps
+@pytest.mark.parametrize("end", [{"steps": 20}, {"steps": -1, "max_time": "00:01:00:00"}])
+def test_max_epochs_that_would_end_a_fit_early_are_refused(make_trainer, end):
+    settings = {"max_epochs": 2, "log_every_n_steps": 4, **end}
+    assert "would end the fit after 8 θ-steps" in refused(make_trainer, made(), **settings)
+
+
+@pytest.mark.parametrize("epochs", [5, -1])
+def test_max_epochs_that_end_no_fit_early_are_taken(make_trainer, epochs):
+    settings = {"steps": 20, "max_epochs": epochs, "log_every_n_steps": 4}
+    assert fit(make_trainer, made(), **settings).global_step == 20
+
+
+def test_epochs_of_other_data_end_a_fit_as_they_are_set(make_trainer):
+    model = made()
+    make_trainer(max_steps=20, max_epochs=2, callbacks=[update()]).fit(model, range(6))
+    assert model.step == 12
 
 
 def test_a_metric_stops_the_fit(make_trainer):

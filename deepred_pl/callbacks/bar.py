@@ -12,7 +12,7 @@ from deepred_pl.callbacks.base import is_log_step, restoration_callbacks
 from deepred_pl.lightning import LightningModule, Trainer, callbacks
 
 SHOWN = {"psnr_average": ("PSNR average", "{:.2f}", " dB"), "gap": ("gap", "{:.3g}", "")}
-EACH = 3  # restorations whose numbers are shown; of more, the least and the largest
+MOST_SHOWN = 3  # restorations whose numbers are shown; of more, the least and the largest
 
 
 class RestorationBar(callbacks.ProgressBar):
@@ -60,9 +60,7 @@ class RestorationBar(callbacks.ProgressBar):
         self._progress.update(self._task, completed=step)
         if not is_log_step(trainer):
             return
-        groups = {
-            callback.submodule or "curves": None for callback in restoration_callbacks(trainer)
-        }
+        groups = {callback.group: None for callback in restoration_callbacks(trainer)}
         numbers = _numbers(trainer.callback_metrics, groups)
         self._progress.update(self._task, numbers=numbers)
         tenths = 10 * step // total if total > 0 else step
@@ -91,7 +89,7 @@ def _numbers(logged: Mapping[str, Tensor], groups: Iterable[str]) -> str:
         found = (float(logged[f"{g}/{name}"]) for g in groups if f"{g}/{name}" in logged)
         values = [value for value in found if math.isfinite(value)]
         texts = [form.format(value) for value in values]
-        if len(values) > EACH:
+        if len(values) > MOST_SHOWN:
             texts = [f"{form.format(min(values))} … {form.format(max(values))}"]
         if texts:
             shown.append(f"{label} {', '.join(texts)}{unit}")

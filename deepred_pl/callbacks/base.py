@@ -16,8 +16,8 @@ from deepred_pl.trainer import check_end, check_fit
 class RestorationCallback(Callback):
     """A callback that acts on one restoration of the trained module.
 
-    The restoration is looked up at every use: a parent may replace it between two steps, by another
-    image's. Subclasses that override a hook of Lightning's call this class's, too.
+    The restoration is looked up at every use, because a parent may replace it between two epochs by
+    another image's. Subclasses that override one of Lightning's hooks also call this class's.
 
     Callbacks do not import one another; they query their `siblings`, the others that act on the
     same restoration, through the attributes and methods of this class.
@@ -58,7 +58,7 @@ class RestorationCallback(Callback):
         try:
             found = pl_module.get_submodule(self.submodule)
         except AttributeError:
-            found = pl_module
+            found = None
         if not isinstance(found, DeepImagePrior):
             children = pl_module.named_modules()
             names = [name for name, child in children if isinstance(child, DeepImagePrior)]
@@ -75,13 +75,16 @@ class RestorationCallback(Callback):
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning calls the module's own hook only of the module that is trained.
-        model, problem = self.restoration(pl_module), getattr(trainer.datamodule, "problem", None)
-        if model is not pl_module and model.problem is None and problem is not None:
-            model.build(problem)
+        # Lightning gives these only to the module that is trained.
+        child = dict(pl_module.named_modules()).get(self.submodule)
+        problem = getattr(trainer.datamodule, "problem", None)
+        if isinstance(child, DeepImagePrior) and child is not pl_module:
+            child.trainer = trainer
+            if child.problem is None and problem is not None:
+                child.build(problem)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trained = pl_module
+        self._trained, self._current = pl_module, None
         self._check_all(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,9 +102,12 @@ class RestorationCallback(Callback):
     def _follow(self, trainer: Trainer) -> None:
         if self._trained is None or (model := self.model) is self._current:
             return
-        if self._current is not None:  # a parent has replaced it
-            self.setup(trainer, self._trained, "fit")
-            self._check_all(trainer)
+        if self._current is not None:  # a parent has replaced it: all begin anew, then start
+            for callback in restoration_callbacks(trainer, self.submodule):
+                if callback._current is not None:
+                    callback.setup(trainer, self._trained, "fit")
+                    callback._check_all(trainer)
+                    callback._current = None
         self._current = model
         self.start(model, trainer)
 
@@ -117,6 +123,11 @@ class RestorationCallback(Callback):
         """Begin with a restoration: as a fit starts, or resumes, or after a parent replaced it."""
 
     # What siblings, the writer and the command line ask
+
+    @property
+    def group(self) -> str:
+        """The name that its curves and images begin with."""
+        return self.submodule or "curves"
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
         """Refuse a restoration or trainer that it cannot work with; called before the fit.
@@ -184,6 +195,7 @@ _directories: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def _new_version(runs: Path) -> Path:
+    """Create the next version_n in a folder of runs."""
     numbers = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
     number = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
     while True:

@@ -22,8 +22,8 @@ GREY_LEVELS = 255  # per unit of the images
 class Monitor(RestorationCallback):
     """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
 
-    Every `trainer.log_every_n_steps` θ-steps, and at the end of every epoch for callbacks that
-    monitor one, in the group "curves":
+    Every `trainer.log_every_n_steps` θ-steps, and at the end of an epoch of as many or more for
+    callbacks that monitor a curve, in the group "curves":
         objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, for matching x and
                             f(x), in squared grey levels of an 8-bit image, in which small values
                             remain readable; Plug-and-Play has v instead of x, and minimizes no
@@ -54,16 +54,18 @@ class Monitor(RestorationCallback):
             for monitor in monitors:
                 problem = monitor.model.problem
                 known = problem is not None and problem.ground_truth is not None
-                layout |= figure3(monitor._group, with_psnr=known)
+                layout |= figure3(monitor.group, with_psnr=known)
             for writer in tensorboard_writers(trainer):
                 writer.add_custom_scalars(layout)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if is_log_step(trainer) or trainer.is_last_batch:
+        every = trainer.log_every_n_steps
+        epoch_ends = trainer.is_last_batch and 0 < every <= trainer.num_training_batches
+        if is_log_step(trainer) or epoch_ends:
             curves = measure(self.model)
             for callback in restoration_callbacks(trainer, self.submodule):
                 curves |= {n: torch.tensor(value) for n, value in callback.curves().items()}
-            self._log(pl_module, curves, group=self._group)
+            self._log(pl_module, curves, group=self.group)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         model = self.restoration(pl_module)
@@ -76,10 +78,6 @@ class Monitor(RestorationCallback):
         restored, on = model.restored, model.problem.metric_on
         scores = {"psnr": psnr(restored, truth, on), "ssim": ssim(restored, truth, on)}
         self._log(pl_module, scores, group=self.submodule)
-
-    @property
-    def _group(self) -> str:
-        return self.submodule or "curves"
 
     def _log(self, pl_module: LightningModule, values: dict[str, Tensor], group: str) -> None:
         named = {f"{group}/{name}".lstrip("/"): value for name, value in values.items()}

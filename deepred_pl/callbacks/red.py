@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from threading import Lock
 from typing import Any, Literal
@@ -29,6 +28,7 @@ XUpdate = Literal["fixed_point", "gradient", "mixed", "pnp"]
 
 # One for each denoiser in use, by its id, because it may serve several restorations.
 _locks: WeakValueDictionary[int, Lock] = WeakValueDictionary()
+_locks_lock = Lock()
 
 
 class REDUpdate(RestorationCallback):
@@ -65,8 +65,8 @@ class REDUpdate(RestorationCallback):
             of the round's start, because the denoiser takes a round.
         step_size: Step of the gradient update, in (0, 2), in units of 1 / (λ + μ).
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
-        timeout: Seconds for the denoising of a round, > 0. If it takes longer, the fit ends; None
-            waits indefinitely.
+        timeout: Seconds for the denoising of a round, > 0, including those until a shared denoiser
+            is free. If it takes longer, the fit ends; None waits indefinitely.
         retries: How often a denoiser that raised an exception, or returned NaN or another shape, is
             called again for the same image, at least 0.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
@@ -95,10 +95,8 @@ class REDUpdate(RestorationCallback):
         submodule: str = "",
     ) -> None:
         super().__init__(submodule)
-        every_n_steps, rounds_per_denoising = (
-            as_plain(every_n_steps),
-            as_plain(rounds_per_denoising),
-        )
+        counts = (every_n_steps, rounds_per_denoising, inner_iterations)
+        every_n_steps, rounds_per_denoising, inner_iterations = map(as_plain, counts)
         check_at_least(
             1,
             every_n_steps=every_n_steps,
@@ -193,16 +191,19 @@ class REDUpdate(RestorationCallback):
         self._waited, self._worked = state_dict["wait_seconds"], state_dict["busy_seconds"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close(LAST_JOB)  # that of a restoration which was replaced
         super().setup(trainer, pl_module, stage)
         self._reset()
 
     def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        self._close(LAST_JOB)  # that of a restoration which was replaced
         self._began = model.step, trainer.global_step
         if not isinstance(model, DeepRED):
             return
         self._red, model.driven = model, True
-        self._lock = _locks.setdefault(id(self.denoiser), Lock())
+        # A method is a new object at every access.
+        shared = getattr(self.denoiser, "__self__", self.denoiser)
+        with _locks_lock:
+            self._lock = _locks.setdefault(id(shared), Lock())
         self._background = Background(model.x.device)
         if self._submitted_step is None:
             self._submitted_step = model.step - model.step % self.period
@@ -272,8 +273,9 @@ class REDUpdate(RestorationCallback):
         """Discard the running job; the next denoising starts from the restored snapshot."""
         if self._background is not None and self._background.busy:
             try:
-                with suppress(RuntimeError):  # neither its result nor its error is needed
-                    self._result()
+                self._result()
+            except RuntimeError:
+                pass  # neither its result nor its error is needed
             except BaseException as error:  # a signal, or a timeout
                 self._failure = error
 

@@ -95,7 +95,8 @@ class AutoStop(RestorationCallback):
     def state_dict(self) -> dict[str, Any]:
         blocks = [block.state_dict() for block in self._blocks]
         settings = {"rule": self.rule, "window": self.window}
-        return {"best_step": self.best_step, "best": self._best, "blocks": blocks, **settings}
+        found = {"best_step": self.best_step, "best": self._best, "stopped": self.stopped}
+        return {**found, "blocks": blocks, **settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, now = (state_dict["rule"], state_dict["window"]), (self.rule, self.window)
@@ -105,6 +106,7 @@ class AutoStop(RestorationCallback):
                 "the same"
             )
         self.best_step, self._best = state_dict["best_step"], state_dict["best"]
+        self.stopped = state_dict.get("stopped", False)
         self._blocks.clear()
         for state in state_dict["blocks"]:
             self._blocks.append(RunningMoments())
@@ -151,4 +153,5 @@ class AutoStop(RestorationCallback):
         if found or (self.rule == "variance" and waited >= self.patience):
             self.stopped = True
             others = [c for c in restoration_callbacks(trainer) if isinstance(c, AutoStop)]
-            trainer.should_stop = all(other.stopped for other in others)
+            if all(other.stopped or not other._on for other in others):
+                trainer.should_stop = True

@@ -101,7 +101,7 @@ class Writer(Callback):
         if not fitting or trainer.fast_dev_run or not isinstance(pl_module, DeepImagePrior):
             return
         with suppress(Exception):  # the exception that ended the fit is reported
-            if not pl_module.restored.isfinite().all():
+            if pl_module.step == 0 or not pl_module.restored.isfinite().all():
                 return
             try:
                 where: object = self._write_restored(pl_module, trainer)

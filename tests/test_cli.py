@@ -633,7 +633,7 @@ def test_a_file_that_is_no_checkpoint_gets_one_clear_line(refused, tmp_path):
         ("model.regularizer", "losses.Term"),
     ],
 )
-def test_a_class_of_ones_own_is_told_what_to_derive_from(refused, section, base):
+def test_the_base_class_is_named_where_a_users_class_lacks_it(refused, section, base):
     said = refused("--config", DENOISING, f"--{section}=torch.nn.Identity")
     assert f"expected a class derived from deepred_pl.{base}, got torch.nn.Identity" in said
 

@@ -214,7 +214,7 @@ def test_a_complex_measurement_is_fitted_by_its_two_parts():
 
 def test_a_complex_operator_with_an_adjoint_gives_the_same():
     _, truth, known, ours = complex_problem()
-    other = complex_problem(Physics)[3]  # which does not tell what was observed
+    other = complex_problem(Physics)[3]  # without `observed`
     found = []
     for problem, seen in ((ours, known.mean()), (other, 1)):
         out = truth.flip(-1).requires_grad_()

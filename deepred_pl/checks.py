@@ -1,6 +1,7 @@
 """Check arguments; every message says what was expected, what came, and if need be the remedy."""
 
 import math
+from numbers import Integral
 from typing import Any, get_args
 
 
@@ -41,6 +42,8 @@ def check_positive(name: str, value: float | None, remedy: str = "") -> None:
 def check_at_least(least: int, **numbers: int) -> None:
     """Raise ValueError if one of the numbers, given by name, is below the least."""
     for name, value in numbers.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 

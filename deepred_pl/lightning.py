@@ -2,7 +2,8 @@
 
 `lightning.pytorch` and `pytorch_lightning` are the same library with classes of their own, which do
 not fit together. This package uses the one that the environment variable DEEPRED_LIGHTNING names,
-or else the one that the program imports first, or else `pytorch_lightning`.
+or else the one that is imported already. If none is, or both are, it is the one that the files
+importing this package name, or else `pytorch_lightning`.
 """
 
 import linecache
@@ -24,14 +25,15 @@ def _name() -> str:
     chosen = os.environ.get("DEEPRED_LIGHTNING")
     if chosen is None:
         imported = [name for name in list(sys.modules) if name in NAMES]  # in their order
-        return imported[0] if imported else _imported_next(sys._getframe())
+        named = _named(sys._getframe()) if len(imported) != 1 else None
+        return named or next(iter(imported), NAMES[0])
     if chosen not in NAMES:
         raise ImportError(f"DEEPRED_LIGHTNING must be one of {', '.join(NAMES)}, got {chosen!r}")
     return chosen
 
 
-def _imported_next(frame: FrameType | None) -> str:
-    """The name that the files importing this package import after it, as sorted imports do."""
+def _named(frame: FrameType | None) -> str | None:
+    """The name that the files importing this package import, often after it, as they are sorted."""
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith("deepred_pl"):
             source = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
@@ -39,7 +41,7 @@ def _imported_next(frame: FrameType | None) -> str:
                 if find_spec(found[1]) is not None:  # else an alternative that is not installed
                     return NAMES[found[1] == "lightning"]
         frame = frame.f_back
-    return NAMES[0]
+    return None
 
 
 NAME = _name()

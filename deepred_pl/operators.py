@@ -714,6 +714,10 @@ class Adapted(Operator):
         super().__init__()
         self.physics = physics
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_own(self, "physics", name)
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         return _ByAdjoint.apply(x, self.physics)
 
@@ -781,6 +785,15 @@ class _ByAdjoint(torch.autograd.Function):
         return _real(ctx.physics.A_adjoint(gradients[0])), None
 
 
+def _check_own(wrapper: Operator, inner: str, name: str) -> None:
+    """Raise AttributeError if an attribute of the wrapped object is set on its wrapper."""
+    wrapped = getattr(wrapper, inner, None)
+    if wrapped is not None and not hasattr(wrapper, name) and hasattr(wrapped, name):
+        raise AttributeError(
+            f"{name} is an attribute of the operator that was given: set operator.{inner}.{name}"
+        )
+
+
 def _real(image: Tensor) -> Tensor:
     return image.real if image.is_complex() else image
 
@@ -797,6 +810,10 @@ class RealParts(Operator):
     def __init__(self, operator: Operator) -> None:
         super().__init__()
         self.operator = operator
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_own(self, "operator", name)
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.view_as_real(self.operator(x))

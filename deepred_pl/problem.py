@@ -30,7 +30,8 @@ class InverseProblem(nn.Module):
     Args:
         y: The measurement; for an image (1, C, H, W), float, in [0, 1] up to noise. Values that the
             operator does not observe are set to 0. A complex measurement, as in magnetic resonance
-            imaging, is kept as its real and imaginary parts, (..., 2), each with the noise.
+            imaging, is kept as its real and imaginary parts, (..., 2), each with the noise; the
+            given operator is then `operator.operator`.
         operator: A (see `deepred_pl.operators`), or an object with `A` and `A_adjoint`; None is
             the identity. Its parameters and buffers become float32.
         noise: The noise model; None means the mean squared residual as data term. Parameters left
@@ -79,13 +80,14 @@ class InverseProblem(nn.Module):
                 "limits are the least and the largest value of x, expected at most 0 and at least "
                 f"1, got {limits}"
             )
-        if not (noise is None or isinstance(noise, NoiseModel)):
-            raise ValueError(
-                "noise must be one of deepred_pl.noise, derived from NoiseModel, or None, got "
-                f"{noise!r}; for example GaussianNoise(sigma=25), in grey levels of 8 bits"
-            )
+        check_noise_model(noise)
         self.operator = as_operator(operator)
         if y.is_complex():
+            if operator is None:
+                raise ValueError(
+                    "a complex measurement is not that of an image alone: give the operator, such "
+                    "as a Fourier transform derived from Operator"
+                )
             if None in (getattr(noise, "sigma", 0), getattr(noise, "peak", 0)):
                 raise ValueError(
                     "the noise of a complex measurement cannot be estimated: state it, as in "
@@ -394,13 +396,24 @@ def _density(t: Tensor) -> Tensor:
     return torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
 
 
+def check_noise_model(noise: object) -> None:
+    """Raise ValueError unless it is a noise model or None."""
+    if not (noise is None or isinstance(noise, NoiseModel)):
+        raise ValueError(
+            "noise must be one of deepred_pl.noise, derived from NoiseModel, or None, got "
+            f"{noise!r}; for example GaussianNoise(sigma=25), in grey levels of 8 bits"
+        )
+
+
 def _make_usable(part: nn.Module) -> None:
     """Give a part of the problem values that a fit can use, whatever settings it was made in."""
     part.float()
     for module in part.modules():
         for name, value in module._buffers.items():
+            if value is not None and value.is_complex():
+                module._buffers[name] = value.to(torch.complex64)
             if value is not None and value.is_inference():
-                module._buffers[name] = value.clone()
+                module._buffers[name] = module._buffers[name].clone()  # type: ignore[union-attr]
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_inference():
                 copy = parameter.detach().clone()

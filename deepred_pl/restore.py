@@ -21,7 +21,7 @@ from deepred_pl.lightning import Callback, SaveConfigCallback, rank_zero_warn
 from deepred_pl.model import DeepRED
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
-from deepred_pl.problem import InverseProblem
+from deepred_pl.problem import InverseProblem, check_noise_model
 from deepred_pl.report import diagnosis, examine
 from deepred_pl.tiles import blend
 from deepred_pl.torch_state import default_settings
@@ -102,12 +102,14 @@ def restore(
                 raise ValueError("restore() gets the measurement itself: leave data's files out")
             data.measurement = _channels_last(image)
             data.operator = data.operator if operator is None else as_operator(operator)
+            check_noise_model(noise)
             data.noise = data.noise if noise is None else noise
             if network is not None:
                 check_factory("network", network, nn.Module, "SkipNet, width=32")
                 cli.model.make_network = network
             if denoiser is not None:
                 _use(denoiser, cli)
+            _check_callbacks(callbacks)
             cli.trainer.callbacks.extend(callbacks if tile is None else deepcopy(callbacks))
             return cli
 
@@ -156,6 +158,16 @@ def _use(denoiser: Callable[[Tensor], Tensor], cli: RestorationCLI) -> None:
     for update in cli.trainer.callbacks:
         if isinstance(update, REDUpdate):
             update.denoiser = denoiser
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    if not isinstance(callbacks, Sequence) or not all(isinstance(c, Callback) for c in callbacks):
+        raise ValueError(f"callbacks must be a list of callback objects, got {callbacks!r}")
+    if any(isinstance(callback, REDUpdate) for callback in callbacks):
+        raise ValueError(
+            "restore() has a REDUpdate of its own; give its denoiser as denoiser=..., and its "
+            'settings as overrides, such as {"red.every_n_steps": 5}'
+        )
 
 
 def _as_text(name: str, value: Any) -> str:

@@ -117,6 +117,13 @@ def check_fit(model: "DeepImagePrior", trainer: Trainer) -> None:
             check_optimizer(optimizer, trainer)
     assert model.problem is not None
     learned = optimized(trainer)
+    if trained and not trained & learned and trainer.optimizers:
+        rank_zero_warn(
+            "No optimizer has the parameters of the restoration's network, which will stay as it "
+            "is: give them to one in configure_optimizers, and set the optimizers up again "
+            "(trainer.strategy.setup_optimizers) after a restoration is replaced.",
+            category=RestorationWarning,
+        )
     adapted = is_adapted(model.problem.operator)
     fixed = [
         f"problem.{name}"

@@ -20,7 +20,7 @@ from deepred_pl import (
     admm,
     restore,
 )
-from deepred_pl.callbacks import AutoStop, CollapseGuard, Monitor, RestorationBar
+from deepred_pl.callbacks import AutoStop, CollapseGuard, Monitor, RestorationBar, Writer
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.lightning import (
     Callback,
@@ -378,6 +378,22 @@ def test_averaged_weights_are_refused_for_a_child_too(make_trainer, kind):
     watch = [Monitor("restoration"), averaging]  # without a REDUpdate
     with pytest.raises(ValueError, match="StochasticWeightAveraging averages weights"):
         make_trainer(max_steps=2, callbacks=watch).fit(Plain(kind))
+
+
+def test_a_network_that_no_optimizer_has_is_named(make_trainer):
+    parent = Plain()
+    parent.head = nn.Linear(1, 1)
+    parent.configure_optimizers = lambda: torch.optim.Adam(parent.head.parameters())
+    update = REDUpdate(smooth, every_n_steps=2, submodule="restoration")
+    with pytest.warns(RestorationWarning, match="No optimizer has the parameters of the resto"):
+        make_trainer(max_steps=1, callbacks=[update]).fit(parent)
+
+
+def test_a_writer_says_that_it_writes_nothing_for_a_child(make_trainer, tmp_path):
+    update = REDUpdate(smooth, every_n_steps=2, submodule="restoration")
+    with pytest.warns(RestorationWarning, match="nothing for one inside Plain"):
+        make_trainer(max_steps=1, callbacks=[update, Writer()]).fit(Plain())
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_devices_are_refused_for_a_child_too():  # without starting their processes

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from deepred_pl import lightning
-from deepred_pl.lightning import NAME, NAMES, _imported_next, _name
+from deepred_pl.lightning import NAME, NAMES, _name, _named
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,7 +22,7 @@ def test_the_name_that_is_imported_next_is_found(name, how, depth):
     other += "from lightning.fabric import Fabric\n"
     source = f"{other}{calls}\n{how.format(name)}"
     linecache.cache["program"] = (len(source), None, source.splitlines(keepends=True), "program")
-    names = {"next_name": lambda: _imported_next(sys._getframe(1)), "__name__": "program"}
+    names = {"next_name": lambda: _named(sys._getframe(1)), "__name__": "program"}
     exec(compile(calls, "program", "exec"), names)
     assert names["call"](depth) == name
 
@@ -99,4 +99,4 @@ def test_an_alternative_that_is_not_installed_is_passed_over(monkeypatch):
     for name in NAMES:
         installed = name.partition(".")[0]
         monkeypatch.setattr(lightning, "find_spec", {installed: installed}.get)
-        assert _imported_next(frame) == name
+        assert _named(frame) == name

@@ -231,6 +231,27 @@ def test_the_noise_of_a_complex_measurement_must_be_stated():
         InverseProblem(y, MaskedFourier(known), GaussianNoise(None))
 
 
+def test_a_complex_measurement_needs_an_operator_whose_values_may_be_double():
+    y, _, known, problem = complex_problem()
+    with pytest.raises(ValueError, match="a complex measurement is not that of an image alone"):
+        InverseProblem(y)
+    other = MaskedFourier(known)
+    other.known = known.to(torch.complex128)
+    double = InverseProblem(y, other)
+    assert torch.equal(double.operator.adjoint(double.y), problem.operator.adjoint(problem.y))
+
+
+@pytest.mark.parametrize("kind", [MaskedFourier, Physics])
+def test_an_attribute_that_is_set_on_the_wrapper_of_an_operator_is_refused(kind):
+    *_, problem = complex_problem(kind)
+    name, inner = ("known", "operator.operator") if kind is MaskedFourier else ("A", "operator.physics")
+    wrapper = problem.operator if kind is MaskedFourier else problem.operator.operator
+    with pytest.raises(AttributeError, match=rf"{name} is an attribute .* {inner}\.{name}"):
+        setattr(wrapper, name, None)
+    problem.operator.eval()  # torch's own attributes are set
+    assert not problem.operator.training
+
+
 def test_a_complex_measurement_is_restored(make_trainer, tmp_path):
     *_, problem = complex_problem(height=33, width=36)
     model = DeepRED(network=TinyNet, problem=problem, fidelity="backprojection", input_scale=1.0)

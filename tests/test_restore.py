@@ -167,6 +167,14 @@ def test_an_intensity_range_is_undone():
         (stored(np.uint8), {"task": "tomography"}, "with 60 angles"),
         (stored(np.uint8), {"denoiser": NonLocalMeans}, "denoiser must be an object of"),
         (stored(np.uint8), {"network": SkipNet(3, 4)}, "network must be a class or function"),
+        (stored(np.uint8), {"noise": 25}, "noise must be one of"),
+        (stored(np.uint8), {"callbacks": [Callback]}, "must be a list of callback objects"),
+        (stored(np.uint8), {"callbacks": Callback()}, "must be a list of callback objects"),
+        (
+            stored(np.uint8),
+            {"callbacks": [REDUpdate(smooth)]},
+            r"restore\(\) has a REDUpdate of its own; give its denoiser as denoiser=",
+        ),
         (
             stored(np.uint8),
             {"task": ["denoising", "methods/dip"], "denoiser": smooth},

@@ -22,8 +22,8 @@ GREY_LEVELS = 255  # per unit of the images
 class Monitor(RestorationCallback):
     """Logs the curves of the paper's Figure 3 (arXiv:1903.10176), and a few more.
 
-    Every `trainer.log_every_n_steps` θ-steps, and at the end of an epoch of as many or more for
-    callbacks that monitor a curve, in the group "curves":
+    Every `trainer.log_every_n_steps` θ-steps, and for callbacks that monitor a curve also at the
+    end of the fit and of epochs that are not shorter, in the group "curves":
         objective           D(A T_θ(z), y) + λ · mean(x · (x − f(x))), Eq. 4, for matching x and
                             f(x), in squared grey levels of an 8-bit image, in which small values
                             remain readable; Plug-and-Play has v instead of x, and minimizes no
@@ -61,7 +61,8 @@ class Monitor(RestorationCallback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         every = trainer.log_every_n_steps
         epoch_ends = trainer.is_last_batch and 0 < every <= trainer.num_training_batches
-        if is_log_step(trainer) or epoch_ends:
+        fit_ends = every > 0 and trainer.global_step == trainer.max_steps
+        if is_log_step(trainer) or epoch_ends or fit_ends:
             curves = measure(self.model)
             for callback in restoration_callbacks(trainer, self.submodule):
                 curves |= {n: torch.tensor(value) for n, value in callback.curves().items()}

@@ -22,6 +22,7 @@ from deepred_pl.problem import InverseProblem
 from deepred_pl.trainer import optimized
 
 ABANDONED = 1.0  # seconds to wait for a running job after its fit failed or was stopped
+MOST_BRIGHTER = 10  # times; a denoised image is as bright as its input, unless 255 is its white
 LAST_JOB = 60.0  # seconds to wait for a running job after its fit has ended
 
 XUpdate = Literal["fixed_point", "gradient", "mixed", "pnp"]
@@ -429,9 +430,14 @@ def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, lock: Lock, x: 
 def _denoise_once(denoiser: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     f_x = denoiser(x.clone())  # it may write into its input
     if not isinstance(f_x, Tensor) or f_x.shape != x.shape:
-        got = tuple(f_x.shape) if hasattr(f_x, "shape") else type(f_x).__name__
+        got = tuple(f_x.shape) if isinstance(f_x, Tensor) else type(f_x).__name__
         raise ValueError(f"it must return a tensor of {tuple(x.shape)} like its input, got {got}")
     if not f_x.isfinite().all():
         raise ValueError("it must return finite values, got NaN or infinity")
+    if f_x.abs().mean() > MOST_BRIGHTER * x.abs().mean().clamp(min=0.1):
+        raise ValueError(
+            f"it must return an image in [0, 1], got values of up to {float(f_x.max()):.3g} for "
+            f"up to {float(x.max()):.3g}; divide them by the value of white, such as 255"
+        )
     # A copy: the denoiser may reuse its memory, or return an inference tensor.
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(f_x)

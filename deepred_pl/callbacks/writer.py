@@ -11,9 +11,17 @@ from torch import Tensor
 
 from deepred_pl.callbacks.base import restoration_callbacks, run_directory
 from deepred_pl.callbacks.hparams import log_hyperparameters
+from deepred_pl.checks import RestorationWarning
 from deepred_pl.files import check_writable, describe, write_json
 from deepred_pl.images import ImageFormat, write_image
-from deepred_pl.lightning import Callback, LightningModule, Trainer, callbacks, rank_zero_info
+from deepred_pl.lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    callbacks,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.report import compare, diagnosis, score, write_uncertainty
 
@@ -49,7 +57,14 @@ class Writer(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._timer, self._at_half = callbacks.Timer(), None
-        if not trainer.fast_dev_run:
+        if not isinstance(pl_module, DeepImagePrior):
+            rank_zero_warn(
+                "Writer writes the results of a restoration that is trained directly, and nothing "
+                f"for one inside {type(pl_module).__name__}: write its `restored` there, with "
+                "deepred_pl.images.write_image",
+                category=RestorationWarning,
+            )
+        elif not trainer.fast_dev_run:
             check_writable(run_directory(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -47,6 +47,10 @@ def gives_another_shape(x):
     return x[..., 1:]
 
 
+def gives_grey_levels(x):
+    return 255 * smooth(x)
+
+
 def gives_a_list(x):
     return [1.0]
 
@@ -93,6 +97,7 @@ FAILURES = {
     raises: r"KeyError: 'no such patch'",
     gives_nan: "NaN",
     gives_another_shape: r"got \(1, 3, 9, 10\)",
+    gives_grey_levels: r"got values of up to \d+ for up to .*divide them by the value of white",
     gives_a_list: r"tensor of \(1, 3, 9, 11\) like its input, got list",
     exits: "SystemExit: of its own accord",
     ends_its_thread: "SystemExit",

@@ -244,7 +244,9 @@ def test_a_complex_measurement_needs_an_operator_whose_values_may_be_double():
 @pytest.mark.parametrize("kind", [MaskedFourier, Physics])
 def test_an_attribute_that_is_set_on_the_wrapper_of_an_operator_is_refused(kind):
     *_, problem = complex_problem(kind)
-    name, inner = ("known", "operator.operator") if kind is MaskedFourier else ("A", "operator.physics")
+    name, inner = (
+        ("known", "operator.operator") if kind is MaskedFourier else ("A", "operator.physics")
+    )
     wrapper = problem.operator if kind is MaskedFourier else problem.operator.operator
     with pytest.raises(AttributeError, match=rf"{name} is an attribute .* {inner}\.{name}"):
         setattr(wrapper, name, None)

@@ -335,14 +335,15 @@ class _SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         path = run_directory(trainer) / self.config_filename
-        resumed = trainer.ckpt_path is not None and path.parent in Path(trainer.ckpt_path).parents
+        checkpoint = self.config.get("ckpt_path")  # the trainer does not know it yet
+        resumed = checkpoint and path.parent.resolve() in Path(checkpoint).resolve().parents
         if path.exists() and not resumed:
             raise ValueError(
                 f"expected a run directory of its own, but there is a run in {path.parent}; choose "
                 "another, or leave the logger's version out"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, overwrite=resumed)
+        self.parser.save(self.config, path, skip_none=False, overwrite=bool(resumed))
 
 
 class _SettingsOnly(RestorationCLI):

@@ -688,9 +688,15 @@ def test_a_run_directory_that_is_taken_is_refused(refused, tmp_path):
     settings = {"save_dir": str(tmp_path), "name": "", "version": ""}
     logger = {"class_path": "CSVLogger", "init_args": settings}
     (tmp_path / "config.yaml").write_text("mine")
-    said = refused("--config", DENOISING, f"--trainer.logger={json.dumps(logger)}")
+    given = ["--config", DENOISING, f"--trainer.logger={json.dumps(logger)}", "--data.crop=40"]
+    said = refused(*given)
     assert "expected a run directory of its own, but there is a run in" in said
     assert (tmp_path / "config.yaml").read_text() == "mine"
+    (tmp_path / "config.yaml").unlink()
+    main(["fit", *map(str, given), *TINY, "--trainer.max_steps=2"])
+    last = f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    main(["fit", *map(str, given), *TINY, "--trainer.max_steps=3", last])  # its own
+    assert config_of(tmp_path)["trainer"]["max_steps"] == 3
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

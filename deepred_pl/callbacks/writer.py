@@ -40,6 +40,7 @@ class Writer(Callback):
         labels: Values for that page that replace its own, such as {"image": "house"}.
 
     Raises:
+        ValueError: The run directory, which a logger was given, has the result of another run.
         OSError: The run directory cannot be written.
     """
 
@@ -47,6 +48,7 @@ class Writer(Callback):
         self.labels: dict[str, str] = {}
         self._timer = callbacks.Timer()
         self._at_half: Tensor | None = None  # residual ratio after half of the steps
+        self._done: Path | None = None  # the result of the fit before
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._timer.state_dict(), "at_half": self._at_half}
@@ -66,6 +68,16 @@ class Writer(Callback):
             )
         elif not trainer.fast_dev_run:
             check_writable(run_directory(trainer))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or trainer.ckpt_path is not None:
+            return
+        done = run_directory(trainer) / "result.json"
+        if isinstance(pl_module, DeepImagePrior) and done.exists() and done != self._done:
+            raise ValueError(
+                f"expected a run directory of its own, but there is a run in {done.parent}; "
+                "choose another, or leave the logger's version out"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._timer.on_train_start(trainer, pl_module)
@@ -93,7 +105,8 @@ class Writer(Callback):
                 if callback.std is not None:
                     write_uncertainty(directory, callback.std)
             log_hyperparameters(pl_module, trainer, result, self.labels)
-            write_json(directory / "result.json", result)  # last: it marks a complete run
+            self._done = directory / "result.json"
+            write_json(self._done, result)  # last: it marks a complete run
         except OSError as error:
             raise OSError(
                 f"expected to write the run directory {directory}: {describe(error)}; the restored "

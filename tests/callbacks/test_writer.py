@@ -14,6 +14,7 @@ from deepred_pl import (
     RestorationDataModule,
 )
 from deepred_pl.callbacks import LastCheckpoint, Writer
+from deepred_pl.lightning import loggers
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.report import compare, diagnosis, score
 from tests.helpers import RUN, TinyNet, noisy_problem, picture, result_of, smooth
@@ -82,6 +83,25 @@ def test_every_run_without_a_logger_has_a_directory_of_its_own(make_trainer, tmp
         directory = tmp_path / "lightning_logs" / f"version_{version}"
         assert result_of(directory)["steps"] == 5
     assert [file.read_text() for file in others] == ["the user's"] * 2
+
+
+def test_a_directory_with_the_result_of_another_run_is_refused(make_trainer, tmp_path):
+    """A logger whose directory is fixed; the same callback may write again, and a resumed run."""
+
+    def fit(writer, ckpt_path=None, steps=2):
+        logger = loggers.CSVLogger(tmp_path, name="", version="")
+        trainer = make_trainer(max_steps=steps, logger=logger, callbacks=[writer])
+        model = DeepImagePrior(network=TinyNet, problem=noisy_problem())
+        trainer.fit(model, ckpt_path=ckpt_path)
+        return trainer
+
+    writer = Writer()
+    fit(writer)
+    fit(writer).save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="expected a run directory of its own"):
+        fit(Writer())
+    fit(Writer(), tmp_path / "last.ckpt", steps=3)
+    assert result_of(tmp_path)["steps"] == 3
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_the_fit(make_trainer, tmp_path):

@@ -70,10 +70,11 @@ class Writer(Callback):
             check_writable(run_directory(trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run or trainer.ckpt_path is not None:
+        writes = isinstance(pl_module, DeepImagePrior) and not trainer.fast_dev_run
+        if not writes or trainer.ckpt_path is not None:
             return
         done = run_directory(trainer) / "result.json"
-        if isinstance(pl_module, DeepImagePrior) and done.exists() and done != self._done:
+        if done.exists() and done != self._done:
             raise ValueError(
                 f"expected a run directory of its own, but there is a run in {done.parent}; "
                 "choose another, or leave the logger's version out"

@@ -166,7 +166,7 @@ class DeepImagePrior(LightningModule):
         self.network: nn.Module | None = None
         self.problem: InverseProblem | None = None
         self.register_buffer("chosen", None)
-        # Of a checkpoint loaded without a problem:
+        # Of a checkpoint that is loaded without a problem, until there is one:
         self._saved_problem: dict[str, Tensor] = {}
         self._saved_settings: dict[str, Any] = {}
         if problem is not None:
@@ -250,7 +250,7 @@ class DeepImagePrior(LightningModule):
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
-        generator = torch.Generator().set_state(torch.get_rng_state())  # own_random_numbers'
+        generator = torch.Generator().set_state(torch.get_rng_state())  # own_random_numbers seeded it
         z = torch.rand(1, height, width, channels, generator=generator).movedim(-1, 1)
         return z.mul_(self.input_scale)
 

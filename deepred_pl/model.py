@@ -249,8 +249,9 @@ class DeepImagePrior(LightningModule):
         check_memory(needed, f"restoring {height}×{width} pixels", "restore a part of the image")
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
+        # Its own generator, in the state in which drawing θ₀ has left the process's.
+        generator = torch.Generator().set_state(torch.get_rng_state())
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
-        generator = torch.Generator().set_state(torch.get_rng_state())  # own_random_numbers seeded it
         z = torch.rand(1, height, width, channels, generator=generator).movedim(-1, 1)
         return z.mul_(self.input_scale)
 

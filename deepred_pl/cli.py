@@ -30,7 +30,7 @@ from deepred_pl.callbacks import (
     RestorationBar,
     Writer,
 )
-from deepred_pl.callbacks.base import restoration_callbacks, run_directory
+from deepred_pl.callbacks.base import check_untaken, restoration_callbacks, run_directory
 from deepred_pl.callbacks.checkpoint import SIGNALLED, resume_with
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.data import RestorationDataModule
@@ -81,7 +81,7 @@ NOISE = (
     "Type collections.abc.Callable",
 )
 
-# Parts of a user's own are found by the class that they are derived from.
+# What jsonargparse says of a class that is not derived from the one that a setting needs.
 NO_SUBCLASS = re.compile(
     r"Expected a path but (\S+) either not accessible or invalid "
     r"Import path does not correspond to a subclass of (\w+).*"
@@ -337,11 +337,8 @@ class _SaveConfig(SaveConfigCallback):
         path = run_directory(trainer) / self.config_filename
         checkpoint = self.config.get("ckpt_path")  # the trainer does not know it yet
         resumed = checkpoint and path.parent.resolve() in Path(checkpoint).resolve().parents
-        if path.exists() and not resumed:
-            raise ValueError(
-                f"expected a run directory of its own, but there is a run in {path.parent}; choose "
-                "another, or leave the logger's version out"
-            )
+        if not resumed:
+            check_untaken(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, path, skip_none=False, overwrite=bool(resumed))
 

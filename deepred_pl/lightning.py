@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING
 
-# Both log by the logger of the one that was imported last.
+# Messages of both go to the logger of the one that was imported last.
 NAMES = ("pytorch_lightning", "lightning.pytorch")
-IMPORT = re.compile(  # of Lightning's other packages, such as lightning.fabric, nothing follows
+IMPORT = re.compile(  # but not lightning.fabric, which does not tell which of the two is used
     r"^\s*(?:from|import)\s+(pytorch_lightning\b|lightning\b(?!\.(?!pytorch\b)))", re.MULTILINE
 )
 

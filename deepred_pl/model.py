@@ -31,7 +31,7 @@ from deepred_pl.networks import INPUT_CHANNELS, SkipNet
 from deepred_pl.optim import adam
 from deepred_pl.problem import InverseProblem
 from deepred_pl.torch_state import default_factories, default_settings, own_random_numbers
-from deepred_pl.trainer import Epoch, check_end, check_optimizer, check_trainer
+from deepred_pl.trainer import Epoch, check_epochs, check_optimizer, check_trainer
 
 # The released rise starts at 20 dB, for noise of σ = 25, which has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
@@ -249,7 +249,7 @@ class DeepImagePrior(LightningModule):
         check_memory(needed, f"restoring {height}×{width} pixels", "restore a part of the image")
         if saved is not None:
             return F.interpolate(saved, (height, width), mode="nearest-exact")
-        # Its own generator, in the state in which drawing θ₀ has left the process's.
+        # A generator that other threads do not draw from, in the state after θ₀ was drawn.
         generator = torch.Generator().set_state(torch.get_rng_state())
         # Drawn as (1, H, W, 32) and viewed as (1, 32, H, W): channels_last without a copy.
         z = torch.rand(1, height, width, channels, generator=generator).movedim(-1, 1)
@@ -285,7 +285,7 @@ class DeepImagePrior(LightningModule):
     def on_train_start(self) -> None:
         """Lightning's hook: refuse data that would not be used, and epochs that end too soon."""
         _check_loader(self.trainer.train_dataloader, "fit")
-        check_end(self.trainer)
+        check_epochs(self.trainer)
 
     def on_predict_start(self) -> None:
         """Lightning's hook: refuse data that would not be used, and a module that is not fitted."""

@@ -21,7 +21,7 @@ from deepred_pl.tiles import Region, Tiling, cut
 from deepred_pl.torch_state import default_settings
 
 LEAST_VARIANCE = 1e-10  # every value has been rounded
-BRIGHTEST = 3.0  # mean of a measurement in [0, 1] that has any noise; that of 0...255 is larger
+BRIGHTEST = 3.0  # mean that no measurement of an image in [0, 1] has, even with speckle
 
 
 class InverseProblem(nn.Module):
@@ -85,8 +85,8 @@ class InverseProblem(nn.Module):
         if y.is_complex():
             if operator is None:
                 raise ValueError(
-                    "a complex measurement is not that of an image alone: give the operator, such "
-                    "as a Fourier transform derived from Operator"
+                    "a complex measurement needs an operator, such as a Fourier transform that is "
+                    "derived from Operator"
                 )
             if None in (getattr(noise, "sigma", 0), getattr(noise, "peak", 0)):
                 raise ValueError(
@@ -128,8 +128,7 @@ class InverseProblem(nn.Module):
     @torch.no_grad()
     def _check_scale(self, y: Tensor, brightest: float) -> None:
         """Refuse the measurement of an image whose white is 255 rather than 1."""
-        mean = float(y.mean())
-        if not self.operator.keeps_units or mean <= BRIGHTEST * brightest:
+        if not self.operator.keeps_units or (mean := float(y.mean())) <= BRIGHTEST * brightest:
             return
         white = float(self.operator(torch.ones(self.image_shape, device=y.device)).mean())
         if mean > BRIGHTEST * brightest * white:  # which is more than 1 if the operator sums
@@ -191,7 +190,7 @@ class InverseProblem(nn.Module):
             if variance.ndim > 1:  # (1, C, 1, 1), one for each channel
                 variance = variance.flatten()[self._clipped_at // math.prod(self.y.shape[2:])]
             sigma = variance.clamp(min=LEAST_VARIANCE).sqrt()
-            # Where there are only Python's numbers, torch gives the default type, perhaps float64.
+            # Of Python's numbers torch makes the default type, which may be float64.
             sign = (2.0 * bright - 1).to(clean.dtype)
             beyond = sign * (clean - torch.where(bright, high, low).to(clean.dtype)) / sigma
             mean = clean + sign * sigma * _inverse_mills(beyond)

@@ -153,12 +153,7 @@ def _say_that_seeds_are_settings() -> None:
 
 
 def check_end(trainer: Trainer) -> None:
-    """Check what ends a fit, as it starts.
-
-    Raises:
-        ValueError: max_epochs never ends it, or before its max_steps or max_time, because of the
-            length of a restoration's epochs.
-    """
+    """Raise ValueError if max_epochs never ends a fit that it should end; called as it starts."""
     endless = trainer.num_training_batches == float("inf") and trainer.max_steps == -1
     if endless and trainer.max_epochs != -1 and not _has_timer(trainer):
         raise ValueError(
@@ -166,9 +161,12 @@ def check_end(trainer: Trainer) -> None:
             "end; set max_steps, or return the restoration's train_dataloader(), which has epochs "
             "of log_every_n_steps steps"
         )
-    alone = hasattr(trainer.lightning_module, "theta_step")
+
+
+def check_epochs(trainer: Trainer) -> None:
+    """Raise ValueError if max_epochs ends the fit of one image before max_steps or max_time."""
     chosen = trainer.limit_train_batches != 1.0 or trainer.overfit_batches or trainer.fast_dev_run
-    if not alone or chosen or not isinstance(trainer.train_dataloader, Epoch):
+    if chosen or not isinstance(trainer.train_dataloader, Epoch):
         return
     steps = max(0, trainer.max_epochs or 0) * trainer.num_training_batches
     if 0 < steps < trainer.max_steps or (steps and trainer.max_steps == -1):

@@ -645,3 +645,22 @@ def test_restore_in_threads_is_the_same_also_with_another_default_type():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(itertools.starmap(torch.equal, zip(restored, expected, strict=True)))
+
+
+def test_one_that_ended_a_fit_looks_on_where_it_is_resumed_with_more_patience(
+    make_trainer, tmp_path
+):
+    def fit(patience, ckpt_path=None):
+        model = DeepRED(network=TinyNet, problem=noisy_problem())
+        stop = AutoStop(window=10, patience=patience)
+        trainer = make_trainer(max_steps=100, callbacks=[REDUpdate(smooth, 5), stop])
+        trainer.fit(model, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return model.step, stop.stopped, stop.state_dict()["blocks"]
+
+    ended, stopped, _ = fit(2)
+    assert stopped and ended < 60
+    longer, _, blocks = fit(30, tmp_path / "last.ckpt")
+    whole, _, expected = fit(30)
+    assert longer == whole > ended
+    assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(blocks, expected, strict=True))

@@ -233,7 +233,7 @@ def test_the_noise_of_a_complex_measurement_must_be_stated():
 
 def test_a_complex_measurement_needs_an_operator_whose_values_may_be_double():
     y, _, known, problem = complex_problem()
-    with pytest.raises(ValueError, match="a complex measurement is not that of an image alone"):
+    with pytest.raises(ValueError, match="a complex measurement needs an operator"):
         InverseProblem(y)
     other = MaskedFourier(known)
     other.known = known.to(torch.complex128)

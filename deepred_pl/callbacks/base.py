@@ -102,7 +102,7 @@ class RestorationCallback(Callback):
     def _follow(self, trainer: Trainer) -> None:
         if self._trained is None or (model := self.model) is self._current:
             return
-        if self._current is not None:  # a parent has replaced it: all begin anew, then start
+        if self._current is not None:  # a parent has replaced it: reset all, then start
             for callback in restoration_callbacks(trainer, self.submodule):
                 if callback._current is not None:
                     callback.setup(trainer, self._trained, "fit")
@@ -112,10 +112,13 @@ class RestorationCallback(Callback):
         self.start(model, trainer)
 
     def _check_all(self, trainer: Trainer) -> None:
-        model = self.model
-        if self is restoration_callbacks(trainer, self.submodule)[0]:  # once for a restoration
+        self.check_once(self.model, trainer)
+        self.check(self.model, trainer)
+
+    def check_once(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        """Check what all callbacks of a restoration need; only the first of them does it."""
+        if self is restoration_callbacks(trainer, self.submodule)[0]:
             check_fit(model, trainer)
-        self.check(model, trainer)
 
     # What subclasses do
 
@@ -126,7 +129,7 @@ class RestorationCallback(Callback):
 
     @property
     def group(self) -> str:
-        """The name that its curves and images begin with."""
+        """The name that its curves begin with."""
         return self.submodule or "curves"
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
@@ -192,6 +195,15 @@ def run_directory(trainer: Trainer) -> Path:
 
 
 _directories: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+
+
+def check_untaken(file: Path) -> None:
+    """Raise ValueError if this file of another run is in a run directory."""
+    if file.exists():
+        raise ValueError(
+            f"expected a run directory of its own, but there is a run in {file.parent}; choose "
+            "another, or leave the logger's version out"
+        )
 
 
 def _new_version(runs: Path) -> Path:

@@ -65,6 +65,9 @@ class LastCheckpoint(callbacks.Checkpoint):
         self._saved: Path | None = None  # of this fit
         self.how_to_resume: Callable[[Path], str] = resume_with
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._saved = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
             if self._ending:  # final writes must not be interrupted

@@ -15,7 +15,6 @@ from deepred_pl.lightning import Callback, LightningModule, Trainer, rank_zero_i
 from deepred_pl.memory import as_text, check_memory, free_memory, give_memory_back, keep_memory
 from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.torch_state import own_random_numbers
-from deepred_pl.trainer import check_fit
 
 PART = 128  # pixels of a side; the memory of a step is proportional to the pixels
 TRIES = 3  # steps timed; the first is slower
@@ -44,7 +43,7 @@ class Preflight(RestorationCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, DeepImagePrior):
             return
-        check_fit(pl_module, trainer)
+        self.check_once(pl_module, trainer)
         if trainer.fast_dev_run:
             return
         needed = _check_fit(pl_module, trainer)

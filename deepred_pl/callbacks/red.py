@@ -22,7 +22,7 @@ from deepred_pl.problem import InverseProblem
 from deepred_pl.trainer import optimized
 
 ABANDONED = 1.0  # seconds to wait for a running job after its fit failed or was stopped
-MOST_BRIGHTER = 10  # times; a denoised image is as bright as its input, unless 255 is its white
+MOST_BRIGHTER = 10  # times as bright as its input: a denoised image whose white is 255
 LAST_JOB = 60.0  # seconds to wait for a running job after its fit has ended
 
 XUpdate = Literal["fixed_point", "gradient", "mixed", "pnp"]
@@ -68,8 +68,8 @@ class REDUpdate(RestorationCallback):
         inner_iterations: J, x-updates and denoiser calls per round, at least 1.
         timeout: Seconds for the denoising of a round, > 0, including those until a shared denoiser
             is free. If it takes longer, the fit ends; None waits indefinitely.
-        retries: How often a denoiser that raised an exception, or returned NaN or another shape, is
-            called again for the same image, at least 0.
+        retries: How often a denoiser that raised an exception, or returned NaN, another shape or
+            another range, is called again for the same image, at least 0.
         submodule: Dotted name of the `DeepRED` inside the trained module; "" is the module.
 
     Attributes:

@@ -73,6 +73,7 @@ class AutoStop(RestorationCallback):
     def _reset(self) -> None:
         self.best_step: int | None = None
         self.stopped = False
+        self._waits = True  # for others to stop, once it has
         self._best = math.inf
         self._blocks = deque([RunningMoments()], maxlen=BLOCKS)  # of the window; the last grows
         self._on = True
@@ -95,7 +96,9 @@ class AutoStop(RestorationCallback):
     def state_dict(self) -> dict[str, Any]:
         blocks = [block.state_dict() for block in self._blocks]
         settings = {"rule": self.rule, "window": self.window}
-        found = {"best_step": self.best_step, "best": self._best, "stopped": self.stopped}
+        # One that ended the fit looks on if the fit is resumed, perhaps with more patience.
+        stopped = self.stopped and self._waits
+        found = {"best_step": self.best_step, "best": self._best, "stopped": stopped}
         return {**found, "blocks": blocks, **settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -155,3 +158,5 @@ class AutoStop(RestorationCallback):
             others = [c for c in restoration_callbacks(trainer) if isinstance(c, AutoStop)]
             if all(other.stopped or not other._on for other in others):
                 trainer.should_stop = True
+                for other in others:
+                    other._waits = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepred_pl.callbacks.base import restoration_callbacks, run_directory
+from deepred_pl.callbacks.base import check_untaken, restoration_callbacks, run_directory
 from deepred_pl.callbacks.hparams import log_hyperparameters
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.files import check_writable, describe, write_json
@@ -74,11 +74,8 @@ class Writer(Callback):
         if not writes or trainer.ckpt_path is not None:
             return
         done = run_directory(trainer) / "result.json"
-        if done.exists() and done != self._done:
-            raise ValueError(
-                f"expected a run directory of its own, but there is a run in {done.parent}; "
-                "choose another, or leave the logger's version out"
-            )
+        if done != self._done:
+            check_untaken(done)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._timer.on_train_start(trainer, pl_module)

@@ -111,6 +111,11 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Command-line arguments as a list; None uses sys.argv.
     """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["restore"]:
+        from deepred_pl.batch.main import restore  # which imports this module
+
+        return restore(given[1:])
     try:
         RestorationCLI(args)
     except EXPECTED as error:

@@ -65,6 +65,8 @@ class RestorationDataModule(LightningDataModule):
             degradation is simulated, to try something on a small image. Not with a measurement.
         region: Restore only this part of the image, [top, left, height, width] in its pixels; the
             noise is estimated, and a degradation simulated, on the whole image.
+        hold_out: Share of the measured values, in [0, 0.5], that the fit does not use: by their
+            error `AutoStop` with the rule "holdout" judges it, and `Monitor` shows it.
         as_floats: Store the restored image as floats in [0, 1], whatever the input's type.
         metric_on: Whether PSNR and SSIM of colour images compare "rgb" or "luminance".
         seed: Seed of the simulated degradation.
@@ -72,6 +74,7 @@ class RestorationDataModule(LightningDataModule):
     Attributes:
         problem: The `InverseProblem`, after `setup`.
         image_format: How the input was stored, after `setup`.
+        reading: One line on how everything was read, after `setup`.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -92,6 +95,7 @@ class RestorationDataModule(LightningDataModule):
         page: int | None = None,
         crop: int | None = None,
         region: tuple[int, int, int, int] | None = None,
+        hold_out: float = 0.0,
         as_floats: bool = False,
         metric_on: MetricOn = "rgb",
         seed: int = 0,
@@ -111,9 +115,11 @@ class RestorationDataModule(LightningDataModule):
         self.page = page
         self.crop = crop
         self.region = region
+        self.hold_out = hold_out
         self.as_floats = as_floats
         self.metric_on = metric_on
         self.seed = seed
+        self.reading = ""
         self.problem: InverseProblem | None = None
         self.image_format = self._stored = ImageFormat()
 
@@ -141,12 +147,15 @@ class RestorationDataModule(LightningDataModule):
         plausibility.check_sinogram(self.problem)
         if self.measurement is not None and self.problem.noise is self.noise:
             plausibility.check_noise(self.problem)
-        rank_zero_info(self._reading())
+        self.reading = self._reading()
+        rank_zero_info(self.reading)
         if self.region is not None:
             region, alpha = Region(*self.region), self.image_format.alpha
             if alpha is not None and alpha.shape == self.problem.image_shape[-2:]:
                 self.image_format = _part(self.image_format, region)
             self.problem = self.problem.part(region)
+        if self.hold_out:
+            self.problem = self.problem.hold_out(self.hold_out, self.seed)
         if self.as_floats:
             self.image_format = ImageFormat("float32")
 
@@ -159,7 +168,7 @@ class RestorationDataModule(LightningDataModule):
                 "is a measurement; set region to [top, left, height, width] for a part of it"
             )
         self._check_range(operator)
-        y, stored = _read(self.measurement, self.intensity_range, self.page, missing=True)
+        y, stored = read_source(self.measurement, self.intensity_range, self.page, missing=True)
         self._stored = stored
         plausibility.check_layout(y, self._source)
         operator.image_shape(tuple(y.shape))  # refuses a mask, kernel or angles that do not fit
@@ -190,7 +199,7 @@ class RestorationDataModule(LightningDataModule):
             truth_range = (stored.low, stored.high)  # type: ignore[assignment]
         truth = None
         if self.ground_truth is not None:
-            truth = self._admissible(_read(self.ground_truth, truth_range)[0], operator)
+            truth = self._admissible(read_source(self.ground_truth, truth_range)[0], operator)
         limits = _limits(y, operator, stored, self.intensity_range)
         return InverseProblem(y, operator, self.noise, truth, self.metric_on, limits)
 
@@ -224,8 +233,10 @@ class RestorationDataModule(LightningDataModule):
     def _simulated(self, operator: Operator) -> tuple[Tensor, Operator, Tensor]:
         """A simulated measurement, the operator that made it, and the ground truth."""
         assert self.ground_truth is not None
-        original, self.image_format = _read(self.ground_truth, self.intensity_range, self.page)
-        self._stored = self.image_format
+        original, self.image_format = read_source(
+            self.ground_truth, self.intensity_range, self.page
+        )
+        self.image_format = self._stored
         plausibility.check_layout(original, self._source)
         if self.crop is not None:
             middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)
@@ -344,12 +355,13 @@ def _enlarged(stored: ImageFormat, factor: int) -> ImageFormat:
     return replace(stored, resolution=(factor * x, factor * y, unit))
 
 
-def _read(
+def read_source(
     source: str | os.PathLike | np.ndarray,
     intensity_range: IntensityRange,
     page: int | None = None,
     missing: bool = False,
 ) -> tuple[Tensor, ImageFormat]:
+    """Read an image file as `images.read_image`, or convert an array as `images.to_tensor`."""
     if not isinstance(source, np.ndarray):
         image, stored = read_image(source, intensity_range, page, missing)
         if stored.alpha is not None and not _is_transparency(stored.alpha):

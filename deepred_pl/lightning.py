@@ -7,9 +7,12 @@ importing this package name, or else `pytorch_lightning`.
 """
 
 import linecache
+import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -91,6 +94,21 @@ else:
         rank_zero_warn,
     )
 
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress Lightning's messages, such as those about the machine, but not its warnings."""
+    logs = [logging.getLogger(name) for name in NAMES]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
+
+
 __all__ = [
     "NAME",
     "NAMES",
@@ -107,6 +125,7 @@ __all__ = [
     "Trainer",
     "callbacks",
     "loggers",
+    "quiet",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",

@@ -11,6 +11,7 @@ from torchmetrics.functional.image import (
 
 MetricOn = Literal["rgb", "luminance"]
 
+GREY_LEVELS = 255  # of an 8-bit image, per unit
 SSIM_WINDOW = 11
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from skimage.transform import iradon
 from torch import Tensor, nn
 
-from deepred_pl.checks import as_plain, check_at_least, check_choice
+from deepred_pl.checks import as_plain, check_at_least, check_choice, check_positive
 from deepred_pl.images import read_image
 from deepred_pl.tiles import Region
 
@@ -200,6 +200,22 @@ class Blur(Operator):
     ) -> "Blur":
         """A Gaussian of standard deviation `width` in pixels, cut to size × size; size is odd."""
         return cls(gaussian_kernel(size, width), boundary)
+
+    @classmethod
+    def motion(cls, length: float, angle: float = 0.0, boundary: Boundary = "circular") -> "Blur":
+        """A straight motion of `length` pixels, `angle` degrees counter-clockwise from the right.
+
+        The path is sampled densely, and each sample is shared among the four nearest pixels.
+        """
+        check_positive("the motion's length", length)
+        steps = torch.linspace(-0.5, 0.5, 64 * math.ceil(length) + 1, dtype=torch.float64)
+        turn = math.radians(angle)
+        down, right = -steps * length * math.sin(turn), steps * length * math.cos(turn)
+        half = math.ceil(length / 2) + 1
+        offsets = torch.arange(-half, half + 1)
+        rows = (1 - (down - offsets[:, None]).abs()).clamp(min=0)  # (size, samples)
+        columns = (1 - (right - offsets[:, None]).abs()).clamp(min=0)
+        return cls(_without_rounding(rows @ columns.T), boundary)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, boundary: Boundary = "circular") -> "Blur":
@@ -660,6 +676,10 @@ class Observed(Operator):
         """The operator's first guess, with unobserved values filled from those around."""
         return self.operator.first_guess(_fill(y, self.mask.expand_as(y)))
 
+    def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
+        known = self.operator.keep_known(image, y)
+        return image if known is image else torch.where(self.mask.bool(), known, image)
+
     @property
     def observed(self) -> Tensor:
         within = self.operator.observed
@@ -903,6 +923,11 @@ def _check_kernel(kernel: Tensor) -> None:
             f"the blur kernel must be finite with a positive sum, got {float(kernel.sum()):g}; "
             "check the file and its values"
         )
+
+
+def _without_rounding(kernel: Tensor) -> Tensor:
+    """The kernel without values that differ from 0 only by rounding."""
+    return torch.where(kernel < 1e-9 * kernel.max(), 0, kernel)
 
 
 def _centred(kernel: Tensor) -> Tensor:

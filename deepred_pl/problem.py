@@ -21,6 +21,7 @@ from deepred_pl.tiles import Region, Tiling, cut
 from deepred_pl.torch_state import default_settings
 
 LEAST_VARIANCE = 1e-10  # every value has been rounded
+LEAST_HELD_OUT = 64  # values, which tell a PSNR to some tenths of a decibel
 BRIGHTEST = 3.0  # mean that no measurement of an image in [0, 1] has, even with speckle
 
 
@@ -46,6 +47,7 @@ class InverseProblem(nn.Module):
         image_shape: (1, C, H, W) of x.
         clipped_to: The range (low, high) to which the measurement was clipped, infinite where it
             was not.
+        held_out: 1 where a value is held out (`hold_out`), broadcastable to y; None if none is.
 
     Raises:
         ValueError: y or ground_truth is not a finite float tensor of a suitable shape and range,
@@ -61,6 +63,8 @@ class InverseProblem(nn.Module):
     noise: NoiseModel | None
     y: Tensor
     ground_truth: Tensor | None
+    held_out: Tensor | None
+    _held_out_y: Tensor | None
     _clipped_at: Tensor
 
     @default_settings()
@@ -123,6 +127,8 @@ class InverseProblem(nn.Module):
         self.register_buffer("y", y.detach().clone().float())
         truth = None if ground_truth is None else ground_truth.detach().clone().float()
         self.register_buffer("ground_truth", truth, persistent=False)
+        self.register_buffer("held_out", None, persistent=False)
+        self.register_buffer("_held_out_y", None, persistent=False)
         self._clip_to(*self._clipping(y))
 
     @torch.no_grad()
@@ -283,11 +289,90 @@ class InverseProblem(nn.Module):
     def as_image(self) -> Tensor:
         """The measurement if it is an image, else the first guess, (1, C, H, W)."""
         is_one = self.operator.keeps_units and tuple(self.y.shape) == self.image_shape
-        return self.y.clamp(*self.limits) if is_one else self.first_guess()
+        return self._whole_y().clamp(*self.limits) if is_one else self.first_guess()
 
     def keep_known(self, image: Tensor) -> Tensor:
         """Put back the pixels of `image`, (1, C, H, W), that were measured without noise."""
-        return self.operator.keep_known(image, self.y) if self.noise is None else image
+        if self.noise is not None:
+            return image
+        return self._whole_operator().keep_known(image, self._whole_y())
+
+    # Held-out values
+
+    def hold_out(self, share: float, seed: int = 0) -> "InverseProblem":
+        """The problem without a random share of the measured values, by which fits are judged.
+
+        The returned problem treats them as not observed: nothing but `held_out_errors` and
+        pictures depends on them (and the parameters of the noise model, if they were estimated).
+        `release` makes them observed again.
+
+        Args:
+            share: Share of the observed values in (0, 0.5], drawn with all of their channels.
+            seed: Seed of the draw.
+
+        Raises:
+            ValueError: share is out of range, or there are fewer than 64 values to hold out.
+        """
+        if not 0 < share <= 0.5:
+            raise ValueError(f"the share of held-out values must be in (0, 0.5], got {share}")
+        shape = self.y.shape
+        places = (1, 1, *shape[2:4], *(1 for _ in shape[4:])) if len(shape) >= 4 else shape
+        observed = self.operator.observed
+        known = torch.ones(places) if observed is None else observed.cpu().expand(shape)
+        for dim in range(known.ndim):
+            if known.shape[dim] != places[dim]:
+                known = known.amax(dim, keepdim=True)
+        drawn = torch.rand(places, generator=torch.Generator().manual_seed(seed), device="cpu")
+        order = torch.where(known > 0, drawn, 2).flatten().argsort()
+        count = round(share * int((known > 0).sum()))
+        held = torch.zeros(known.numel())
+        held[order[:count]] = 1
+        held = held.view(places).to(self.y.device)
+        values = int(held.expand(shape).sum())
+        if values < LEAST_HELD_OUT:
+            raise ValueError(
+                f"{share:.3g} of the measured values are {values}, too few to judge a fit by: "
+                f"expected at least {LEAST_HELD_OUT}; hold out a larger share, or none"
+            )
+        partial = Observed(self.operator, 1 - held)
+        truth = self.ground_truth
+        rest = InverseProblem(self.y, partial, self.noise, truth, self.metric_on, self.limits)
+        rest._clip_to(*self.clipped_to)
+        rest.held_out, rest._held_out_y = held, self.y * held
+        return rest
+
+    @torch.no_grad()
+    def held_out_errors(self, image: Tensor) -> Tensor:
+        """(A image − y)² at each held-out value, (n,), with A image clipped as y was.
+
+        Its mean is the squared error of A image plus the noise's variance. Of noise with outliers,
+        the absolute values.
+        """
+        assert self.held_out is not None and self._held_out_y is not None
+        measured = self._whole_operator()(image).clamp(*self.clipped_to)
+        at = self.held_out.bool().expand_as(self.y)
+        error = (measured - self._held_out_y)[at]
+        outliers = self.noise is not None and self.noise.has_outliers
+        return error.abs() if outliers else error.square()
+
+    def release(self) -> None:
+        """Make the held-out values observed again."""
+        if self.held_out is None:
+            return
+        assert isinstance(self.operator, Observed)
+        self.operator.mask.fill_(1)
+        self.y.copy_(self._whole_y())
+        self.held_out = self._held_out_y = None
+        self._clip_to(*self.clipped_to)
+
+    def _whole_operator(self) -> Operator:
+        if self.held_out is None:
+            return self.operator
+        assert isinstance(self.operator, Observed)
+        return self.operator.operator
+
+    def _whole_y(self) -> Tensor:
+        return self.y if self._held_out_y is None else self.y + self._held_out_y
 
     def part(self, region: Region) -> "InverseProblem":
         """The problem of a region of the image, with the same noise.
@@ -376,13 +461,17 @@ class InverseProblem(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A fit resumed on another measurement would silently converge to a wrong image.
         saved = state_dict.get(prefix + "y")
+        known = 1 if self.held_out is None else 1 - self.held_out
         if saved is not None and (
-            saved.shape != self.y.shape or not torch.allclose(saved.to(self.y), self.y, atol=1e-4)
+            saved.shape != self.y.shape
+            or not torch.allclose((saved.to(self.y) - self.y) * known, self.y * 0, atol=1e-4)
         ):
             raise ValueError(
                 f"the checkpoint's measurement, {tuple(saved.shape)}, is not this problem's, "
                 f"{tuple(self.y.shape)}; resume with the same image, noise and data seed"
             )
+        if saved is not None:  # which may have been saved after `release`
+            state_dict[prefix + "y"] = self.y
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ TOO_FAR = math.sqrt(2)
 TOO_CLOSE = 0.5  # below, most of the stated noise is missing in the residual, or in the measurement
 WHITE = 0.15  # correlation of neighbours, below which a residual looks like white noise
 FALLING = 1.1  # ratio of the residual after half of the steps to the last one
+SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the fits of an image
 FEW_STEPS = 300  # below, an average of 100 steps has not forgotten its start
 AT_LIMIT = 0.02  # of the range between the limits
 SURELY, BEYOND = 6.0, 0.05  # standard deviations, and units of that range
@@ -62,6 +63,24 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         "ssim": {name: value(ssim, image) for name, image in images.items()},
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
         **examine(problem, restored),
+    }
+
+
+def combine(
+    problem: InverseProblem, restored: Tensor, results: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of an image that was restored by several fits, such as those of tiles.
+
+    Args:
+        problem: The problem of the whole image.
+        restored: The restored image, (1, C, H, W).
+        results: Those of the fits, as in `result.json`.
+    """
+    return {
+        **score(problem, restored),
+        **{name: sum(result[name] for result in results) for name in SUMMED},
+        "stop_reason": ", ".join(sorted({result["stop_reason"] for result in results})),
+        "seed": results[0]["seed"],
     }
 
 

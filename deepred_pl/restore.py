@@ -2,10 +2,12 @@
 
 import json
 import tempfile
+import time
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from deepred_pl.callbacks import LastCheckpoint, REDUpdate, Writer
 from deepred_pl.callbacks.red import check_denoiser
+from deepred_pl.callbacks.writer import summarise
 from deepred_pl.checks import RestorationWarning, check_factory
+from deepred_pl.choose import Choice, as_options, choose, defaults_of, task_of
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, to_array
@@ -22,17 +26,15 @@ from deepred_pl.model import DeepRED
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 from deepred_pl.problem import InverseProblem, check_noise_model
-from deepred_pl.report import diagnosis, examine
+from deepred_pl.report import combine, diagnosis
 from deepred_pl.tiles import blend
 from deepred_pl.torch_state import default_settings
-
-Image = TypeVar("Image", np.ndarray, Tensor)
 
 
 @default_settings()
 def restore(
-    image: Image,
-    task: str | Sequence[str] = "denoising",
+    image: np.ndarray | Tensor,
+    task: str | Sequence[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     operator: Operator | Physics | None = None,
     noise: NoiseModel | None = None,
@@ -41,8 +43,10 @@ def restore(
     denoiser: Denoiser | Callable[[Tensor], Tensor] | None = None,
     network: Callable[[int], nn.Module] | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Image:
-    """Restore one image in memory with the settings of a configuration.
+    effort: str | None = None,
+    report: bool = False,
+) -> Any:
+    """Restore one image in memory, with chosen settings or those of a configuration.
 
     It may be called anywhere, also in a hook of another fit: torch's settings of the calling
     program, such as inference mode or autocast, do not apply.
@@ -52,7 +56,8 @@ def restore(
             (1, C, H, W); uint8, uint16, or floats in [0, 1]. NaN and masked values are missing, and
             filled. An opaque last channel of two or four is kept.
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
-            which later ones override earlier ones, such as ["denoising", "methods/quick"].
+            which later ones override earlier ones, such as ["denoising", "methods/quick"]. None is
+            the one for the operator, whose settings and noise are chosen for this image.
         overrides: Settings by their names on the command line, such as
             {"red.every_n_steps": 20, "trainer.max_steps": 500}.
         operator: A; None uses the configuration's.
@@ -65,11 +70,16 @@ def restore(
             configuration's.
         network: Called with the number of channels, returns T_θ; None uses the configuration's.
         callbacks: Further callbacks of the fit; with tiles, each fit has copies of them.
+        effort: Without a task, "fast", "default" (None), "best", or the time for a fit, such as
+            "90s" or "5m".
+        report: Return how it was done, too.
 
     Returns:
         The restored image, of the same kind, dtype and device as `image`; larger if the operator
         reduces images. No files are kept, unless the overrides have a `trainer.default_root_dir`,
-        which then gets a run directory, or one per tile.
+        which then gets a run directory, or one per tile. With `report`, the image and a dict of
+        plain data: what was "assumed", the settings "chosen", and the "result", which is described
+        in the guide as `result.json`.
 
     Raises:
         ValueError: An impossible image, setting or combination, such as tiles of an image measured
@@ -81,6 +91,10 @@ def restore(
     >>> restore(photo, ["denoising", "methods/quick"], settings).shape
     (35, 41, 3)
     """
+    if task is not None and effort is not None:
+        raise ValueError(
+            f"effort={effort!r} chooses settings that the task {task!r} has already; leave one out"
+        )
     if tile is None and overlap is not None:
         raise ValueError(f"overlap={overlap} applies to tiles; set tile too, or leave it out")
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,13 +102,16 @@ def restore(
         keeps_files = "trainer.default_root_dir" in settings
         if not keeps_files:
             settings |= {"trainer.default_root_dir": scratch, "trainer.logger": False}
-        tasks = [task] if isinstance(task, str) else task
-        options = [f"--config={name}" for name in tasks]
-        options += [f"--{name}={_as_text(name, value)}" for name, value in settings.items()]
+        tasks: Sequence[str] = [task] if isinstance(task, str) else task or []
+        options = [f"--{name}={_as_text(name, value)}" for name, value in settings.items()]
+        if task is None:
+            tasks = [task_of(None if operator is None else as_operator(operator))]
+            options = [*defaults_of(tasks[0]), *options]
+        configs = [f"--config={name}" for name in tasks]
 
-        def assemble() -> RestorationCLI:
+        def assemble(chosen: Sequence[str] = ()) -> RestorationCLI:
             try:
-                cli = RestorationCLI(options, run=False)
+                cli = RestorationCLI([*configs, *chosen, *options], run=False)
             except ArgumentError as error:
                 raise ValueError(reason(error)) from error
             data = cli.datamodule
@@ -119,32 +136,45 @@ def restore(
                 unkept = (Writer, LastCheckpoint, SaveConfigCallback)
                 kept = [c for c in cli.trainer.callbacks if not isinstance(c, unkept)]
                 cli.trainer.callbacks = kept
+            began = time.monotonic()
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            results.append(summarise(cli.model, cli.trainer, time.monotonic() - began))
             return cli.model.restored
 
         def fit_part(part: InverseProblem) -> Tensor:
-            cli = assemble()
-            cli.datamodule.problem = part
+            cli = assemble(chosen)
+            share = cli.datamodule.hold_out
+            cli.datamodule.problem = part.hold_out(share) if share else part
             cli.datamodule.image_format = ImageFormat("float32")
             return fit(cli)
 
-        cli = assemble()
+        choice, results = Choice(), list[dict[str, Any]]()
+        if task is None:
+            given = {*settings, *(["data.noise"] if noise is not None else [])}
+            given |= set() if network is None else {"model.network"}
+            choice = choose(assemble, given, effort or "default")
+        chosen = as_options(choice.settings)
+        cli = assemble(chosen)
         data = cli.datamodule
         if tile is None:
             restored = fit(cli)
         else:
             if data.region is not None:
                 raise ValueError("tiles cover the whole image; leave data.region out")
+            data.hold_out = 0.0  # but in each tile
             data.setup()
             assert data.problem is not None
             tiling, parts = data.problem.split(tile, overlap)
             restored = blend((fit_part(part) for part in parts), tiling)
         assert data.problem is not None
-        if text := diagnosis(examine(data.problem, restored)):
+        result = results[0] if tile is None else combine(data.problem, restored, results)
+        if text := diagnosis(result):
             rank_zero_warn(text, category=RestorationWarning)
         array, alpha = to_array(restored, data.image_format), data.image_format.alpha
         if alpha is not None and alpha.shape == array.shape[:2]:
             array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
+        if report:
+            return _like(image, array), {**asdict(choice), "result": result}
         return _like(image, array)
 
 

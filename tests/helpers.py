@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deepred_pl import InverseProblem
 from deepred_pl.batch import jobs
+from deepred_pl.batch.workers import end_of
 from deepred_pl.callbacks import LastCheckpoint
 from deepred_pl.lightning import Callback
 from deepred_pl.networks import SkipNet
@@ -57,7 +58,7 @@ def run_here(fits, workers, threads):
     """`workers.on_this_machine` without its processes, for what is not about them."""
     before = torch.get_num_threads()
     for fit in fits:
-        outcome = fit, jobs.fit(fit, threads)
+        outcome = fit, jobs.fit(fit, threads, end_of(fit, workers))
         torch.set_num_threads(before)
         yield outcome
         yield None

@@ -437,31 +437,6 @@ def test_an_allocation_of_slurm_is_not_the_fits(batch, crops, tmp_path, monkeypa
     assert (run / "restored.png").exists() and list(run.glob("events*"))
 
 
-# One image
-
-
-def test_one_image_needs_nothing_else(batch, tmp_path, monkeypatch):
-    photo = tmp_path / "photo.jpg"
-    picture_of = (picture(3, 48, 64)[0].movedim(0, -1) * 255).byte().numpy()
-    noisy = np.clip(picture_of + np.random.default_rng(0).normal(0, 15, picture_of.shape), 0, 255)
-    Image.fromarray(noisy.astype(np.uint8)).save(photo, quality=95)
-    few = ["--trainer.max_steps=8", "--model.network.width=4", "--model.network.scales=2"]
-    status, said = batch(photo, settings=few, out=None)
-    assert status == 0 and "photo.restored.png" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.jpg", "photo.restored.png"]
-    assert Image.open(tmp_path / "photo.restored.png").size == (64, 48)
-    again = batch(photo, settings=few, out=None)
-    assert again[1].startswith("deepred-batch: error: ") and "exists already" in again[1]
-    assert batch(photo, "--overwrite", settings=few, out=None)[0] == 0
-
-
-def test_a_method_is_fitted_without_a_configuration_too(batch, crops, tmp_path):
-    few = ["--trainer.max_steps=4", "--model.network.width=4", "--model.network.scales=2"]
-    assert batch("--images", crops / "crop0.png", "--method", "dip", settings=few)[0] == 0
-    config = (tmp_path / "out" / "crop0" / "dip" / "config.yaml").read_text()
-    assert "deepred_pl.DeepImagePrior" in config and "sigma: null" in config
-
-
 def test_files_of_all_kinds_come_back_in_theirs(batch, tmp_path):
     folder = tmp_path / "kinds"
     folder.mkdir()
@@ -556,8 +531,11 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "empty"), "found nothing: empty"),
         (("--images", "nowhere/*.png"), "found nothing: nowhere"),
         (("--images", "crops", "other/crop0.tif"), "different names.*crop0.png and .*crop0.tif"),
-        (("--images", "crops", "--ground_truth", "crops"), "expected one of IMAGE, --images"),
-        ((), "expected one of IMAGE"),
+        (("--images", "crops", "--ground_truth", "crops"), "--ground_truth: not allowed with"),
+        (
+            (),
+            "one of the arguments --images --ground_truth is required; see `deepred-batch --help`",
+        ),
         (("--images", "crops", "--model.lam=0"), "lam .* must be > 0 .*got 0"),
         (("--images", "crops", "--model.lamb=1"), "lamb"),
         (("--images", "crops", "--config", "nothing"), "shipped configuration, found no nothing"),
@@ -588,8 +566,7 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
             "no Ray cluster answers at nowhere:1 .no one",
         ),
         (("--images", "crops", "--ray", "auto", "--workers", "2"), "--workers is for this machine"),
-        (("crops/crop0.png", "crops/crop1.png"), "expected --out DIR"),
-        (("crops/crop0.png", "--restarts", "2"), "expected --out DIR"),
+        (("crops/crop0.png", "--images", "crops"), "unrecognized arguments: crops/crop0.png"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_begun(refused, crops, monkeypatch, args, said):
@@ -603,8 +580,7 @@ def test_a_mistake_is_told_before_anything_is_begun(refused, crops, monkeypatch,
     (crops.parent / "empty").mkdir()
     (crops.parent / "other").mkdir()
     (crops.parent / "other" / "crop0.tif").write_bytes(b"")
-    out = None if args and args[0].startswith("crops/") else "out"
-    assert re.search(said, refused(*args, out=out))
+    assert re.search(said, refused(*args))
     assert not (crops.parent / "out").exists() or "--ray" in args
 
 

@@ -7,7 +7,7 @@ from scipy.stats import norm, truncnorm
 
 from deepred_pl import DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import Monitor, Writer
-from deepred_pl.fidelity import backprojection
+from deepred_pl.fidelity import automatic_epsilon, backprojection, expected_backprojection
 from deepred_pl.noise import (
     GammaNoise,
     GaussianNoise,
@@ -15,7 +15,7 @@ from deepred_pl.noise import (
     PoissonGaussianNoise,
     PoissonNoise,
 )
-from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator
+from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.tiles import Region
 from tests.helpers import RUN, TinyNet, noisy_problem, picture, result_of, smooth
 
@@ -445,3 +445,111 @@ def test_outputs_far_beyond_the_range_keep_finite_gradients():
             out = torch.full_like(y, value).requires_grad_()
             (gradient,) = torch.autograd.grad(InverseProblem(y, noise=noise).data_term(out), out)
             assert gradient.isfinite().all()
+
+
+# Held-out values
+
+SEEN = {
+    "identity": (Identity(), GaussianNoise(20), (3, 33, 47)),
+    "blur": (Blur.gaussian(7, 1.1, boundary="reflect"), GaussianNoise(5), (1, 33, 47)),
+    "downsample": (Downsample(2), None, (3, 66, 94)),
+    "mask": (Mask(torch.rand(33, 47, generator=torch.Generator().manual_seed(1)) < 0.7), None, 3),
+    "radon": (Radon(30), GaussianNoise(1), (1, 48, 48)),
+    "counts": (Identity(), PoissonNoise(40), (3, 33, 47)),
+}
+
+
+def held_out_of(name, share=0.1):
+    """A problem with held-out values, and the one that it was before."""
+    operator, noise, shape = SEEN[name]
+    truth = picture(*((shape, 33, 47) if isinstance(shape, int) else shape))
+    y = operator(truth)
+    y = y if noise is None else noise.sample(y, torch.Generator().manual_seed(2))
+    whole = InverseProblem(y, operator, noise, truth)
+    return whole.hold_out(share, seed=3), whole
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_nothing_but_the_errors_depends_on_held_out_values(name):
+    operator, noise, _ = SEEN[name]
+    problem, whole = held_out_of(name)
+    held = problem.held_out.bool().expand_as(whole.y)
+    noisy = torch.rand(whole.y.shape, generator=torch.Generator().manual_seed(4))
+    other_y = torch.where(held, noisy, whole.y)
+    other = InverseProblem(other_y, operator, noise).hold_out(0.1, seed=3)
+    assert torch.equal(problem.held_out, other.held_out)
+
+    def seen(problem):
+        out = picture(*problem.image_shape[1:]).flip(-1).requires_grad_()
+        terms = [problem.data_term(out), problem.residual(out)]
+        if noise is not None:
+            terms.append(backprojection(problem, out, 0.1))
+            terms.append(expected_backprojection(problem, out, 0.01))
+            terms.append(problem.expected_residual(out))
+            terms += [torch.tensor(value) for value in automatic_epsilon(problem)]
+        slopes = [torch.autograd.grad(t, out, retain_graph=True)[0] for t in terms[:2]]
+        model = DeepRED(network=TinyNet, problem=problem)
+        state = [model.x, model.average, model.f_x, problem.first_guess(), problem.y]
+        return [value.detach() for value in (*terms, *slopes, *state)]
+
+    for ours, theirs in zip(seen(problem), seen(other), strict=True):
+        assert torch.equal(ours, theirs)
+    guess = problem.first_guess()
+    assert not torch.equal(problem.held_out_errors(guess), other.held_out_errors(guess))
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_errors_are_those_of_the_measured_values_that_were_held_out(name):
+    operator, _, _ = SEEN[name]
+    problem, whole = held_out_of(name)
+    image = picture(*problem.image_shape[1:]).flip(-1)
+    held = problem.held_out.bool().expand_as(whole.y).numpy()
+    clean = operator(image).double().numpy()
+    clean = clean.clip(*whole.clipped_to)
+    want = ((clean - whole.y.double().numpy()) ** 2)[held]
+    np.testing.assert_allclose(problem.held_out_errors(image), want, atol=1e-6)
+    known = 1 if whole.operator.observed is None else whole.operator.observed
+    known = (torch.ones_like(whole.y) * known)[0, 0]
+    alike = (held == held[:, :1]).all()  # all channels of a pixel
+    assert alike and held[0, 0].sum() == round(0.1 * float(known.sum()))
+    assert known.numpy()[held[0, 0]].all()
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_released_values_are_observed_again(name):
+    problem, whole = held_out_of(name)
+    out = picture(*problem.image_shape[1:]).flip(-1)
+    before = problem.as_image(), problem.keep_known(out)
+    assert not torch.allclose(problem.residual(out), whole.residual(out), rtol=1e-4)
+    problem.release()
+    assert problem.held_out is None
+    torch.testing.assert_close(problem.y, whole.y)
+    torch.testing.assert_close(problem.data_term(out), whole.data_term(out))
+    assert torch.equal(problem.clipped(), whole.clipped())
+    for shown, now, want in zip(
+        before,
+        (problem.as_image(), problem.keep_known(out)),
+        (whole.as_image(), whole.keep_known(out)),
+        strict=True,
+    ):
+        torch.testing.assert_close(now, want)
+        if whole.operator.keeps_units and not isinstance(whole.operator, Downsample):
+            torch.testing.assert_close(shown, want)  # pictures have no holes before, either
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 0.6, float("nan")])
+def test_shares_out_of_range_are_refused(share):
+    with pytest.raises(ValueError, match=r"held-out values must be in \(0, 0.5\]"):
+        noisy_problem().hold_out(share)
+
+
+def test_too_few_values_to_judge_by_are_refused():
+    with pytest.raises(ValueError, match=r"0\.02 of the measured values are 6, too few"):
+        noisy_problem(3, 9, 11).hold_out(0.02)
+
+
+def test_outliers_count_by_their_absolute_value():
+    problem = InverseProblem(picture(3, 33, 47), noise=LaplaceNoise(20)).hold_out(0.1)
+    image = torch.zeros(problem.image_shape)
+    held = problem.held_out.bool().expand_as(problem.y)
+    torch.testing.assert_close(problem.held_out_errors(image), picture(3, 33, 47)[held])

@@ -5,10 +5,9 @@ import math
 import shutil
 import socket
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,37 @@ from torch import Tensor
 
 from deepred_pl.callbacks import Writer
 from deepred_pl.callbacks.base import is_log_step, run_directory
-from deepred_pl.checks import RestorationWarning
+from deepred_pl.choose import Choice, as_options, choose, set_up
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import last_checkpoint, load_checkpoint, read_json, write_json
 from deepred_pl.images import read_image, write_image
 from deepred_pl.lightning import NAME, NAMES, Callback, LightningModule, Trainer, rank_zero_only
 from deepred_pl.moments import RunningMoments
-from deepred_pl.problem import InverseProblem
-from deepred_pl.report import compare, score, write_uncertainty
+from deepred_pl.report import combine, compare, write_uncertainty
 from deepred_pl.tiles import Tiling, blend
 
 PACKAGES = ("deepred_pl", "torch", "pytorch-lightning")
 ON_ANY_MACHINE = ("--trainer.accelerator=cpu", "--trainer.precision=32")  # where nothing is fitted
 LABELS = ("image", "method")  # for TensorBoard's HParams page
-SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the fits of an image
 REPORTED = 1.0  # seconds between two reports of progress
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The effort for an image.
+
+    Attributes:
+        name: As in `choose`.
+        seconds: The time for the image, if it is one.
+        fits: Fits of the image, which share this time.
+        given: Names of settings that are not chosen.
+    """
+
+    name: str
+    seconds: float | None
+    fits: int
+    given: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Job:
         parts: The jobs whose images are combined: tiles that are blended, or restarts that are
             averaged. A job without parts is a fit.
         tiling: How the image is cut, if the parts are tiles.
+        effort: By which its fit chooses settings that the options leave open; None: it does not.
     """
 
     directory: Path
@@ -56,11 +71,18 @@ class Job:
     about: dict[str, Any]
     parts: tuple["Job", ...] = ()
     tiling: Tiling | None = None
+    effort: Effort | None = None
 
     @property
     def fits(self) -> list["Job"]:
         """Its fits: itself, or those of its parts."""
         return [fit for part in self.parts for fit in part.fits] if self.parts else [self]
+
+    @property
+    def choice(self) -> Choice | None:
+        """What its fit has chosen, the contents of `choice.json`; None if it has not."""
+        found = read_json(self.directory / "choice.json")
+        return None if found is None else Choice(**found)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -146,8 +168,13 @@ def progress_file(directory: Path) -> Path:
     return directory / "progress.json"
 
 
-def fit(job: Job, threads: int) -> str | None:
+def fit(job: Job, threads: int, end: float | None = None) -> str | None:
     """Run the fit of a job, or resume it from its checkpoint; return the reason if it failed.
+
+    Args:
+        job: A job without parts.
+        threads: CPU threads.
+        end: When a fit whose effort is a time is to end, as of `time.time`.
 
     Messages, warnings and the traceback of a failure are written to `run.log` in the run directory.
     """
@@ -159,7 +186,7 @@ def fit(job: Job, threads: int) -> str | None:
         # In a scheduler's environment this may look like one process of many, which do not log.
         rank_zero_only.rank = 0
         with _log_into(job.directory / "run.log"):
-            _fit(job)
+            _fit(job, end)
     except Exception as error:  # other images are not affected, whatever was raised
         return None if job.result is not None else reason(error)
     finally:
@@ -167,11 +194,11 @@ def fit(job: Job, threads: int) -> str | None:
     return None
 
 
-def _fit(job: Job) -> None:
+def _fit(job: Job, end: float | None) -> None:
     (job.directory / "config.yaml").unlink(missing_ok=True)  # Lightning does not replace it
     checkpoint = last_checkpoint(job.directory)
     try:
-        cli = RestorationCLI(list(job.options), run=False)
+        cli = RestorationCLI(_with_choice(job, end), run=False)
         cli.trainer.callbacks.append(ProgressFile())
         for writer in cli.trainer.callbacks:
             if isinstance(writer, Writer):
@@ -188,13 +215,38 @@ def _fit(job: Job) -> None:
         raise
 
 
+def _with_choice(job: Job, end: float | None) -> list[str]:
+    """The options of a job with what its effort chooses, which is kept for a resumed fit."""
+    if job.effort is None:
+        return list(job.options)
+
+    def assemble(extra: Sequence[str]) -> RestorationCLI:
+        return RestorationCLI(_inserted(job.options, extra), run=False)
+
+    choice = job.choice
+    if choice is None:
+        seconds = None if end is None else end - time.time()
+        choice = choose(assemble, job.effort.given, job.effort.name, seconds)
+        write_json(job.directory / "choice.json", asdict(choice))
+    return _inserted(job.options, as_options(choice.settings))
+
+
+def _inserted(options: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """Options with chosen ones between the configurations and what overrides these."""
+    configs = [option for option in options if option.startswith("--config=")]
+    others = [option for option in options if not option.startswith("--config=")]
+    return [*configs, *chosen, *others]
+
+
 def finish(job: Job) -> None:
     """Combine the images of a job whose fits are done: blend its tiles, average its restarts."""
     if not job.parts or job.result is not None:
         return
     for part in job.parts:
         finish(part)
-    data = datamodule(job.options)
+    choice = job.fits[0].choice
+    whole = {} if choice is None else {**choice.settings, "data.hold_out": 0.0}
+    data = datamodule(_inserted(job.options, as_options(whole)))
     problem = set_up(data)
     images = (_floats(part) for part in job.parts)
     if job.tiling is not None:
@@ -212,22 +264,11 @@ def finish(job: Job) -> None:
     write_json(
         job.directory / "result.json",
         {
-            **score(problem, restored),
-            **{name: sum(result[name] for result in results) for name in SUMMED},
-            "stop_reason": ", ".join(sorted({result["stop_reason"] for result in results})),
-            "seed": results[0]["seed"],
+            **combine(problem, restored, results),
+            "read": data.reading,
             "parts": [part.directory.name for part in job.parts],
         },
     )
-
-
-def set_up(data: RestorationDataModule) -> InverseProblem:
-    """Set up data without warnings, which its fit gives."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RestorationWarning)
-        data.setup()
-    assert data.problem is not None
-    return data.problem
 
 
 def datamodule(options: Sequence[str]) -> RestorationDataModule:

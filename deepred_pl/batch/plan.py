@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepred_pl.batch.jobs import ON_ANY_MACHINE, Job, set_up
+from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job
+from deepred_pl.choose import set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
+
+# Where settings are chosen, larger images are cut if the operator can be, because networks fit
+# small images better in a given time.
+LARGEST, TILE = 384**2, 256  # pixels; of a side
 
 # Settings of every fit of a batch.
 WITHIN_A_BATCH = ("--trainer.enable_progress_bar=false", "--trainer.devices=1")
@@ -54,6 +60,10 @@ class Batch:
         tile: Side of the tiles in pixels, or None.
         overlap: Pixels that tiles share; None as in `InverseProblem.split`.
         here: Whether the fits run on this machine.
+        effort: By which each fit chooses the settings that the options leave open (`choose`), or
+            None.
+        seconds: The time for an image if the effort is a time.
+        given: Names of the options that are not chosen.
     """
 
     sources: Sequence[Source]
@@ -66,12 +76,16 @@ class Batch:
     tile: int | None
     overlap: int | None
     here: bool
+    effort: str | None = None
+    seconds: float | None = None
+    given: Sequence[str] = ()
 
 
 def find_images(given: Sequence[str]) -> list[Source]:
     """Find the images of files, folders, patterns, "sample:NAME" and "set:SET".
 
-    Of a folder, these are files with an image's suffix, except hidden ones and NAME.restored.png.
+    Of a folder, these are files with an image's suffix, except hidden ones, NAME.restored.png and
+    NAME.comparison.png.
     """
     named: dict[str, str] = {}
     for path in (path for text in given for path in _matches(text)):
@@ -111,7 +125,7 @@ def _matches(text: str) -> list[str]:
         return [str(path) for path in ([find_image(text)] if "/" in text else find_set(text))]
     if Path(text).is_dir():
         images = (p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES)
-        found = [p for p in images if not p.stem.endswith(".restored")]
+        found = [p for p in images if not p.stem.endswith((".restored", ".comparison"))]
         what = f"images ({', '.join(SUFFIXES)}) in the folder"
     else:
         found = [Path(text)] if Path(text).is_file() else [Path(p) for p in glob.glob(text)]
@@ -174,6 +188,11 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
             )
 
 
+def name_of_setting(option: str) -> str:
+    """The name of a command-line option --name=value or --name+=value."""
+    return option[2:].partition("=")[0].rstrip("+")
+
+
 def _smallest_side(cli: RestorationCLI) -> int:
     return getattr(cli.model.make_network(1), "smallest_side", 1)
 
@@ -213,18 +232,23 @@ def _job(
         "bytes": source.size,
         "tile": batch.tile,
         "overlap": None if tiling is None else tiling.overlap,
+        "effort": batch.effort,
         "settings": settings,
     }
+    fits = batch.restarts * (len(tiling.regions) if tiling else 1)
+    effort = None
+    if batch.effort is not None:
+        effort = Effort(batch.effort, batch.seconds, fits, tuple(batch.given))
 
     def one(directory: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
         """A fit, or its tiles."""
         if tiling is None or len(tiling.regions) < 2:
-            return Job(directory, (*options, _logger(directory)), about)
+            return Job(directory, (*options, _logger(directory)), about, effort=effort)
         parts = []
         for region in tiling.regions:
             inside = directory / f"tile_{region.top}_{region.left}"
             own = (f"--data.region={list(region)}", AS_FLOATS, _logger(inside))
-            parts.append(Job(inside, (*options, *own), about))
+            parts.append(Job(inside, (*options, *own), about, effort=effort))
         return Job(directory, tuple(options), about, tuple(parts), tiling)
 
     if not several:
@@ -243,7 +267,7 @@ def _job(
 
 def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | None:
     """How an image is cut; None if it is not, or cannot be read, which its fit reports."""
-    if batch.tile is None:
+    if batch.tile is None and batch.effort is None:
         return None
     try:
         cli = RestorationCLI([*_of_image(batch, source, options), *ON_ANY_MACHINE], run=False)
@@ -252,8 +276,13 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         return None
     if min(problem.image_shape[-2:]) < _smallest_side(cli):
         return None  # one fit, which reports it, instead of one for each tile
+    tile = batch.tile
+    if tile is None:
+        if math.prod(problem.image_shape[-2:]) <= LARGEST or problem.operator.reach() is None:
+            return None
+        tile = TILE
     try:
-        tiling, _ = problem.split(batch.tile, batch.overlap)
+        tiling, _ = problem.split(tile, batch.overlap)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
     return tiling

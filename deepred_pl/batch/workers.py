@@ -1,6 +1,7 @@
 """Run the fits of a batch in processes on this machine, or on a Ray cluster."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
-from deepred_pl.batch.jobs import Job, fit, set_up
+from deepred_pl.batch.jobs import Job, fit
 from deepred_pl.callbacks.preflight import step_memory
+from deepred_pl.choose import set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, reason, report_in_thread
 from deepred_pl.memory import free_memory, give_memory_back
 
@@ -108,7 +110,7 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                     idle.append(ours)
                 connection = idle.pop()
                 try:
-                    connection.send((waiting[0], threads))
+                    connection.send((waiting[0], threads, end_of(waiting[0], workers)))
                 except OSError:  # it was killed while idle
                     continue
                 busy[connection] = waiting.popleft()
@@ -142,6 +144,13 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                 served.kill()
 
 
+def end_of(job: Job, workers: float) -> float | None:
+    """When a fit that starts now is to end, if its image's time is shared by several fits."""
+    if job.effort is None or job.effort.seconds is None:
+        return None
+    return time.time() + job.effort.seconds * min(1.0, workers / job.effort.fits)
+
+
 def _serve(connection: Connection, gpu: str | None) -> None:
     """A process of `on_this_machine`: one fit after another, on one GPU if there is any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
@@ -151,10 +160,10 @@ def _serve(connection: Connection, gpu: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     while True:
         try:
-            job, threads = connection.recv()
+            job, threads, end = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send(fit(job, threads))
+        connection.send(fit(job, threads, end))
 
 
 def _end_with_parent() -> None:
@@ -253,4 +262,4 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
 def _fit_in(directory: str, job: Job, threads: int) -> str | None:
     """`fit`, with paths in settings relative to a directory."""
     os.chdir(directory)
-    return fit(job, threads)
+    return fit(job, threads, end_of(job, math.inf))

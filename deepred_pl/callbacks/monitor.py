@@ -13,10 +13,8 @@ from deepred_pl.callbacks.base import (
     tensorboard_writers,
 )
 from deepred_pl.lightning import LightningModule, Trainer
-from deepred_pl.metrics import psnr, ssim
+from deepred_pl.metrics import GREY_LEVELS, psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
-
-GREY_LEVELS = 255  # per unit of the images
 
 
 class Monitor(RestorationCallback):
@@ -35,6 +33,8 @@ class Monitor(RestorationCallback):
                             known pixels put back as in `restored`
         residual_to_sigma   root mean square of the residual over its expectation, if the noise is
                             known: at 1 only the noise is left, below, noise is fitted
+        held_out_error      root mean square error of the average at held-out values, if there are
+                            any, in grey levels
         lam, mu             λ and μ
         denoiser_wait_seconds, denoiser_busy_seconds
                             how long the fit has waited for the denoiser, and the denoiser worked
@@ -105,6 +105,9 @@ def measure(model: DeepImagePrior) -> dict[str, Tensor]:
     ratio = problem.residual_ratio(model.out)
     if ratio is not None:
         curves["residual_to_sigma"] = ratio.sqrt()
+    if problem.held_out is not None:
+        errors = problem.held_out_errors(model.average)
+        curves["held_out_error"] = GREY_LEVELS * errors.mean().sqrt()
     return curves
 
 

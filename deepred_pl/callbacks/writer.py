@@ -165,6 +165,7 @@ def summarise(model: DeepImagePrior, trainer: Trainer, seconds: float) -> dict[s
         "stop_reason": "stopped early" if stopped else "max_steps",
         "denoiser_wait_seconds": 0.0,
         "rollbacks": 0,
+        "read": getattr(trainer.datamodule, "reading", None),
     }
     for callback in restoration_callbacks(trainer, ""):
         result |= callback.summary()

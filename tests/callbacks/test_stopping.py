@@ -7,6 +7,7 @@ from torch import nn
 
 from deepred_pl import DeepImagePrior, DeepRED, InverseProblem, REDUpdate
 from deepred_pl.callbacks import AutoStop, LastCheckpoint, Writer
+from deepred_pl.lightning import Callback
 from deepred_pl.noise import GaussianNoise
 from tests.helpers import RUN, Outs, TinyNet, noisy_problem, picture, result_of, smooth
 
@@ -27,6 +28,16 @@ class Script(nn.Module):
         level, spread = self.levels[self.calls], self.spreads[self.calls]
         self.calls += 1
         return level + spread * torch.randn(z.shape, generator=generator) + 0 * self.weight
+
+
+class StopAt(Callback):
+    """Ends the fit at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == self.step
 
 
 def windows_of(outs, length):
@@ -161,3 +172,87 @@ def test_a_choice_ends_with_its_fit(make_trainer, tmp_path):
     assert torch.equal(model.restored, chosen["chosen"].clamp(0, 1))
     model.load_state_dict(plain.state_dict())
     assert torch.equal(model.restored, plain.restored)
+
+
+# The error at held-out values
+
+
+def held_out_problem(truth, sigma=25, share=0.2):
+    noise = GaussianNoise(sigma)
+    y = noise.sample(truth, torch.Generator().manual_seed(0))
+    return InverseProblem(y, noise=noise, ground_truth=truth), share
+
+
+def test_the_window_of_the_least_held_out_error_is_returned_once_it_has_surely_risen(make_trainer):
+    whole, share = held_out_problem(torch.full((1, 1, 30, 31), 0.5))
+    problem = whole.hold_out(share)
+    # The level is at the truth at step 60, and leaves it again.
+    levels = [0.5 + 0.1 * abs(step - 60) / 60 for step in range(400)]
+    model, outs, stop = scripted(levels, [0.0] * 400, problem), Outs(), AutoStop("holdout", 20)
+    make_trainer(max_steps=400, callbacks=[outs, stop]).fit(model)
+    means = windows_of(outs.outs, 20).mean(1)[:, 0, 0]
+    held = problem.held_out.bool().numpy()[0, 0]
+    errors = (means[:, held] - whole.y.double().numpy()[0, 0][held]) ** 2  # (windows, values)
+    best = errors.mean(1).argmin()
+    rise = errors - errors[best]
+    surely = rise.mean(1) > 3 * rise.std(1, ddof=1) / np.sqrt(rise.shape[1])
+    first = next(i for i in range(best, len(surely)) if surely[i])
+    assert stop.stopped and not stop.released
+    assert (stop.best_step, model.step) == (20 + 4 * best, 20 + 4 * first)
+    np.testing.assert_allclose(model.restored[0, 0], means[best], atol=1e-6)
+
+
+def test_the_last_steps_use_the_held_out_values_if_the_error_has_not_risen(make_trainer, tmp_path):
+    whole, share = held_out_problem(picture(3, 33, 47))
+    problem = whole.hold_out(share)
+    model = DeepImagePrior(TinyNet, problem=problem)
+    stop, seen = AutoStop("holdout", window=10), []
+
+    class Look(Outs):
+        def on_train_batch_end(self, trainer, model, *args):
+            seen.append(model.problem.held_out is None)
+
+    make_trainer(max_steps=40, callbacks=[stop, Look(), Writer()]).fit(model)
+    assert seen == [False] * 31 + [True] * 9  # from the step after 80 %
+    assert torch.equal(problem.y, whole.y) and stop.released and not stop.stopped
+    assert torch.equal(model.restored, model.average.clamp(0, 1))
+    result = result_of(tmp_path / RUN)
+    assert result["stop_reason"] == "max_steps" and 10 < result["held_out_error"] < 100
+
+
+@pytest.mark.parametrize("cut", [14, 33, 38])
+def test_a_resumed_fit_has_released_what_the_whole_one_had(make_trainer, tmp_path, cut):
+    def fit(steps, folder, ckpt_path=None):
+        whole, share = held_out_problem(picture(3, 33, 47))
+        model = DeepRED(network=TinyNet, problem=whole.hold_out(share))
+        stop = AutoStop("holdout", window=10)
+        make_trainer(
+            max_steps=steps,
+            callbacks=[REDUpdate(smooth, every_n_steps=4), stop, LastCheckpoint(), *extra],
+            enable_checkpointing=True,
+            default_root_dir=tmp_path / folder,
+        ).fit(model, ckpt_path=ckpt_path)
+        return model, stop, tmp_path / folder / RUN / "checkpoints" / "last.ckpt"
+
+    extra = []
+    whole, stopped, _ = fit(40, "whole")
+    extra = [StopAt(cut)]
+    _, _, saved = fit(40, "cut")
+    extra = []
+    resumed, again, _ = fit(40, "resumed", saved)
+    assert again.released and stopped.released and again.best_step == stopped.best_step
+    assert torch.equal(resumed.restored, whole.restored)
+
+
+def test_the_rule_needs_held_out_values(make_trainer):
+    model = DeepImagePrior(TinyNet, problem=noisy_problem())
+    with pytest.raises(ValueError, match="needs held-out values, but this problem has none"):
+        make_trainer(max_steps=200, callbacks=[AutoStop("holdout")]).fit(model)
+
+
+def test_a_run_shorter_than_the_window_uses_all_values(make_trainer):
+    whole, share = held_out_problem(picture(3, 33, 47))
+    model = DeepImagePrior(TinyNet, problem=whole.hold_out(share))
+    with pytest.warns(UserWarning, match="AutoStop is off"):
+        make_trainer(max_steps=5, callbacks=[AutoStop("holdout")]).fit(model)
+    assert torch.equal(model.problem.y, whole.y) and model.chosen is None

@@ -1,0 +1,71 @@
+"""What a restoration reports at its end: for a person in some lines, for programs as JSON."""
+
+import re
+from typing import Any
+
+from deepred_pl.batch.jobs import Job
+from deepred_pl.checks import RestorationWarning
+from deepred_pl.report import diagnosis
+
+Report = dict[str, Any]
+
+WARNING = re.compile(rf": {RestorationWarning.__name__}: (.*)")  # in a fit's log
+
+
+def report_of(job: Job) -> Report | None:
+    """The report of a job as plain data; None if it is not done.
+
+    It has the `image`, how it was `read`, what was `assumed`, the `chosen` settings, the `result`
+    (the contents of `result.json`), its `diagnosis`, the `warnings` of its fits, and the paths of
+    its `directory`, of the `restored` image and of the `comparison`.
+    """
+    result = job.result
+    if result is None:
+        return None
+    choice, directory = job.fits[0].choice, job.directory
+    [restored] = directory.glob("restored.*")
+    return {
+        "image": job.about["image"],
+        "read": result.get("read"),
+        "assumed": [] if choice is None else choice.assumed,
+        "chosen": {} if choice is None else choice.settings,
+        "result": result,
+        "diagnosis": diagnosis(result),
+        "warnings": _warnings(job),
+        "directory": str(directory),
+        "restored": str(restored),
+        "comparison": str(directory / "comparison.png"),
+    }
+
+
+def _warnings(job: Job) -> list[str]:
+    """What the fits of a job warned about, once each."""
+    found: dict[str, None] = {}
+    for fit in job.fits:
+        log = fit.directory / "run.log"
+        text = log.read_text(errors="replace") if log.is_file() else ""
+        found |= dict.fromkeys(WARNING.findall(text))
+    return list(found)
+
+
+def lines_of(report: Report) -> list[str]:
+    """The report in lines that a person reads."""
+    result, chosen = report["result"], report["chosen"]
+    lines = [f"Read     {report['read']}"]
+    lines += [f"Assumed  {text}" for text in report["assumed"]]
+    network = chosen.get("model.network", {}).get("init_args", {})
+    parts = [f"{result['steps']} steps in {result['seconds']:.0f} s"]
+    parts += [f"network of {network['width']} channels"] if network else []
+    parts += [f"ended by {result['stop_reason']}"]
+    lines.append(f"Fit      {', '.join(parts)}")
+    parts = []
+    if (ratio := result.get("residual_to_sigma")) is not None:
+        parts.append(f"the residual is {ratio:.2f} times the noise")
+    if (held := result.get("held_out_error")) is not None:
+        parts.append(f"the error at held-out values {held:.2f} grey levels")
+    if (psnr := result["psnr"]["restored"]) is not None:
+        parts.append(f"PSNR {result['psnr']['measurement']:.2f} -> {psnr:.2f} dB")
+    lines += [f"Result   {', '.join(parts)}"] if parts else []
+    lines += [f"Warning  {text}" for text in (*report["warnings"], report["diagnosis"]) if text]
+    lines += [f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
+    return lines

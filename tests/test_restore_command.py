@@ -1,0 +1,215 @@
+"""`deepred restore`, as a user calls it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.data import shepp_logan_phantom
+from skimage.transform import radon, resize
+
+from deepred_pl.batch import workers
+from deepred_pl.cli import main
+from deepred_pl.images import ImageFormat, write_image
+from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Blur, Downsample
+from tests.helpers import picture, result_of, run_here
+
+TINY = [
+    *("--model.network", "SkipNet", "--model.network.width=4", "--model.network.scales=2"),
+    *("--trainer.accelerator=cpu", "--trainer.precision=32", "--red.every_n_steps=2"),
+]
+FEW = [*TINY, "--trainer.max_steps=8"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Call `deepred restore` in `tmp_path`; give its status, standard output and messages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workers, "on_this_machine", run_here)
+    monkeypatch.setattr(workers, "_cores", lambda: 1)
+
+    def call(*args, settings=FEW):
+        status = 0
+        try:
+            main(["restore", *map(str, args), *settings])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return (1, out, status) if isinstance(status, str) else (status, out, err)
+
+    return call
+
+
+@pytest.fixture
+def refused(command):
+    """Call it with a mistake; give the one line it says."""
+
+    def call(*args, **kwargs):
+        _, _, said = command(*args, **kwargs)
+        assert said.startswith("deepred restore: error: ") and len(said.splitlines()) == 1
+        return said
+
+    return call
+
+
+def save(name, image, sigma=0.0):
+    noisy = image if not sigma else GaussianNoise(sigma).sample(image, torch.Generator())
+    write_image(name, noisy.clamp(0, 1), ImageFormat())
+
+
+def names():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def chosen(command, *args, **kwargs):
+    """The report of a single image."""
+    status, out, _ = command(*args, "--json", **kwargs)
+    assert status == 0
+    [report] = json.loads(out)
+    return report
+
+
+def test_a_photo_is_denoised_next_to_itself(command, refused):
+    save("photo.png", picture(3, 48, 64), 15)
+    status, out, said = command("photo.png")
+    assert status == 0 and out == ""
+    assert names() == ["photo.comparison.png", "photo.png", "photo.restored.png"]
+    assert Image.open("photo.restored.png").size == (64, 48)
+    assert re.search(r"Read +.*photo.png: 48×64 pixels, 3 channels, uint8", said)
+    assert re.search(r"Assumed +white noise, estimated: GaussianNoise\(sigma=1\d\.\d+\)", said)
+    assert re.search(r"Fit +8 steps in \d+ s.*ended by max_steps", said)
+    assert re.search(r"Image +.*photo.restored.png", said)
+    assert len(said.splitlines()) < 15
+    assert "exists already" in refused("photo.png")
+    assert command("photo.png", "--overwrite")[0] == 0
+
+
+def test_a_blurred_image_by_the_kernels_name_or_file(command):
+    for name, blur in {
+        "gaussian:1.2": Blur.gaussian(11, 1.2),
+        "uniform:3": Blur.uniform(3),
+        "motion:5:30": Blur.motion(5, 30),
+        "psf.npy": Blur.gaussian(5, 0.9),
+    }.items():
+        kernel = blur.kernel.numpy()
+        np.save("psf.npy", kernel)
+        blur.boundary = "reflect"
+        save("blurred.png", blur(picture(1, 48, 64)), 2)
+        report = chosen(command, "blurred.png", "--blur", name, "--overwrite")
+        rows, columns = kernel.shape
+        assert f"Blur({rows}×{columns}, boundary='reflect')" in report["read"]
+        assert report["result"]["fidelity"] == "backprojection"
+
+
+def test_a_small_image_is_enlarged_and_a_noisy_one_denoised_too(command):
+    save("small.png", Downsample(2, "lanczos3")(picture(3, 96, 128)))
+    report = chosen(command, "small.png", "--scale", 2)
+    assert Image.open(report["restored"]).size == (128, 96)
+    assert report["result"]["noise"] is None and "no noise" in report["assumed"][0]
+    save("small.png", Downsample(2, "lanczos3")(picture(3, 96, 128)), 20)
+    report = chosen(command, "small.png", "--scale", 2, "--overwrite")
+    assert 14 < report["result"]["noise_sigma"] < 26
+    assert report["chosen"]["model.weighting"] == "discrepancy"
+
+
+def test_scratches_are_filled_and_the_rest_is_kept(command):
+    image, known = picture(3, 48, 64), torch.ones(1, 1, 48, 64)
+    known[..., 20:23, :] = 0
+    save("scratched.png", image * known)
+    save("mask.png", known)
+    report = chosen(command, "scratched.png", "--mask", "mask.png")
+    before, after = (np.asarray(Image.open(p)) for p in ("scratched.png", report["restored"]))
+    changed = (before != after).any(-1)
+    assert changed[20:23].mean() > 0.9 and not changed[:20].any() and not changed[23:].any()
+
+
+@pytest.mark.parametrize("circle", [True, False])
+def test_a_sinogram_of_sums_along_rays_gives_the_object(command, circle):
+    side = 48
+    phantom = 0.02 * resize(shepp_logan_phantom(), (side, side)).clip(0)
+    if not circle:
+        phantom[:] = 0.01  # up to the corners
+    angles = np.linspace(0, 180, 20, endpoint=False)
+    sinogram = radon(phantom, angles, circle=circle)
+    sinogram = 100 * sinogram / phantom.max()  # of density 100
+    sinogram += np.random.default_rng(0).normal(0, 5, sinogram.shape)
+    np.save("sinogram.npy", sinogram.astype(np.float32))
+    report = chosen(command, "sinogram.npy", "--angles", "0:180:20")
+    assert report["chosen"]["data.operator.circle"] is circle
+    low, high = report["chosen"]["data.intensity_range"]
+    assert low == 0 and 80 < high / len(sinogram) < 200  # of 100
+    assert "whose diagonal" in " ".join(report["assumed"]) or circle
+
+
+def test_a_folder_gets_run_directories_and_a_table(command):
+    Path("stack").mkdir()
+    for i in range(2):
+        save(f"stack/{i}.png", picture(1, 48 + i, 50), 12)
+    status, _, said = command("stack/", "--out", "restored", "--sigma", 12, "--effort", "fast")
+    assert status == 0 and "2 of 2 restored" in said
+    assert (Path("restored") / "summary.md").exists()
+    for i in range(2):
+        run = Path("restored") / str(i)
+        assert result_of(run)["noise_sigma"] == pytest.approx(12)
+        assert (run / "choice.json").exists()
+    written = (run / "result.json").stat().st_mtime_ns
+    again = command("stack/", "--out", "restored", "--sigma", 12, "--effort", "fast")
+    assert again[0] == 0 and (run / "result.json").stat().st_mtime_ns == written
+
+
+def test_restarts_give_an_uncertainty(command):
+    save("photo.png", picture(1, 48, 50), 12)
+    status, _, said = command("photo.png", "--restarts", 2, "--out", "out")
+    run = Path("out/photo")
+    assert status == 0 and (run / "uncertainty.png").exists()
+    assert re.search(r"Fit +16 steps", said) and re.search(rf"Image +.*{run}/restored.png", said)
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("photo.png", "--blur", "gaussian:1", "--scale", "2"), "--scale: not allowed with"),
+        (("photo.png", "--blur", "gaussian"), "gaussian:WIDTH, uniform:SIZE or motion:"),
+        (("photo.png", "--blur", "gaussian:x"), "gaussian:WIDTH, .*got gaussian:x"),
+        (("photo.png", "--blur", "no.png"), "expected a kernel's file as --blur, .*got no.png"),
+        (("photo.png", "--blur", "uniform:4"), "size must be odd"),
+        (("photo.png", "--scale", "1"), "--scale 1 enlarges nothing"),
+        (("photo.png", "--mask", "no.png"), "expected a file as --mask, found none: no.png"),
+        (("photo.png", "--angles", "0:180"), "START:STOP:COUNT such as 0:180:60"),
+        (("photo.png", "--sigma", "0"), r"noise sigma must be in \(0, 255\]"),
+        (("photo.png", "--sigma", "x"), "--sigma: invalid float value"),
+        (("photo.png", "--effort", "much"), "fast, default, best or a time such as 90s"),
+        (("photo.png", "--data.measurement=a.png"), "is set by the batch; use IMAGE"),
+        (("photo.png", "--config", "denoising"), "unrecognized arguments: --config denoising"),
+        (("photo.png", "grey.png"), "expected --out DIR"),
+        (("photo.png", "--restarts", "2"), "expected --out DIR"),
+        ((), "required: IMAGE; see `deepred restore --help`"),
+        (("nowhere.png",), "found nothing: nowhere.png"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_begun(refused, args, said):
+    save("photo.png", picture(3, 48, 64))
+    save("grey.png", picture(1, 48, 64))
+    before = names()
+    assert re.search(said, refused(*args))
+    assert names() == before
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("photo.png", "--mask", "other.png"), "mask must have the image's 48×64 pixels"),
+        (("photo.png", "--effort", "1s"), "an effort of 1s is too short: a step on 48×64 pixels"),
+        (("photo.png", "--angles", "0:180:60"), "sinogram must be .* with 60 angles, got 48×64"),
+    ],
+)
+def test_what_does_not_fit_the_image_is_one_line_of_it(command, args, said):
+    save("photo.png", picture(3, 48, 64), 10)
+    save("other.png", torch.ones(1, 1, 40, 64))
+    status, _, message = command(*args, settings=TINY)
+    assert status == 1 and re.search(rf"photo: .*{said}", message)
+    assert names() == ["other.png", "photo.png"]

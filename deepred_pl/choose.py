@@ -17,7 +17,6 @@ from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import RestorationDataModule, read_source
 from deepred_pl.estimate import local_level, unclipped
-from deepred_pl.images import rounded_up
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
@@ -217,21 +216,21 @@ def _choose_geometry(data: RestorationDataModule, given: Collection[str], choice
     if angles != data.operator.angles.numel():
         return  # which the operator reports
     guess = Radon(data.operator.angles, circle=True).first_guess(sums / detectors)
+    side = math.floor(detectors / math.sqrt(2))
+    middle = Region.middle(detectors, detectors, side).of(guess)
+    circle = data.operator.circle
     if "data.operator.circle" not in given:
-        side = math.floor(detectors / math.sqrt(2))
-        within = Region.middle(detectors, detectors, side).of(guess).square().sum()
-        corners = 1 - float(within / guess.square().sum())
-        is_circle = corners > IN_CORNERS or math.ceil(math.sqrt(2) * side) != detectors
-        choice.settings["data.operator.circle"] = is_circle
-        shape = (
-            f"{detectors}×{detectors} pixels, within a circle"
-            if is_circle
-            else (f"{side}×{side} pixels, whose diagonal the detectors span")
+        corners = 1 - float(middle.square().sum() / guess.square().sum())
+        circle = corners > IN_CORNERS or math.ceil(math.sqrt(2) * side) != detectors
+        choice.settings["data.operator.circle"] = circle
+        size = detectors if circle else side
+        choice.assumed.append(
+            f"an object of {size}×{size} pixels, {'within a circle' if circle else 'with corners'} "
+            "(otherwise set data.operator.circle)"
         )
-        choice.assumed.append(f"an object of {shape} (otherwise set data.operator.circle)")
     if "data.intensity_range" not in given and float(sums.max()) > MEANS:
-        smooth = F.avg_pool2d(guess, 3)  # without noise and streaks
-        white = rounded_up(BRIGHTER * float(smooth.quantile(0.999)))
+        smooth = F.avg_pool2d(guess if circle else middle, 3)  # without noise and streaks
+        white = float(f"{BRIGHTER * float(smooth.quantile(0.999)):.2g}")
         choice.settings["data.intensity_range"] = [0, white * detectors]
         choice.assumed.append(
             f"sums along rays; the restored image is in units of {white:g} per pixel (otherwise "

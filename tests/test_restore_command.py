@@ -142,7 +142,7 @@ def test_a_sinogram_of_sums_along_rays_gives_the_object(command, circle):
     assert report["chosen"]["data.operator.circle"] is circle
     low, high = report["chosen"]["data.intensity_range"]
     assert low == 0 and 80 < high / len(sinogram) < 200  # of 100
-    assert "whose diagonal" in " ".join(report["assumed"]) or circle
+    assert "with corners" in " ".join(report["assumed"]) or circle
 
 
 def test_a_folder_gets_run_directories_and_a_table(command):

@@ -19,6 +19,7 @@ from deepred_pl.data import RestorationDataModule, read_source
 from deepred_pl.estimate import local_level, unclipped
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
+from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
@@ -43,7 +44,11 @@ TASKS: dict[type[Operator], str] = {
 EXACT = ("super_resolution", "inpainting")  # configurations without a noise model
 # They get one, and its weights, if there is that much noise in grey levels; less may be texture.
 LEAST_NOISE = 5.0
-NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
+NOISY = {"model.weighting": "discrepancy"}  # and `_choose_weights`
+# λ and μ while the residual is large, and the noise on z, for this much noise in grey levels or
+# more; with less noise, they are reduced like its variance.
+STRONG_NOISE = 25.0
+LEAST_WEIGHT, INPUT_NOISE = 0.5, 0.1
 # In deblurring, of JPEGs, whose noise is not white (`methods/likelihood`).
 NOT_WHITE = {
     **{"model.fidelity": "likelihood", "model.weighting": "fixed"},
@@ -126,6 +131,7 @@ def choose(
     settings = choice.settings
     _choose_geometry(assemble([]).datamodule, given, choice)
     problem = _choose_noise(assemble, given, choice)
+    _choose_weights(assemble(as_options(settings)).model, problem, given, choice)
     steps, width = EFFORTS.get(effort, (MOST_STEPS, USUAL))
     fixed = any(name.startswith("model.network") for name in given)
     settings |= {} if fixed else _network(width)
@@ -261,6 +267,24 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
         settings.update(NOT_WHITE)
         assumed.append("noise that is not white, as in a JPEG (otherwise set model.fidelity)")
     return problem
+
+
+def _choose_weights(
+    model: DeepImagePrior, problem: InverseProblem, given: Collection[str], choice: Choice
+) -> None:
+    """Choose the least λ and μ and the noise on z by the noise's variance.
+
+    With little noise, those for much of it keep the network from learning detail for long.
+    """
+    variance = problem.noise_variance()
+    by_discrepancy = isinstance(model, DeepRED) and model.weighting == "discrepancy"
+    if variance is None or not by_discrepancy or model.fidelity != "likelihood":
+        return  # of the back-projection, ε depends on the noise
+    scale = min(1.0, float(variance) * (GREY_LEVELS / STRONG_NOISE) ** 2)
+    weights = {"model.lam": LEAST_WEIGHT * scale, "model.mu": LEAST_WEIGHT * scale}
+    if isinstance(problem.operator, Identity):
+        weights["model.input_noise_std"] = INPUT_NOISE * scale
+    choice.settings.update({k: v for k, v in weights.items() if k not in given})
 
 
 def _choose_precision(

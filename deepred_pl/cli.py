@@ -61,6 +61,10 @@ MORE = (
     "x and u, trainer Lightning's Trainer. Every sigma is in grey levels of an 8-bit image. Help "
     "on a part: --model.help DeepRED, --data.operator.help Blur, --red.denoiser.help BM3D."
 )
+EPILOG = (
+    "`deepred restore photo.jpg` restores images and chooses the settings itself: see `deepred "
+    "restore --help`. For a first fit of half a minute: deepred fit --config quickstart"
+)
 SUBCOMMANDS = {
     "fit": "Fit a network to one image, and write the restored image into the run directory.",
     "test": "Score the restored image of a checkpoint (--ckpt_path) against its ground truth.",
@@ -104,7 +108,7 @@ CONFIGS = next(
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `deepred fit|test|predict`; a user's mistake exits with one line and status 1.
+    """Run `deepred restore|fit|test|predict`; a user's mistake exits with one line and status 1.
 
     With the environment variable JSONARGPARSE_DEBUG=true the traceback is shown instead.
 
@@ -190,7 +194,7 @@ class RestorationCLI(LightningCLI):
             parser_kwargs={
                 "prog": "deepred",
                 "description": ABOUT,
-                "epilog": "For a first fit of half a minute: deepred fit --config quickstart",
+                "epilog": EPILOG,
                 **raising,
                 **commands,
             },

@@ -141,7 +141,7 @@ def test_a_sinogram_of_sums_along_rays_gives_the_object(command, circle):
     report = chosen(command, "sinogram.npy", "--angles", "0:180:20")
     assert report["chosen"]["data.operator.circle"] is circle
     low, high = report["chosen"]["data.intensity_range"]
-    assert low == 0 and 80 < high / len(sinogram) < 200  # of 100
+    assert low == 0 and 80 < high / len(sinogram) < 250  # of 100
     assert "with corners" in " ".join(report["assumed"]) or circle
 
 

@@ -19,14 +19,15 @@ from deepred_pl.data import RestorationDataModule, read_source
 from deepred_pl.estimate import local_level, unclipped
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
-from deepred_pl.model import DeepImagePrior, DeepRED
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
 
 USUAL, WIDE = 32, 64  # channels of the network
-EFFORTS = {"fast": (600, USUAL), "default": (1200, USUAL), "best": (1200, WIDE)}  # with θ-steps
+# θ-steps for images of SIDE × SIDE pixels, and fewer for smaller ones; and the network's channels.
+EFFORTS = {"fast": (600, USUAL), "default": (1200, USUAL), "best": (1200, WIDE)}
 LEAST_STEPS, MOST_STEPS = 150, 2400  # with more time, the network is wide
+SIDE, LEAST_SHARE = 256, 0.5
 WARMUP_STEPS = 30
 HOLD_OUT = 0.02  # of the measured values
 FINISHING = 2.0  # seconds to write the results and end the process
@@ -44,11 +45,11 @@ TASKS: dict[type[Operator], str] = {
 EXACT = ("super_resolution", "inpainting")  # configurations without a noise model
 # They get one, and its weights, if there is that much noise in grey levels; less may be texture.
 LEAST_NOISE = 5.0
-NOISY = {"model.weighting": "discrepancy"}  # and `_choose_weights`
-# λ and μ while the residual is large, and the noise on z, for this much noise in grey levels or
-# more; with less noise, they are reduced like its variance.
+NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
+# In denoising, the least λ and μ and the noise on z for that much noise in grey levels or more.
+# With less noise they would keep the network from learning detail: they fall like its variance.
 STRONG_NOISE = 25.0
-LEAST_WEIGHT, INPUT_NOISE = 0.5, 0.1
+IN_STRONG_NOISE = {"model.lam": 0.5, "model.mu": 0.5, "model.input_noise_std": 0.1}
 # In deblurring, of JPEGs, whose noise is not white (`methods/likelihood`).
 NOT_WHITE = {
     **{"model.fidelity": "likelihood", "model.weighting": "fixed"},
@@ -128,32 +129,37 @@ def choose(
     began = time.monotonic()
     seconds = seconds_of(effort) if seconds is None else seconds
     choice = Choice()
-    settings = choice.settings
     _choose_geometry(assemble([]).datamodule, given, choice)
     problem = _choose_noise(assemble, given, choice)
-    _choose_weights(assemble(as_options(settings)).model, problem, given, choice)
+    _choose_weights(problem, given, choice)
     steps, width = EFFORTS.get(effort, (MOST_STEPS, USUAL))
+    share = math.sqrt(math.prod(problem.image_shape[-2:])) / SIDE
+    steps = round(steps * min(1.0, max(LEAST_SHARE, share)))
     fixed = any(name.startswith("model.network") for name in given)
-    settings |= {} if fixed else _network(width)
+    choice.settings.update({} if fixed else _network(width))
     each = _choose_precision(assemble, problem, given, choice)
     if seconds is not None:
-        left = seconds - FINISHING - (time.monotonic() - began)
-        steps = int(left / each)
-        if steps > MOST_STEPS and not fixed:
-            settings |= _network(WIDE)
-            left -= time.monotonic() - began
-            steps = max(MOST_STEPS, int(left / step_seconds(assemble, problem, settings)))
+        end = began + seconds - FINISHING
+        many, steps = steps, int((end - time.monotonic()) / each)
+        if steps > many and not fixed:
+            wide = {**choice.settings, **_network(WIDE)}
+            each_wide = step_seconds(assemble, problem, wide)
+            left = end - time.monotonic()
+            steps = int(left / each)
+            if left / each_wide > many / 2:
+                choice.settings.update(wide)
+                steps = int(left / each_wide)
         if steps < LEAST_STEPS:
-            height, wide = problem.image_shape[-2:]
+            needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each
             raise ValueError(
-                f"an effort of {effort} is too short: a step on {height}×{wide} pixels takes "
-                f"{each:.2g} s here, and a fit at least {LEAST_STEPS} steps; allow "
-                f"{math.ceil(1.1 * (seconds - left + LEAST_STEPS * each))}s or more"
+                f"an effort of {effort} is too short: a step on {problem.image_shape[-2]}×"
+                f"{problem.image_shape[-1]} pixels takes {each:.2g} s here, and a fit at least "
+                f"{LEAST_STEPS} steps; allow {math.ceil(1.1 * needed)}s or more"
             )
     if "trainer.max_steps" not in given:
-        settings["trainer.max_steps"] = steps
+        choice.settings["trainer.max_steps"] = steps
         if not any(name.startswith("model.lr_scheduler") for name in given):
-            settings["model.lr_scheduler"] = {
+            choice.settings["model.lr_scheduler"] = {
                 "class_path": "WarmupCosine",
                 "init_args": {"total_steps": steps, "warmup_steps": WARMUP_STEPS},
             }
@@ -269,21 +275,13 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     return problem
 
 
-def _choose_weights(
-    model: DeepImagePrior, problem: InverseProblem, given: Collection[str], choice: Choice
-) -> None:
-    """Choose the least λ and μ and the noise on z by the noise's variance.
-
-    With little noise, those for much of it keep the network from learning detail for long.
-    """
+def _choose_weights(problem: InverseProblem, given: Collection[str], choice: Choice) -> None:
+    """Choose the least λ and μ and the noise on z of denoising by the noise's variance."""
     variance = problem.noise_variance()
-    by_discrepancy = isinstance(model, DeepRED) and model.weighting == "discrepancy"
-    if variance is None or not by_discrepancy or model.fidelity != "likelihood":
-        return  # of the back-projection, ε depends on the noise
+    if variance is None or not isinstance(problem.operator, Identity):
+        return
     scale = min(1.0, float(variance) * (GREY_LEVELS / STRONG_NOISE) ** 2)
-    weights = {"model.lam": LEAST_WEIGHT * scale, "model.mu": LEAST_WEIGHT * scale}
-    if isinstance(problem.operator, Identity):
-        weights["model.input_noise_std"] = INPUT_NOISE * scale
+    weights = {name: scale * value for name, value in IN_STRONG_NOISE.items()}
     choice.settings.update({k: v for k, v in weights.items() if k not in given})
 
 

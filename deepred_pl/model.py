@@ -673,7 +673,7 @@ def _check_loader(loader: Any, verb: str) -> None:
         raise ValueError(
             "a DeepImagePrior restores the measurement of its problem, and would not use the "
             f"batches of a DataLoader: leave it out of {verb}(), and restore several images with "
-            "a module each, restore() or deepred-batch"
+            "a module each, restore() or `deepred restore`"
         )
 
 

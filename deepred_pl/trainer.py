@@ -90,7 +90,7 @@ def check_shared(trainer: Trainer) -> None:
     if devices > 1:
         raise ValueError(
             f"a fit of one image uses one device: expected devices=1, got {devices}; set "
-            "trainer.devices to 1, and restore many images with deepred-batch"
+            "trainer.devices to 1, and restore many images with `deepred restore`"
         )
     kinds = tuple(getattr(callbacks, name, ()) for name in AVERAGING)
     for callback in trainer.callbacks:

@@ -202,7 +202,7 @@ def test_sets_are_read_by_name_everywhere(table, tmp_path, monkeypatch):
 
 def test_an_unknown_set_is_one_line_of_the_batch(tmp_path):
     with pytest.raises(SystemExit) as caught:
-        main(["--ground_truth", "set:set6", "--out", str(tmp_path / "out")])
+        main(["--config=denoising", "--ground_truth", "set:set6", "--out", str(tmp_path / "out")])
     message = str(caught.value)
     assert message.startswith("deepred-batch: error: expected one of the sets")
     assert "\n" not in message

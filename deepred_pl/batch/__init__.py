@@ -1,1 +1,1 @@
-"""The `deepred-batch` command: restore many images, on this machine or on a Ray cluster."""
+"""`deepred restore` and `deepred-batch`: restore images, on this machine or on a Ray cluster."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,7 +16,7 @@ READ, SHOWN = 64, 3  # fits whose progress is read, and that are named in the ba
 
 
 class Bar:
-    """A progress bar over the fits of a batch, with the PSNR of running fits and the time left.
+    """A progress bar over the fits of a batch, with curves of running fits and the time left.
 
     Without a terminal, it prints a line for each fit that ends, and one per minute.
 
@@ -70,13 +71,19 @@ class Bar:
             report = read_json(progress_file(fit.directory))
             if report is not None:
                 parts += max(0.0, report["step"] / report["max_steps"])
-                psnr = None if _tile(fit) else report["psnr"]
-                running.append(label(fit) + ("" if psnr is None else f" {psnr:.2f} dB"))
+                running.append(label(fit) + ("" if _tile(fit) else _numbers(report)))
         ended = self._total - len(self._left)
         text = ", ".join(running[:SHOWN]) + (", …" if len(running) > SHOWN else "")
         self._progress.update(self._task, completed=ended + parts, ended=ended, running=text)
         if not self._console.is_terminal and time.monotonic() - self._printed > SILENCE and running:
             self._print(f"{ended + parts:.1f} of {self._total}, {text}")
+
+
+def _numbers(report: dict[str, Any]) -> str:
+    """The curves of a fit's progress that are known."""
+    psnr, error = report["psnr_average"], report["held_out_error"]
+    text = "" if psnr is None else f" {psnr:.2f} dB"
+    return text + ("" if error is None else f", error at held-out values {error:.2f}")
 
 
 def label(fit: Job) -> str:

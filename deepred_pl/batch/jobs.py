@@ -131,10 +131,10 @@ class Job:
 
 
 class ProgressFile(Callback):
-    """Keeps `progress.json` in the run directory during a fit: step, max_steps and psnr.
+    """Keeps `progress.json` in the run directory during a fit: step, max_steps and two curves.
 
-    It has the values that `Monitor` logged last, and is written at most once a second. psnr is that
-    of the average, None if the true image is not known.
+    It has the values that `Monitor` logged last, and is written at most once a second: psnr_average
+    and held_out_error, None if they are not known.
     """
 
     def __init__(self) -> None:
@@ -152,12 +152,10 @@ class ProgressFile(Callback):
             progress_file(run_directory(trainer)).unlink(missing_ok=True)
 
     def _write(self, trainer: Trainer) -> None:
-        psnr = float(trainer.callback_metrics.get("curves/psnr_average", math.nan))
-        report = {
-            "step": trainer.global_step,
-            "max_steps": trainer.max_steps,
-            "psnr": psnr if math.isfinite(psnr) else None,
-        }
+        report: dict[str, Any] = {"step": trainer.global_step, "max_steps": trainer.max_steps}
+        for name in ("psnr_average", "held_out_error"):
+            value = float(trainer.callback_metrics.get(f"curves/{name}", math.nan))
+            report[name] = value if math.isfinite(value) else None
         with suppress(OSError):  # progress is not essential
             write_json(progress_file(run_directory(trainer)), report)
         self._written = time.monotonic()

@@ -14,14 +14,16 @@ from typing import Any, Literal
 from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job
 from deepred_pl.choose import set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
+from deepred_pl.operators import Identity
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
-# Where settings are chosen, larger images are cut if the operator can be, because networks fit
-# small images better in a given time.
-LARGEST, TILE = 384**2, 256  # pixels; of a side
+# Where settings are chosen, images are cut if the operator can be, because networks fit small
+# images better in a given time: if they have MUCH_LARGER times the pixels of such a tile.
+SIMPLE_TILE, TILE, MUCH_LARGER = 128, 256, 2.25  # pixels of a side; the first in denoising
+LEAST_SECONDS = 30  # for each tile, if an effort is a time
 
 # Settings of every fit of a batch.
 WITHIN_A_BATCH = ("--trainer.enable_progress_bar=false", "--trainer.devices=1")
@@ -278,12 +280,16 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         return None  # one fit, which reports it, instead of one for each tile
     tile = batch.tile
     if tile is None:
-        if math.prod(problem.image_shape[-2:]) <= LARGEST or problem.operator.reach() is None:
+        tile = SIMPLE_TILE if isinstance(problem.operator, Identity) else TILE
+        times = math.prod(problem.image_shape[-2:]) / tile**2
+        too_short = batch.seconds is not None and batch.seconds < LEAST_SECONDS * 2 * times
+        if times <= MUCH_LARGER or too_short or problem.operator.reach() is None:
             return None
-        tile = TILE
     try:
         tiling, _ = problem.split(tile, batch.overlap)
     except ValueError as error:
+        if batch.tile is None:
+            return None
         raise ValueError(f"{source.path}: {error}") from error
     return tiling
 

@@ -148,7 +148,8 @@ def end_of(job: Job, workers: float) -> float | None:
     """When a fit that starts now is to end, if its image's time is shared by several fits."""
     if job.effort is None or job.effort.seconds is None:
         return None
-    return time.time() + job.effort.seconds * min(1.0, workers / job.effort.fits)
+    rounds = max(1, math.ceil(job.effort.fits / workers))
+    return time.time() + job.effort.seconds / rounds
 
 
 def _serve(connection: Connection, gpu: str | None) -> None:

@@ -14,7 +14,7 @@ from deepred_pl.model import DeepImagePrior
 from deepred_pl.moments import RunningMoments, together
 
 BLOCKS = 5  # in a window, which slides by one of them
-RELEASED_AT = 0.8  # of the steps: the rest uses the held-out values too
+RELEASED_AT = 0.5  # of the steps: the rest uses the held-out values too
 SURELY = 3.0  # standard errors by which the held-out error has risen
 
 Rule = Literal["variance", "discrepancy", "holdout"]

@@ -1,0 +1,222 @@
+"""Which settings are chosen for an image."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepred_pl import choose
+from deepred_pl.choose import as_options, defaults_of, seconds_of, step_seconds, task_of
+from deepred_pl.cli import RestorationCLI, settings_of
+from deepred_pl.images import write_image
+from deepred_pl.noise import GaussianNoise, PoissonNoise
+from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
+from deepred_pl.restore import restore
+from tests.helpers import picture
+
+EACH = {"32-true": 0.1, "bf16-mixed": 0.2}  # seconds per step
+
+
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    """Choose the settings of an image as of this configuration, without measuring the time."""
+    times = dict(EACH)
+
+    def pretend(assemble, problem, settings):
+        width = settings.get("model.network", {}).get("init_args", {}).get("width", 32)
+        return times[settings.get("trainer.precision", "32-true")] * (width / 32) ** 2
+
+    monkeypatch.setattr(choose, "step_seconds", pretend)
+
+    def call(y, config="denoising", *options, effort="default", name="y.png", **seconds):
+        times.update(seconds)
+        write_image(tmp_path / "y.tif", y) if name == "y.png" else None
+        path = tmp_path / ("y.tif" if name == "y.png" else name)
+        options = [f"--data.measurement={path}", "--trainer.accelerator=cpu", *options]
+        first = [f"--config={config}"]
+        given = {option[2:].partition("=")[0] for option in options}
+
+        def assemble(extra):
+            return RestorationCLI([*first, *extra, *defaults_of(config), *options], run=False)
+
+        return choose.choose(assemble, given, effort)
+
+    return call
+
+
+def noisy(sigma, channels=3, height=64, width=80):
+    image = picture(channels, height, width)
+    return GaussianNoise(sigma).sample(image, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("effort, seconds", [("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_a_time_is_in_seconds_and_an_effort_is_none(effort, seconds):
+    assert seconds_of(effort) == seconds
+    assert all(seconds_of(name) is None for name in ("fast", "default", "best"))
+
+
+@pytest.mark.parametrize("effort", ["", "5", "m", "0m", "-5m", "5 m", "5d", "1e3s", "Fast"])
+def test_another_effort_is_refused(effort):
+    with pytest.raises(ValueError, match="fast, default, best or a time such as 90s"):
+        seconds_of(effort)
+
+
+@pytest.mark.parametrize(
+    "operator, task",
+    [
+        (None, "denoising"),
+        (Identity(), "denoising"),
+        (Blur.uniform(3), "deblurring_uniform"),
+        (Downsample(2), "super_resolution"),
+        (Mask(np.ones((4, 4))), "inpainting"),
+        (Radon(4), "tomography"),
+    ],
+)
+def test_each_operator_has_a_task(operator, task):
+    assert task_of(operator) == task
+
+
+def test_an_operator_without_a_task_is_refused():
+    class Sums(Operator):
+        def forward(self, x):
+            return x.sum(-1, keepdim=True)
+
+        def image_shape(self, measurement_shape):
+            return (*measurement_shape[:-1], 8)
+
+    with pytest.raises(ValueError, match="no configuration is known for Sums; name one"):
+        task_of(Sums())
+
+
+@pytest.mark.parametrize("sigma, scale", [(50, 1), (25, 1), (10, 0.16), (5, 0.04)])
+def test_weights_and_the_noise_on_z_fall_with_the_noises_variance(chosen, sigma, scale):
+    settings = chosen(noisy(sigma), "denoising", f"--data.noise.sigma={sigma}").settings
+    assert settings["model.lam"] == settings["model.mu"] == pytest.approx(0.5 * scale, rel=1e-3)
+    assert settings["model.input_noise_std"] == pytest.approx(0.1 * scale, rel=1e-3)
+    assert "data.noise" not in settings
+
+
+def test_the_noise_is_estimated_where_it_can_be(chosen):
+    choice = chosen(noisy(15))
+    assert "white noise, estimated: GaussianNoise(sigma=1" in choice.assumed[0]
+    small = Downsample(2)(picture(3, 128, 160))
+    loud = GaussianNoise(20).sample(small, torch.Generator().manual_seed(0))
+    quiet = chosen(small, "super_resolution", "--data.operator.factor=2")
+    assert quiet.assumed == ["no noise (otherwise set data.noise)"]
+    assert "model.weighting" not in quiet.settings
+    settings = chosen(loud, "super_resolution", "--data.operator.factor=2").settings
+    assert settings["data.noise"]["init_args"]["sigma"] == pytest.approx(20, rel=0.2)
+    assert settings["model.weighting"] == "discrepancy"
+
+
+def test_what_is_given_is_not_chosen(chosen):
+    given = {
+        "model.lam": 3,
+        "model.input_noise_std": 0.05,
+        "trainer.max_steps": 77,
+        "trainer.precision": "32-true",
+        "model.network.width": 8,
+        "data.hold_out": 0,
+        "data.noise.sigma": 12,
+    }
+    settings = chosen(noisy(10), "denoising", *as_options(given), effort="5m").settings
+    assert not settings.keys() & given.keys() and "model.network" not in settings
+
+
+def test_steps_and_width_follow_the_effort(chosen):
+    def steps(effort):
+        settings = chosen(noisy(10), effort=effort).settings
+        total = settings["model.lr_scheduler"]["init_args"]["total_steps"]
+        assert total == settings["trainer.max_steps"]
+        return total, settings["model.network"]["init_args"]["width"]
+
+    assert (steps("fast"), steps("default"), steps("best")) == ((300, 32), (600, 32), (600, 64))
+    few, width = steps("60s")
+    assert 560 < few < 600 and width == 32  # 0.1 s each, less some seconds to end
+    many, width = steps("20m")
+    assert width == 64 and 2900 < many < 3000  # four times as slow
+    with pytest.raises(ValueError, match=r"10s is too short: a step on 64×80 pixels takes 0\.1 s"):
+        steps("10s")
+
+
+def test_bfloat16_is_chosen_where_it_is_faster(chosen):
+    assert "trainer.precision" not in chosen(noisy(10)).settings
+    assert chosen(noisy(10), **{"bf16-mixed": 0.05}).settings["trainer.precision"] == "bf16-mixed"
+
+
+def test_values_are_held_out_if_there_are_enough(chosen):
+    settings = chosen(noisy(10)).settings
+    assert settings["data.hold_out"] == 0.02
+    assert settings["trainer.callbacks+"][0]["init_args"] == {"rule": "holdout"}
+    choice = chosen(noisy(10, 1, 40, 40))
+    assert "data.hold_out" not in choice.settings
+    assert "too few values to hold out 2% of them" in choice.assumed
+
+
+def test_a_blurred_jpegs_noise_is_not_white(chosen, tmp_path):
+    from PIL import Image
+
+    blurred = Blur.gaussian(9, 1.2)(picture(3, 64, 80))[0].movedim(0, -1)
+    Image.fromarray((blurred.clamp(0, 1) * 255).byte().numpy()).save(tmp_path / "y.jpg", quality=80)
+    options = ["--data.operator.size=9"]
+    choice = chosen(None, "deblurring_uniform", *options, name="y.jpg")
+    assert choice.settings["model.fidelity"] == "likelihood"
+    assert "not white" in " ".join(choice.assumed)
+
+
+def test_chosen_settings_are_valid_on_the_command_line(chosen):
+    choice = chosen(noisy(10, 3, 64, 80), effort="best", **{"bf16-mixed": 0.05})
+    settings = settings_of(["--config=denoising", *as_options(choice.settings)])
+    model = settings["model"]["init_args"]
+    assert model["lam"] == choice.settings["model.lam"]
+    assert model["network"]["init_args"]["width"] == 64
+    assert settings["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_the_time_of_a_step_is_measured_whatever_the_number_of_steps(tmp_path):
+    write_image(tmp_path / "y.tif", noisy(25, 1, 40, 48))
+    tiny = ["--model.network.width=4", "--model.network.scales=2", "--trainer.accelerator=cpu"]
+    options = ["--config=denoising", f"--data.measurement={tmp_path / 'y.tif'}", *tiny]
+    for steps in (5, 5000):
+
+        def assemble(extra, steps=steps):
+            return RestorationCLI([*options, *extra, f"--trainer.max_steps={steps}"], run=False)
+
+        problem = choose.set_up(assemble([]).datamodule)
+        assert 1e-4 < step_seconds(assemble, problem, {}) < 10
+    assert not any(tmp_path.glob("lightning_logs"))
+
+
+# In Python
+
+
+SMALL = {
+    "model.network.width": 4,
+    "model.network.scales": 2,
+    "trainer.max_steps": 12,
+    "trainer.accelerator": "cpu",
+    "trainer.precision": 32,
+}
+
+
+def test_restore_chooses_for_the_operator_and_reports():
+    y = Blur.gaussian(9, 1.2)(noisy(2, 3, 48, 64)).clamp(0, 1)[0]
+    blur = Blur.gaussian(9, 1.2, boundary="reflect")
+    restored, report = restore(y, overrides=SMALL, operator=blur, effort="fast", report=True)
+    assert restored.shape == y.shape and restored.dtype == y.dtype
+    assert report["result"]["fidelity"] == "backprojection" and report["result"]["steps"] == 12
+    assert "white noise, estimated" in report["assumed"][0]
+    assert report["chosen" if "chosen" in report else "settings"]
+    photo = PoissonNoise(40).sample(picture(1, 48, 64), torch.Generator().manual_seed(0))
+    counted = restore(photo[0].clamp(0, 1), overrides=SMALL, noise=PoissonNoise(40))
+    assert counted.shape == (1, 48, 64)
+
+
+def test_restore_chooses_for_tiles():
+    y = noisy(20, 3, 48, 80).clamp(0, 1)[0]
+    restored, report = restore(y, overrides=SMALL, tile=48, report=True)
+    assert restored.shape == y.shape and report["result"]["steps"] == 24
+
+
+def test_restore_takes_an_effort_or_a_task():
+    with pytest.raises(ValueError, match="effort='5m' chooses settings that the task"):
+        restore(picture()[0], "denoising", effort="5m")

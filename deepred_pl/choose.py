@@ -112,6 +112,7 @@ def seconds_of(effort: str) -> float | None:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+@quiet()
 def choose(
     assemble: Assemble, given: Collection[str], effort: str, seconds: float | None = None
 ) -> Choice:
@@ -301,8 +302,13 @@ def _choose_precision(
 
 
 def _choose_held_out(problem: InverseProblem, given: Collection[str], choice: Choice) -> None:
-    """Hold values out, by which the fit is stopped, if there are enough of them."""
-    if any(name.startswith(("data.hold_out", "trainer.callbacks")) for name in given):
+    """Hold values out, by which the fit is stopped, where no noise model keeps it from overfitting.
+
+    With a noise model, λ and μ do that, and the values are worth more to the fit.
+    """
+    if problem.noise is not None or any(
+        name.startswith(("data.hold_out", "trainer.callbacks")) for name in given
+    ):
         return
     try:
         problem.hold_out(HOLD_OUT)

@@ -143,13 +143,15 @@ def test_bfloat16_is_chosen_where_it_is_faster(chosen):
     assert chosen(noisy(10), **{"bf16-mixed": 0.05}).settings["trainer.precision"] == "bf16-mixed"
 
 
-def test_values_are_held_out_if_there_are_enough(chosen):
-    settings = chosen(noisy(10)).settings
+def test_values_are_held_out_where_no_noise_model_keeps_the_fit_from_overfitting(chosen):
+    small = Downsample(2)(picture(3, 128, 160))
+    settings = chosen(small, "super_resolution", "--data.operator.factor=2").settings
     assert settings["data.hold_out"] == 0.02
     assert settings["trainer.callbacks+"][0]["init_args"] == {"rule": "holdout"}
-    choice = chosen(noisy(10, 1, 40, 40))
-    assert "data.hold_out" not in choice.settings
-    assert "too few values to hold out 2% of them" in choice.assumed
+    tiny = chosen(small[..., :30, :40], "super_resolution", "--data.operator.factor=2")
+    assert "data.hold_out" not in tiny.settings
+    assert "too few values to hold out 2% of them" in tiny.assumed
+    assert "data.hold_out" not in chosen(noisy(10)).settings
 
 
 def test_a_blurred_jpegs_noise_is_not_white(chosen, tmp_path):

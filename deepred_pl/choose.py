@@ -9,16 +9,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deepred_pl.callbacks import CollapseGuard, REDUpdate
+from deepred_pl.callbacks import CollapseGuard, Preflight, REDUpdate
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import RestorationDataModule, read_source
-from deepred_pl.estimate import local_level, unclipped
+from deepred_pl.estimate import local_level, noise_level, unclipped
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
+from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
@@ -26,7 +28,7 @@ from deepred_pl.tiles import Region
 USUAL, WIDE = 32, 64  # channels of the network
 # θ-steps for images of SIDE × SIDE pixels, and fewer for smaller ones; and the network's channels.
 EFFORTS = {"fast": (600, USUAL), "default": (1200, USUAL), "best": (1200, WIDE)}
-LEAST_STEPS, MOST_STEPS = 150, 2400  # with more time, the network is wide
+LEAST_STEPS, WIDE_FROM = 150, 2400  # θ-steps; if there is time for more, the network is wide
 SIDE, LEAST_SHARE = 256, 0.5
 WARMUP_STEPS = 30
 HOLD_OUT = 0.02  # of the measured values
@@ -45,6 +47,7 @@ TASKS: dict[type[Operator], str] = {
 EXACT = ("super_resolution", "inpainting")  # configurations without a noise model
 # They get one, and its weights, if there is that much noise in grey levels; less may be texture.
 LEAST_NOISE = 5.0
+QUIETEST, BIAS = 0.1, 0.9  # quantile of blocks of which the noise is estimated, and its ratio to it
 NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
 # In denoising, the least λ and μ and the noise on z for that much noise in grey levels or more.
 # With less noise they would keep the network from learning detail: they fall like its variance.
@@ -57,7 +60,7 @@ NOT_WHITE = {
 }
 
 MEANS = 1.5  # largest value of a sinogram of means along rays; others are sums
-BRIGHTER = 1.5  # than its smoothed back-projection may be an object
+BRIGHTER = 1.5  # ratio of white to the brightest value of the smoothed back-projection
 IN_CORNERS = 0.1  # of the energy of an object that is beyond the square within its circle
 
 Assemble = Callable[[Sequence[str]], RestorationCLI]
@@ -132,8 +135,7 @@ def choose(
     choice = Choice()
     _choose_geometry(assemble([]).datamodule, given, choice)
     problem = _choose_noise(assemble, given, choice)
-    _choose_weights(problem, given, choice)
-    steps, width = EFFORTS.get(effort, (MOST_STEPS, USUAL))
+    steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
     share = math.sqrt(math.prod(problem.image_shape[-2:])) / SIDE
     steps = round(steps * min(1.0, max(LEAST_SHARE, share)))
     fixed = any(name.startswith("model.network") for name in given)
@@ -144,28 +146,35 @@ def choose(
         many, steps = steps, int((end - time.monotonic()) / each)
         if steps > many and not fixed:
             wide = {**choice.settings, **_network(WIDE)}
-            each_wide = step_seconds(assemble, problem, wide)
+            each_wide = seconds_per_step(assemble, problem, wide)
             left = end - time.monotonic()
             steps = int(left / each)
             if left / each_wide > many / 2:
                 choice.settings.update(wide)
                 steps = int(left / each_wide)
-        if steps < LEAST_STEPS:
+        if steps < LEAST_STEPS and "trainer.max_steps" not in given:
             needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each
             raise ValueError(
                 f"an effort of {effort} is too short: a step on {problem.image_shape[-2]}×"
                 f"{problem.image_shape[-1]} pixels takes {each:.2g} s here, and a fit at least "
                 f"{LEAST_STEPS} steps; allow {math.ceil(1.1 * needed)}s or more"
             )
-    if "trainer.max_steps" not in given:
-        choice.settings["trainer.max_steps"] = steps
-        if not any(name.startswith("model.lr_scheduler") for name in given):
-            choice.settings["model.lr_scheduler"] = {
-                "class_path": "WarmupCosine",
-                "init_args": {"total_steps": steps, "warmup_steps": WARMUP_STEPS},
-            }
+    if "trainer.max_steps" in given:
+        steps = assemble([]).trainer.max_steps
+    choice.settings["trainer.max_steps"] = steps
+    choice.settings["model.lr_scheduler"] = {
+        "class_path": "WarmupCosine",
+        "init_args": {"total_steps": steps, "warmup_steps": min(WARMUP_STEPS, steps // 10)},
+    }
     _choose_held_out(problem, given, choice)
-    return choice
+    return Choice(
+        {k: v for k, v in choice.settings.items() if not _is_given(k, given)}, choice.assumed
+    )
+
+
+def _is_given(name: str, given: Collection[str]) -> bool:
+    """Whether a setting, a part of it or what it is a part of was set explicitly."""
+    return any(f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.") for one in given)
 
 
 def as_options(settings: Mapping[str, Any]) -> list[str]:
@@ -183,13 +192,24 @@ def set_up(data: RestorationDataModule) -> InverseProblem:
     return data.problem
 
 
-def step_seconds(assemble: Assemble, problem: InverseProblem, settings: Mapping[str, Any]) -> float:
-    """Seconds per θ-step with the denoiser working in the background, measured by a few steps."""
-    bare = {"trainer.logger": False, "trainer.enable_progress_bar": False}
-    cli = assemble(as_options({**settings, **bare, "trainer.enable_checkpointing": False}))
+def is_denoising(data: RestorationDataModule) -> bool:
+    """Whether the image is only noisy, and perhaps has missing values."""
+    return data.operator is None or isinstance(data.operator, Identity)
+
+
+def seconds_per_step(
+    assemble: Assemble, problem: InverseProblem, settings: Mapping[str, Any]
+) -> float:
+    """Seconds per θ-step with the denoiser working in the background, measured by a few steps.
+
+    Raises:
+        ValueError: The memory is too small for it.
+    """
+    cli = assemble(as_options(settings))
     stopwatch = _Stopwatch()
-    kept = [c for c in cli.trainer.callbacks if isinstance(c, REDUpdate | CollapseGuard)]
-    cli.trainer.callbacks = [*kept, stopwatch]
+    needed = Preflight | REDUpdate | CollapseGuard
+    kept = [c for c in cli.trainer.callbacks if isinstance(c, needed)]
+    cli.trainer.callbacks, cli.trainer.loggers = [*kept, stopwatch], []
     cli.datamodule.problem = problem
     with quiet():
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -212,7 +232,7 @@ class _Stopwatch(Callback):
     def step_seconds(self) -> float:
         """The mean of the last steps; the first ones prepare memory."""
         timed = self.times[-TIMED - 1 :]
-        return (timed[-1] - timed[0]) / max(1, len(timed) - 1)
+        return max(1e-6, (timed[-1] - timed[0]) / max(1, len(timed) - 1))
 
 
 def _network(width: int) -> dict[str, Any]:
@@ -232,69 +252,82 @@ def _choose_geometry(data: RestorationDataModule, given: Collection[str], choice
     side = math.floor(detectors / math.sqrt(2))
     middle = Region.middle(detectors, detectors, side).of(guess)
     circle = data.operator.circle
-    if "data.operator.circle" not in given:
+    if not _is_given("data.operator.circle", given):
         corners = 1 - float(middle.square().sum() / guess.square().sum())
         circle = corners > IN_CORNERS or math.ceil(math.sqrt(2) * side) != detectors
         choice.settings["data.operator.circle"] = circle
         size = detectors if circle else side
         choice.assumed.append(
             f"an object of {size}×{size} pixels, {'within a circle' if circle else 'with corners'} "
-            "(otherwise set data.operator.circle)"
+            "(to change: data.operator.circle)"
         )
     if "data.intensity_range" not in given and float(sums.max()) > MEANS:
         smooth = F.avg_pool2d(guess if circle else middle, 3)  # without noise and streaks
         white = float(f"{BRIGHTER * float(smooth.quantile(0.999)):.2g}")
         choice.settings["data.intensity_range"] = [0, white * detectors]
         choice.assumed.append(
-            f"sums along rays; the restored image is in units of {white:g} per pixel (otherwise "
-            "set data.intensity_range)"
+            f"sums along rays; the restored image is in units of {white:g} per pixel (to change: "
+            "data.intensity_range)"
         )
 
 
 def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) -> InverseProblem:
     """Choose the noise model and what depends on it; return the problem."""
     settings, assumed = choice.settings, choice.assumed
-    stated = any(name.startswith("data.noise") for name in given)
+    data = assemble(as_options(settings)).datamodule
+    exact = isinstance(data.operator, Downsample | Mask)
+    if not _is_given("data.noise", given):
+        data.region = None  # the noise is that of the whole image
+        sigma = _estimated_sigma(set_up(data))
+        if sigma is None or (exact and np.mean(sigma) < LEAST_NOISE):
+            assumed.append("no noise (to change: data.noise)")
+        else:
+            settings["data.noise"] = {"class_path": "GaussianNoise", "init_args": {"sigma": sigma}}
+            text = f"white noise of {sigma} grey levels, estimated (to change: data.noise)"
+            assumed.append(text)
     data = assemble(as_options(settings)).datamodule
     problem = set_up(data)
-    if not stated and problem.noise is None:
-        valid, observed = unclipped(problem.y), problem.operator.observed
-        valid = valid if observed is None else valid & observed.bool()
-        level = GREY_LEVELS * local_level(problem.y, valid)
-        if level >= LEAST_NOISE:
-            noise = {"class_path": "GaussianNoise", "init_args": {"sigma": round(level, 1)}}
-            settings.update({**NOISY, "data.noise": noise})
-            problem = set_up(assemble(as_options(settings)).datamodule)
-        else:
-            assumed.append("no noise (otherwise set data.noise)")
-    if not stated and problem.noise is not None:
-        assumed.append(f"white noise, estimated: {problem.noise} (otherwise set data.noise.sigma)")
+    if exact and problem.noise is not None:
+        settings.update(NOISY)
+    variance = problem.noise_variance()
+    if is_denoising(data) and variance is not None:
+        scale = min(1.0, float(variance) * (GREY_LEVELS / STRONG_NOISE) ** 2)
+        settings.update({name: scale * value for name, value in IN_STRONG_NOISE.items()})
     is_jpeg = str(data.measurement).lower().endswith((".jpg", ".jpeg"))
-    if isinstance(data.operator, Blur) and is_jpeg and "model.fidelity" not in given:
+    if isinstance(data.operator, Blur) and is_jpeg and not _is_given("model.fidelity", given):
         settings.update(NOT_WHITE)
-        assumed.append("noise that is not white, as in a JPEG (otherwise set model.fidelity)")
+        assumed.append("noise that is not white, as in a JPEG (to change: model.fidelity)")
     return problem
 
 
-def _choose_weights(problem: InverseProblem, given: Collection[str], choice: Choice) -> None:
-    """Choose the least λ and μ and the noise on z of denoising by the noise's variance."""
-    variance = problem.noise_variance()
-    if variance is None or not isinstance(problem.operator, Identity):
-        return
-    scale = min(1.0, float(variance) * (GREY_LEVELS / STRONG_NOISE) ** 2)
-    weights = {name: scale * value for name, value in IN_STRONG_NOISE.items()}
-    choice.settings.update({k: v for k, v in weights.items() if k not in given})
+def _estimated_sigma(problem: InverseProblem) -> float | list[float] | None:
+    """σ of white noise in grey levels, for each channel if they differ; None if it is not known.
+
+    That of `GaussianNoise`, which texture makes too large, reduced to that of quiet blocks.
+    """
+    observed, valid = problem.operator.observed, unclipped(problem.y)
+    valid = valid if observed is None else valid & observed.bool()
+    try:
+        sigma = GaussianNoise(None).fitted(problem.y, observed).sigma
+    except ValueError:  # too few neighbours are known
+        return None
+    quiet = local_level(problem.y, valid, QUIETEST) / BIAS
+    ratio = quiet / float(noise_level(problem.y, valid).mean())
+    ratio = min(1.0, ratio) if math.isfinite(ratio) else 1.0
+    if isinstance(sigma, Sequence):
+        return [round(ratio * one, 2) for one in sigma]
+    return None if sigma is None else round(ratio * sigma, 2)
 
 
 def _choose_precision(
     assemble: Assemble, problem: InverseProblem, given: Collection[str], choice: Choice
 ) -> float:
     """Choose bfloat16 where it is faster; return the seconds per step."""
-    each = step_seconds(assemble, problem, choice.settings)
+    each = seconds_per_step(assemble, problem, choice.settings)
     if "trainer.precision" in given:
         return each
     mixed = {"trainer.precision": "bf16-mixed"}
-    halved = step_seconds(assemble, problem, {**choice.settings, **mixed})
+    halved = seconds_per_step(assemble, problem, {**choice.settings, **mixed})
     if halved > FASTER * each:
         return each
     choice.settings.update(mixed)

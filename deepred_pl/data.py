@@ -236,7 +236,7 @@ class RestorationDataModule(LightningDataModule):
         original, self.image_format = read_source(
             self.ground_truth, self.intensity_range, self.page
         )
-        self.image_format = self._stored
+        self._stored = self.image_format
         plausibility.check_layout(original, self._source)
         if self.crop is not None:
             middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)

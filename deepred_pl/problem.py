@@ -21,7 +21,7 @@ from deepred_pl.tiles import Region, Tiling, cut
 from deepred_pl.torch_state import default_settings
 
 LEAST_VARIANCE = 1e-10  # every value has been rounded
-LEAST_HELD_OUT = 64  # values, which tell a PSNR to some tenths of a decibel
+LEAST_HELD_OUT = 64  # values, which give a PSNR to within some tenths of a decibel
 BRIGHTEST = 3.0  # mean that no measurement of an image in [0, 1] has, even with speckle
 
 
@@ -299,6 +299,7 @@ class InverseProblem(nn.Module):
 
     # Held-out values
 
+    @default_settings()
     def hold_out(self, share: float, seed: int = 0) -> "InverseProblem":
         """The problem without a random share of the measured values, by which fits are judged.
 
@@ -328,6 +329,8 @@ class InverseProblem(nn.Module):
         held = torch.zeros(known.numel())
         held[order[:count]] = 1
         held = held.view(places).to(self.y.device)
+        if observed is not None:
+            held = held * observed  # which may be others in each channel
         values = int(held.expand(shape).sum())
         if values < LEAST_HELD_OUT:
             raise ValueError(
@@ -470,8 +473,8 @@ class InverseProblem(nn.Module):
                 f"the checkpoint's measurement, {tuple(saved.shape)}, is not this problem's, "
                 f"{tuple(self.y.shape)}; resume with the same image, noise and data seed"
             )
-        if saved is not None:  # which may have been saved after `release`
-            state_dict[prefix + "y"] = self.y
+        if saved is not None and self.held_out is not None:  # perhaps saved after `release`
+            state_dict[prefix + "y"] = saved.to(self.y) * known
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -6,7 +6,7 @@ import time
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from deepred_pl.callbacks import LastCheckpoint, REDUpdate, Writer
 from deepred_pl.callbacks.red import check_denoiser
 from deepred_pl.callbacks.writer import summarise
 from deepred_pl.checks import RestorationWarning, check_factory
-from deepred_pl.choose import Choice, as_options, choose, defaults_of, task_of
+from deepred_pl.choose import Choice, as_options, choose, defaults_of, set_up, task_of
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, to_array
@@ -27,7 +27,7 @@ from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Operator, Physics, as_operator
 from deepred_pl.problem import InverseProblem, check_noise_model
 from deepred_pl.report import combine, diagnosis
-from deepred_pl.tiles import blend
+from deepred_pl.tiles import Region, blend
 from deepred_pl.torch_state import default_settings
 
 
@@ -109,7 +109,7 @@ def restore(
             options = [*defaults_of(tasks[0]), *options]
         configs = [f"--config={name}" for name in tasks]
 
-        def assemble(chosen: Sequence[str] = ()) -> RestorationCLI:
+        def assemble(chosen: Sequence[str] = (), region: Region | None = None) -> RestorationCLI:
             try:
                 cli = RestorationCLI([*configs, *chosen, *options], run=False)
             except ArgumentError as error:
@@ -127,6 +127,7 @@ def restore(
             if denoiser is not None:
                 _use(denoiser, cli)
             _check_callbacks(callbacks)
+            data.region = data.region if region is None else region
             cli.trainer.callbacks.extend(callbacks if tile is None else deepcopy(callbacks))
             return cli
 
@@ -143,16 +144,18 @@ def restore(
 
         def fit_part(part: InverseProblem) -> Tensor:
             cli = assemble(chosen)
-            share = cli.datamodule.hold_out
-            cli.datamodule.problem = part.hold_out(share) if share else part
+            cli.datamodule.problem = part
             cli.datamodule.image_format = ImageFormat("float32")
             return fit(cli)
 
         choice, results = Choice(), list[dict[str, Any]]()
         if task is None:
-            given = {*settings, *(["data.noise"] if noise is not None else [])}
-            given |= set() if network is None else {"model.network"}
-            choice = choose(assemble, given, effort or "default")
+            objects = {"data.noise": noise, "data.operator": operator, "model.network": network}
+            given = {*settings, *(name for name, value in objects.items() if value is not None)}
+            if tile is not None or any(getattr(c, "chooses", False) for c in callbacks):
+                given.add("data.hold_out")
+            middle = None if tile is None else _middle(set_up(assemble().datamodule), tile)
+            choice = choose(partial(assemble, region=middle), given, effort or "default")
         chosen = as_options(choice.settings)
         cli = assemble(chosen)
         data = cli.datamodule
@@ -161,7 +164,6 @@ def restore(
         else:
             if data.region is not None:
                 raise ValueError("tiles cover the whole image; leave data.region out")
-            data.hold_out = 0.0  # but in each tile
             data.setup()
             assert data.problem is not None
             tiling, parts = data.problem.split(tile, overlap)
@@ -174,8 +176,16 @@ def restore(
         if alpha is not None and alpha.shape == array.shape[:2]:
             array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
         if report:
-            return _like(image, array), {**asdict(choice), "result": result}
+            about = {"assumed": choice.assumed, "chosen": choice.settings, "result": result}
+            return _like(image, array), about
         return _like(image, array)
+
+
+def _middle(problem: InverseProblem, tile: int) -> Region:
+    """A tile in the middle of the image, by which all are judged."""
+    height, width = problem.image_shape[-2:]
+    middle = Region.middle(height, width, tile)
+    return Region(*(side - side % problem.operator.factor for side in middle))
 
 
 def _use(denoiser: Callable[[Tensor], Tensor], cli: RestorationCLI) -> None:

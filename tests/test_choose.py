@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deepred_pl import choose
-from deepred_pl.choose import as_options, defaults_of, seconds_of, step_seconds, task_of
+from deepred_pl.choose import as_options, defaults_of, seconds_of, seconds_per_step, task_of
 from deepred_pl.cli import RestorationCLI, settings_of
 from deepred_pl.images import write_image
 from deepred_pl.noise import GaussianNoise, PoissonNoise
@@ -25,7 +25,7 @@ def chosen(tmp_path, monkeypatch):
         width = settings.get("model.network", {}).get("init_args", {}).get("width", 32)
         return times[settings.get("trainer.precision", "32-true")] * (width / 32) ** 2
 
-    monkeypatch.setattr(choose, "step_seconds", pretend)
+    monkeypatch.setattr(choose, "seconds_per_step", pretend)
 
     def call(y, config="denoising", *options, effort="default", name="y.png", **seconds):
         times.update(seconds)
@@ -97,11 +97,11 @@ def test_weights_and_the_noise_on_z_fall_with_the_noises_variance(chosen, sigma,
 
 def test_the_noise_is_estimated_where_it_can_be(chosen):
     choice = chosen(noisy(15))
-    assert "white noise, estimated: GaussianNoise(sigma=1" in choice.assumed[0]
+    assert "white noise of 1" in choice.assumed[0]
     small = Downsample(2)(picture(3, 128, 160))
     loud = GaussianNoise(20).sample(small, torch.Generator().manual_seed(0))
     quiet = chosen(small, "super_resolution", "--data.operator.factor=2")
-    assert quiet.assumed == ["no noise (otherwise set data.noise)"]
+    assert quiet.assumed == ["no noise (to change: data.noise)"]
     assert "model.weighting" not in quiet.settings
     settings = chosen(loud, "super_resolution", "--data.operator.factor=2").settings
     assert settings["data.noise"]["init_args"]["sigma"] == pytest.approx(20, rel=0.2)
@@ -120,6 +120,7 @@ def test_what_is_given_is_not_chosen(chosen):
     }
     settings = chosen(noisy(10), "denoising", *as_options(given), effort="5m").settings
     assert not settings.keys() & given.keys() and "model.network" not in settings
+    assert settings["model.lr_scheduler"]["init_args"]["total_steps"] == 77
 
 
 def test_steps_and_width_follow_the_effort(chosen):
@@ -148,7 +149,7 @@ def test_values_are_held_out_where_no_noise_model_keeps_the_fit_from_overfitting
     settings = chosen(small, "super_resolution", "--data.operator.factor=2").settings
     assert settings["data.hold_out"] == 0.02
     assert settings["trainer.callbacks+"][0]["init_args"] == {"rule": "holdout"}
-    tiny = chosen(small[..., :30, :40], "super_resolution", "--data.operator.factor=2")
+    tiny = chosen(small[..., :20, :40], "super_resolution", "--data.operator.factor=2")
     assert "data.hold_out" not in tiny.settings
     assert "too few values to hold out 2% of them" in tiny.assumed
     assert "data.hold_out" not in chosen(noisy(10)).settings
@@ -184,7 +185,7 @@ def test_the_time_of_a_step_is_measured_whatever_the_number_of_steps(tmp_path):
             return RestorationCLI([*options, *extra, f"--trainer.max_steps={steps}"], run=False)
 
         problem = choose.set_up(assemble([]).datamodule)
-        assert 1e-4 < step_seconds(assemble, problem, {}) < 10
+        assert 1e-4 < seconds_per_step(assemble, problem, {}) < 10
     assert not any(tmp_path.glob("lightning_logs"))
 
 
@@ -206,8 +207,8 @@ def test_restore_chooses_for_the_operator_and_reports():
     restored, report = restore(y, overrides=SMALL, operator=blur, effort="fast", report=True)
     assert restored.shape == y.shape and restored.dtype == y.dtype
     assert report["result"]["fidelity"] == "backprojection" and report["result"]["steps"] == 12
-    assert "white noise, estimated" in report["assumed"][0]
-    assert report["chosen" if "chosen" in report else "settings"]
+    assert "white noise of " in report["assumed"][0]
+    assert report["chosen"]["model.lr_scheduler"]["init_args"]["total_steps"] == 12
     photo = PoissonNoise(40).sample(picture(1, 48, 64), torch.Generator().manual_seed(0))
     counted = restore(photo[0].clamp(0, 1), overrides=SMALL, noise=PoissonNoise(40))
     assert counted.shape == (1, 48, 64)

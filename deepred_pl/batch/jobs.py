@@ -221,7 +221,7 @@ def _with_choice(job: Job, end: float | None) -> list[str]:
     def assemble(extra: Sequence[str]) -> RestorationCLI:
         return RestorationCLI(_inserted(job.options, extra), run=False)
 
-    choice = job.choice
+    choice = job.choice if last_checkpoint(job.directory).is_file() else None
     if choice is None:
         seconds = None if end is None else end - time.time()
         choice = choose(assemble, job.effort.given, job.effort.name, seconds)

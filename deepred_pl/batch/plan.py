@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job
-from deepred_pl.choose import set_up
+from deepred_pl.choose import is_denoising, set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
-from deepred_pl.operators import Identity
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
 
@@ -280,7 +279,7 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         return None  # one fit, which reports it, instead of one for each tile
     tile = batch.tile
     if tile is None:
-        tile = SIMPLE_TILE if isinstance(problem.operator, Identity) else TILE
+        tile = SIMPLE_TILE if is_denoising(cli.datamodule) else TILE
         times = math.prod(problem.image_shape[-2:]) / tile**2
         too_short = batch.seconds is not None and batch.seconds < LEAST_SECONDS * 2 * times
         if times <= MUCH_LARGER or too_short or problem.operator.reach() is None:

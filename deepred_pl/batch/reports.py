@@ -56,7 +56,8 @@ def lines_of(report: Report) -> list[str]:
     network = chosen.get("model.network", {}).get("init_args", {})
     parts = [f"{result['steps']} steps in {result['seconds']:.0f} s"]
     parts += [f"network of {network['width']} channels"] if network else []
-    parts += [f"ended by {result['stop_reason']}"]
+    if (stopped := result["stop_reason"]) != "max_steps":
+        parts.append(f"stopped by {stopped}")
     lines.append(f"Fit      {', '.join(parts)}")
     parts = []
     if (ratio := result.get("residual_to_sigma")) is not None:

@@ -37,7 +37,7 @@ class AutoStop(RestorationCallback):
                       falls while the image forms and rises when noise is learned (cross-validation;
                       `InverseProblem.hold_out`). The smallest is the best; the fit stops once the
                       error exceeds it by three standard errors of their difference. If it has not
-                      after 80 % of the steps, the fit makes the others with all values, and its
+                      after half of the steps, the fit makes the others with all values, and its
                       `result` is returned. Needs held-out values.
 
     The best window's average becomes the module's `chosen`, which `restored` returns instead of
@@ -108,7 +108,7 @@ class AutoStop(RestorationCallback):
 
     def summary(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if self.rule == "holdout" and math.isfinite(self._best):
+        if self.rule == "holdout" and math.isfinite(self._best):  # of the first half if released
             found = {"held_out_error": GREY_LEVELS * math.sqrt(self._best)}
         if not self.stopped:
             return found
@@ -197,6 +197,11 @@ class AutoStop(RestorationCallback):
                     other._waits = False
         elif self.rule == "holdout" and 0 < RELEASED_AT * trainer.max_steps <= model.step:
             self._release(model)
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        super().roll_back(state)
+        if self.released:  # which cannot be undone
+            self.model.chosen = None
 
     def _release(self, model: DeepImagePrior) -> None:
         assert model.problem is not None

@@ -94,9 +94,13 @@ def task_of(operator: Operator | None) -> str:
     )
 
 
-def defaults_of(task: str) -> list[str]:
-    """Options of a configuration's fits before anything is chosen: the noise is estimated."""
-    return [] if task in EXACT else ["--data.noise.sigma=null"]
+def before_choice(task: str, given: Collection[str]) -> list[str]:
+    """Options with which a configuration is set up before its settings are chosen.
+
+    They estimate the noise, which would contradict most measurements otherwise.
+    """
+    known = task in EXACT or _is_given("data.noise", given)
+    return [] if known else ["--data.noise.sigma=null"]
 
 
 def seconds_of(effort: str) -> float | None:
@@ -278,6 +282,8 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     exact = isinstance(data.operator, Downsample | Mask)
     if not _is_given("data.noise", given):
         data.region = None  # the noise is that of the whole image
+        if not exact:
+            data.noise = GaussianNoise(None)
         sigma = _estimated_sigma(set_up(data))
         if sigma is None or (exact and np.mean(sigma) < LEAST_NOISE):
             assumed.append("no noise (to change: data.noise)")

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any, NoReturn
 
+import psutil
 from jsonargparse import Namespace
 
 import deepred_pl.denoisers  # noqa: F401  makes their short names known
@@ -119,7 +121,9 @@ def main(args: ArgsType = None) -> None:
     if isinstance(given, list) and given[:1] == ["restore"]:
         from deepred_pl.batch.main import restore  # which imports this module
 
-        return restore(given[1:])
+        # The time of a command includes that of starting Python.
+        began = psutil.Process().create_time() if args is None else time.time()
+        return restore(given[1:], began)
     try:
         RestorationCLI(args)
     except EXPECTED as error:

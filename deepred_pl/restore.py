@@ -17,7 +17,7 @@ from deepred_pl.callbacks import LastCheckpoint, REDUpdate, Writer
 from deepred_pl.callbacks.red import check_denoiser
 from deepred_pl.callbacks.writer import summarise
 from deepred_pl.checks import RestorationWarning, check_factory
-from deepred_pl.choose import Choice, as_options, choose, defaults_of, set_up, task_of
+from deepred_pl.choose import Choice, as_options, before_choice, choose, set_up, task_of
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.denoisers import Denoiser
 from deepred_pl.images import ImageFormat, to_array
@@ -106,7 +106,6 @@ def restore(
         options = [f"--{name}={_as_text(name, value)}" for name, value in settings.items()]
         if task is None:
             tasks = [task_of(None if operator is None else as_operator(operator))]
-            options = [*defaults_of(tasks[0]), *options]
         configs = [f"--config={name}" for name in tasks]
 
         def assemble(chosen: Sequence[str] = (), region: Region | None = None) -> RestorationCLI:
@@ -154,7 +153,10 @@ def restore(
             given = {*settings, *(name for name, value in objects.items() if value is not None)}
             if tile is not None or any(getattr(c, "chooses", False) for c in callbacks):
                 given.add("data.hold_out")
-            middle = None if tile is None else _middle(set_up(assemble().datamodule), tile)
+            middle = None
+            if tile is not None:
+                first = before_choice(tasks[0], given)
+                middle = _middle(set_up(assemble(first).datamodule), tile)
             choice = choose(partial(assemble, region=middle), given, effort or "default")
         chosen = as_options(choice.settings)
         cli = assemble(chosen)

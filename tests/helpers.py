@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from deepred_pl import InverseProblem
 from deepred_pl.batch import jobs
-from deepred_pl.batch.workers import end_of
 from deepred_pl.callbacks import LastCheckpoint
 from deepred_pl.lightning import Callback
 from deepred_pl.networks import SkipNet
@@ -58,7 +57,8 @@ def run_here(fits, workers, threads):
     """`workers.on_this_machine` without its processes, for what is not about them."""
     before = torch.get_num_threads()
     for fit in fits:
-        outcome = fit, jobs.fit(fit, threads, end_of(fit, workers))
+        end = None if fit.effort is None else fit.effort.end(workers)
+        outcome = fit, jobs.fit(fit, threads, end)
         torch.set_num_threads(before)
         yield outcome
         yield None

@@ -548,7 +548,7 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "crops", "--shard", "0/2"), "--shard I/N"),
         (("--images", "crops", "--tile", "32", "--overlap", "32"), "less than --tile 32, got 32"),
         (("--images", "crops", "--tile", "4", "--overlap", "1"), "tiles of at least 5 pixels"),
-        (("--images", "crops", "--data.measurement=a.png"), "is set by the batch; use --images"),
+        (("--images", "crops", "--data.measurement=a.png"), "is set by this command; use --images"),
         (("--images", "crops", "--trainer.default_root_dir", "a"), "use --out"),
         (("--images", "crops", "--data.noise.sigma"), "expected a value after --data.noise.sigma"),
         (("--images", "crops", "--gpus", "0.5"), "--gpus requires --ray"),
@@ -556,7 +556,7 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "crops", "--shard", "1/2", "--overwrite"), "use it without --shard"),
         (("--images", "crops", "--workers", "0"), "whole number of at least 1, got 0"),
         (("--images", "crops", "--worker", "2"), "unrecognized arguments: --worker"),
-        (("--images", "crops", "--trainer.devices=2"), "is set by the batch"),
+        (("--images", "crops", "--trainer.devices=2"), "is set by this command"),
         (
             ("--images", "crops", "--config", "truth.yaml"),
             "data.ground_truth=a.png, but each image",

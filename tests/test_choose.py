@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deepred_pl import choose
-from deepred_pl.choose import as_options, defaults_of, seconds_of, seconds_per_step, task_of
+from deepred_pl.choose import as_options, seconds_of, seconds_per_step, task_of
 from deepred_pl.cli import RestorationCLI, settings_of
 from deepred_pl.images import write_image
 from deepred_pl.noise import GaussianNoise, PoissonNoise
@@ -36,7 +36,7 @@ def chosen(tmp_path, monkeypatch):
         given = {option[2:].partition("=")[0] for option in options}
 
         def assemble(extra):
-            return RestorationCLI([*first, *extra, *defaults_of(config), *options], run=False)
+            return RestorationCLI([*first, *extra, *options], run=False)
 
         return choose.choose(assemble, given, effort)
 

@@ -3,13 +3,13 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from deepred_pl.choose import defaults_of, seconds_of
+from deepred_pl.choose import seconds_of
 
 # Settings of a single fit that a batch sets, and its own options for them.
 OWNED = {
@@ -84,8 +84,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
-def of_restore(args: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of `deepred restore`; `options` are those of each fit."""
+def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
+    """Parse the arguments of `deepred restore`; `options` are those of each fit.
+
+    Args:
+        args: Command-line arguments.
+        began: When the time for a single image began, as of `time.time`.
+    """
     own, options = _split(args)
     parser = _Parser("deepred restore", RESTORE)
     add = parser.add_argument
@@ -101,11 +106,18 @@ def of_restore(args: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print the report as JSON, for programs")
     _add_running(parser)
     parsed = parser.parse_args(own)
-    parsed.role, parsed.method = "data.measurement", []
-    seconds_of(parsed.effort)
+    parsed.role, parsed.method, parsed.began = "data.measurement", [], began
+    seconds_of(parsed.effort)  # refuses others
+    if parsed.json and parsed.shard is not None:
+        raise ValueError("--shard makes no report; use --json without it")
     config, degraded = _task(parsed)
-    parsed.config, parsed.defaults = [config], defaults_of(config)
+    parsed.config = [config]
+    stated = {name_of_setting(option).partition(".init_args")[0] for option in options}
     if parsed.sigma is not None:
+        if any(name.startswith("data.noise") for name in stated):
+            raise ValueError("--sigma and --data.noise both state the noise; leave one out")
+        if not 0 < parsed.sigma <= 255:
+            raise ValueError(f"expected --sigma in (0, 255] grey levels, got {parsed.sigma:g}")
         noise = {"class_path": "GaussianNoise", "init_args": {"sigma": parsed.sigma}}
         degraded.append(f"--data.noise={json.dumps(noise)}")
     parsed.options = (*degraded, *options)  # which the fits do not choose
@@ -130,7 +142,7 @@ def of_batch(args: Sequence[str]) -> argparse.Namespace:
     add("--method", **several, help="overlay of a method, such as dip; several are compared")
     _add_running(parser)
     parsed = parser.parse_args(own)
-    parsed.options, parsed.defaults = tuple(options), ()
+    parsed.options = tuple(options)
     parsed.effort, parsed.json = None, False
     parsed.role = "data.ground_truth" if parsed.ground_truth else "data.measurement"
     owned = {"data.measurement": "--images"}
@@ -172,13 +184,18 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, settings
 
 
+def name_of_setting(option: str) -> str:
+    """The name of a command-line option --name=value or --name+=value."""
+    return option[2:].partition("=")[0].rstrip("+")
+
+
 def _check(arguments: argparse.Namespace, owned: dict[str, str]) -> None:
     """Refuse incompatible arguments."""
     for option in arguments.options:
-        name = option[2:].partition("=")[0].rstrip("+")
+        name = name_of_setting(option)
         for mine, instead in {**OWNED, **owned}.items():
             if name == mine or name.startswith(mine + "."):
-                raise ValueError(f"--{name} is set by the batch; use {instead}")
+                raise ValueError(f"--{name} is set by this command; use {instead}")
     if arguments.ray is None and arguments.gpus is not None:
         raise ValueError("--gpus requires --ray; on this machine use --workers to share its GPUs")
     if arguments.ray not in (None, "local") and arguments.workers is not None:
@@ -248,6 +265,8 @@ def _blur(text: str) -> str:
         else:
             _check_file("--blur", text)
             kind, arguments = "from_file", {"path": text}
+        if not all(math.isfinite(value) for value in arguments.values() if value != text):
+            raise ValueError
     except (TypeError, OverflowError, ValueError) as error:
         raise ValueError(
             "expected a kernel's file as --blur, or gaussian:WIDTH, uniform:SIZE or "
@@ -258,10 +277,11 @@ def _blur(text: str) -> str:
 
 def _angles(text: str) -> list[float]:
     """Angles in degrees."""
-    if Path(text).is_file():
-        read: Callable[..., np.ndarray] = np.load if text.endswith(".npy") else np.loadtxt
-        return read(text).ravel().tolist()
     try:
+        if text.endswith(".npy"):
+            return np.load(text).ravel().tolist()
+        if Path(text).is_file():
+            return [float(angle) for angle in Path(text).read_text().replace(",", " ").split()]
         if ":" not in text:
             return [float(angle) for angle in text.split(",")]
         start, stop, count = text.split(":")

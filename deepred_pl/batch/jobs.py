@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepred_pl.callbacks import Writer
 from deepred_pl.callbacks.base import is_log_step, run_directory
-from deepred_pl.choose import Choice, as_options, choose, set_up
+from deepred_pl.choose import Choice, as_options, choose, seconds_of, set_up
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.files import last_checkpoint, load_checkpoint, read_json, write_json
@@ -35,19 +35,30 @@ REPORTED = 1.0  # seconds between two reports of progress
 
 @dataclass(frozen=True)
 class Effort:
-    """The effort for an image.
+    """How the fits of an image choose their settings.
 
     Attributes:
-        name: As in `choose`.
-        seconds: The time for the image, if it is one.
-        fits: Fits of the image, which share this time.
+        name: The effort, as in `choose`.
         given: Names of settings that are not chosen.
+        before: Options in place of those that are not chosen yet (`choose.before_choice`).
+        began: When the time for a single image began, as of `time.time`; None is when its fit does.
+        fits: Fits of the image, which share its time.
     """
 
     name: str
-    seconds: float | None
-    fits: int
     given: tuple[str, ...]
+    before: tuple[str, ...] = ()
+    began: float | None = None
+    fits: int = 1
+
+    def end(self, workers: float) -> float | None:
+        """When a fit that starts now is to end, if the effort is a time."""
+        seconds = seconds_of(self.name)
+        if seconds is None:
+            return None
+        if self.fits == 1 and self.began is not None:
+            return self.began + seconds
+        return time.time() + seconds / max(1, math.ceil(self.fits / workers))
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Job:
         parts: The jobs whose images are combined: tiles that are blended, or restarts that are
             averaged. A job without parts is a fit.
         tiling: How the image is cut, if the parts are tiles.
-        effort: By which its fit chooses settings that the options leave open; None: it does not.
+        effort: How its fit chooses the settings that the options leave open; None if it does not.
     """
 
     directory: Path
@@ -72,6 +83,11 @@ class Job:
     parts: tuple["Job", ...] = ()
     tiling: Tiling | None = None
     effort: Effort | None = None
+
+    @property
+    def first_options(self) -> list[str]:
+        """The options before its effort has chosen others."""
+        return inserted(self.options, () if self.effort is None else self.effort.before)
 
     @property
     def fits(self) -> list["Job"]:
@@ -219,17 +235,17 @@ def _with_choice(job: Job, end: float | None) -> list[str]:
         return list(job.options)
 
     def assemble(extra: Sequence[str]) -> RestorationCLI:
-        return RestorationCLI(_inserted(job.options, extra), run=False)
+        return RestorationCLI(inserted(job.options, extra), run=False)
 
     choice = job.choice if last_checkpoint(job.directory).is_file() else None
     if choice is None:
         seconds = None if end is None else end - time.time()
         choice = choose(assemble, job.effort.given, job.effort.name, seconds)
         write_json(job.directory / "choice.json", asdict(choice))
-    return _inserted(job.options, as_options(choice.settings))
+    return inserted(job.options, as_options(choice.settings))
 
 
-def _inserted(options: Sequence[str], chosen: Sequence[str]) -> list[str]:
+def inserted(options: Sequence[str], chosen: Sequence[str]) -> list[str]:
     """Options with chosen ones between the configurations and what overrides these."""
     configs = [option for option in options if option.startswith("--config=")]
     others = [option for option in options if not option.startswith("--config=")]
@@ -244,7 +260,7 @@ def finish(job: Job) -> None:
         finish(part)
     choice = job.fits[0].choice
     whole = {} if choice is None else {**choice.settings, "data.hold_out": 0.0}
-    data = datamodule(_inserted(job.options, as_options(whole)))
+    data = datamodule(inserted(job.options, as_options(whole)))
     problem = set_up(data)
     images = (_floats(part) for part in job.parts)
     if job.tiling is not None:

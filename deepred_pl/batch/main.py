@@ -7,26 +7,25 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import psutil
 from rich.console import Console
 
-from deepred_pl.batch.arguments import of_batch, of_restore
+from deepred_pl.batch.arguments import name_of_setting, of_batch, of_restore
 from deepred_pl.batch.bar import Bar, label
-from deepred_pl.batch.jobs import Job, finish, progress_file
-from deepred_pl.batch.plan import Batch, Source, find_images, left_out, name_of_setting, plan
+from deepred_pl.batch.jobs import Effort, Job, finish, progress_file
+from deepred_pl.batch.plan import Batch, Source, find_images, left_out, plan
 from deepred_pl.batch.reports import Report, lines_of, report_of
 from deepred_pl.batch.tables import rows_of, summary, write_csv
 from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
-from deepred_pl.choose import seconds_of
+from deepred_pl.choose import before_choice
 from deepred_pl.cli import EXPECTED, reason
 from deepred_pl.files import check_writable, last_checkpoint, write_bytes
 from deepred_pl.lightning import quiet
@@ -48,9 +47,14 @@ def main(args: Sequence[str] | None = None) -> None:
     _main("deepred-batch", of_batch, sys.argv[1:] if args is None else args)
 
 
-def restore(args: Sequence[str]) -> None:
-    """Run `deepred restore` with these arguments; it ends like `deepred-batch`."""
-    _main("deepred restore", of_restore, args)
+def restore(args: Sequence[str], began: float) -> None:
+    """Run `deepred restore`; it ends like `deepred-batch`.
+
+    Args:
+        args: Command-line arguments.
+        began: When the time for a single image began, as of `time.time`.
+    """
+    _main("deepred restore", partial(of_restore, began=began), args)
 
 
 def _main(
@@ -95,14 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
         out=out,
         configs=arguments.config,
         methods=arguments.method,
-        options=(*arguments.defaults, *arguments.options),
+        options=arguments.options,
         restarts=arguments.restarts,
         tile=arguments.tile,
         overlap=arguments.overlap,
         here=arguments.ray in (None, "local"),
-        effort=arguments.effort,
-        seconds=_seconds(arguments, len(sources)),
-        given=tuple(map(name_of_setting, arguments.options)),
+        effort=_effort(arguments, len(sources)),
     )
     jobs = plan(batch)
     check_writable(out, "--out")
@@ -111,13 +113,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.shard is not None:
         return _run_shard(jobs, where, arguments.shard, console)
     failures = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
+    undone = [row for row in rows_of(jobs, failures, out) if row["error"]]
+    errors = [{"image": row["image"], "error": row["error"]} for row in undone]
     failed = sum(job.result is None for job in jobs)
     reports = [report for job in jobs if (report := report_of(job)) is not None]
     if single:
         reports = [_moved_next_to(sources[0], report) for report in reports]
         _remove(out, jobs[0], console)
     if arguments.json:
-        print(json.dumps(reports, indent=2))
+        print(json.dumps([*reports, *errors], indent=2))
     elif len(jobs) == 1 and arguments.effort is not None:
         for text in (line for report in reports for line in lines_of(report)):
             console.print(text)
@@ -131,12 +135,12 @@ def run(arguments: argparse.Namespace) -> int:
     return failed
 
 
-def _seconds(arguments: argparse.Namespace, images: int) -> float | None:
-    """The time for each image; that of a single one began with this process."""
-    seconds = None if arguments.effort is None else seconds_of(arguments.effort)
-    if seconds is None or images > 1:
-        return seconds
-    return seconds - (time.time() - psutil.Process().create_time())
+def _effort(arguments: argparse.Namespace, images: int) -> Effort | None:
+    if arguments.effort is None:
+        return None
+    given = tuple(map(name_of_setting, arguments.options))
+    before = tuple(before_choice(arguments.config[0], given))
+    return Effort(arguments.effort, given, before, arguments.began if images == 1 else None)
 
 
 def _print_warnings(reports: Sequence[Report], out: Path, console: Console) -> None:
@@ -169,8 +173,12 @@ def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Pat
     of_set = any(name.startswith(SET) for name in arguments.images)  # not a place for results
     several = len(sources) > 1 or arguments.restarts > 1
     if several or of_set or arguments.shard is not None:
-        raise ValueError("expected --out DIR for run directories and tables, got none")
-    there = [p for s in (".png", ".tif") if (p := _next_to(path, "restored", s)).exists()]
+        raise ValueError(
+            "several images, restarts or parts have run directories and tables: expected --out DIR "
+            "for them, got none"
+        )
+    results = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
+    there = [p for kind, s in results if (p := _next_to(path, kind, s)).exists()]
     if there and not arguments.overwrite:
         raise ValueError(f"{there[0]} exists already; use --overwrite, or --out DIR")
     return path.with_name(f"{path.stem}.restored.run")
@@ -187,7 +195,7 @@ def _moved_next_to(source: Source, report: Report) -> Report:
         after = _next_to(Path(source.path), kind, before.suffix)
         os.replace(before, after)
         report[kind] = str(after)
-    return report
+    return {**report, "directory": None}
 
 
 def _remove(out: Path, job: Job, console: Console) -> None:

@@ -7,12 +7,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job
-from deepred_pl.choose import is_denoising, set_up
+from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job, inserted
+from deepred_pl.choose import is_denoising, seconds_of, set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
@@ -61,10 +61,7 @@ class Batch:
         tile: Side of the tiles in pixels, or None.
         overlap: Pixels that tiles share; None as in `InverseProblem.split`.
         here: Whether the fits run on this machine.
-        effort: By which each fit chooses the settings that the options leave open (`choose`), or
-            None.
-        seconds: The time for an image if the effort is a time.
-        given: Names of the options that are not chosen.
+        effort: How each fit chooses the settings that the options leave open, or None.
     """
 
     sources: Sequence[Source]
@@ -77,9 +74,7 @@ class Batch:
     tile: int | None
     overlap: int | None
     here: bool
-    effort: str | None = None
-    seconds: float | None = None
-    given: Sequence[str] = ()
+    effort: Effort | None = None
 
 
 def find_images(given: Sequence[str]) -> list[Source]:
@@ -152,8 +147,9 @@ def plan(batch: Batch) -> list[Job]:
     methods = []
     for label, overlay in zip(labels or [""], overlays, strict=True):
         options = [*configs, *overlay, *batch.options, *WITHIN_A_BATCH]
-        settings = settings_of(options)
-        _check(batch, options, settings["data"])
+        first = _first_options(batch, options)
+        settings = settings_of(first)
+        _check(batch, first, settings["data"])
         methods.append((label, options, settings))
     jobs = []
     for source in batch.sources:
@@ -189,13 +185,13 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
             )
 
 
-def name_of_setting(option: str) -> str:
-    """The name of a command-line option --name=value or --name+=value."""
-    return option[2:].partition("=")[0].rstrip("+")
-
-
 def _smallest_side(cli: RestorationCLI) -> int:
     return getattr(cli.model.make_network(1), "smallest_side", 1)
+
+
+def _first_options(batch: Batch, options: Sequence[str]) -> list[str]:
+    """The options before the effort has chosen others."""
+    return inserted(options, () if batch.effort is None else batch.effort.before)
 
 
 def _config(name: str) -> str:
@@ -233,13 +229,11 @@ def _job(
         "bytes": source.size,
         "tile": batch.tile,
         "overlap": None if tiling is None else tiling.overlap,
-        "effort": batch.effort,
+        "effort": None if batch.effort is None else batch.effort.name,
         "settings": settings,
     }
     fits = batch.restarts * (len(tiling.regions) if tiling else 1)
-    effort = None
-    if batch.effort is not None:
-        effort = Effort(batch.effort, batch.seconds, fits, tuple(batch.given))
+    effort = None if batch.effort is None else replace(batch.effort, fits=fits)
 
     def one(directory: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
         """A fit, or its tiles."""
@@ -271,7 +265,8 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
     if batch.tile is None and batch.effort is None:
         return None
     try:
-        cli = RestorationCLI([*_of_image(batch, source, options), *ON_ANY_MACHINE], run=False)
+        options = _first_options(batch, _of_image(batch, source, options))
+        cli = RestorationCLI([*options, *ON_ANY_MACHINE], run=False)
         problem = set_up(cli.datamodule)
     except EXPECTED:
         return None
@@ -281,7 +276,8 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
     if tile is None:
         tile = SIMPLE_TILE if is_denoising(cli.datamodule) else TILE
         times = math.prod(problem.image_shape[-2:]) / tile**2
-        too_short = batch.seconds is not None and batch.seconds < LEAST_SECONDS * 2 * times
+        seconds = None if batch.effort is None else seconds_of(batch.effort.name)
+        too_short = seconds is not None and seconds < LEAST_SECONDS * 2 * times
         if times <= MUCH_LARGER or too_short or problem.operator.reach() is None:
             return None
     try:

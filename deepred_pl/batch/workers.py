@@ -110,7 +110,9 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                     idle.append(ours)
                 connection = idle.pop()
                 try:
-                    connection.send((waiting[0], threads, end_of(waiting[0], workers)))
+                    effort = waiting[0].effort
+                    end = None if effort is None else effort.end(workers)
+                    connection.send((waiting[0], threads, end))
                 except OSError:  # it was killed while idle
                     continue
                 busy[connection] = waiting.popleft()
@@ -142,14 +144,6 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
         finally:  # also if another signal arrives
             for served in processes:
                 served.kill()
-
-
-def end_of(job: Job, workers: float) -> float | None:
-    """When a fit that starts now is to end, if its image's time is shared by several fits."""
-    if job.effort is None or job.effort.seconds is None:
-        return None
-    rounds = max(1, math.ceil(job.effort.fits / workers))
-    return time.time() + job.effort.seconds / rounds
 
 
 def _serve(connection: Connection, gpu: str | None) -> None:
@@ -193,7 +187,7 @@ def _that_fit_into_memory(fits: Sequence[Job]) -> int:
     """How many fits the free memory allows, at least 1, estimated from the largest files."""
     for job in sorted(fits, key=lambda job: job.about["bytes"], reverse=True)[:TRIED]:
         try:
-            cli = RestorationCLI(list(job.options), run=False)
+            cli = RestorationCLI(job.first_options, run=False)
             cli.model.build(set_up(cli.datamodule))
             needed, device = step_memory(cli.model), cli.model.device
         except EXPECTED:  # its fit reports it
@@ -263,4 +257,4 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
 def _fit_in(directory: str, job: Job, threads: int) -> str | None:
     """`fit`, with paths in settings relative to a directory."""
     os.chdir(directory)
-    return fit(job, threads, end_of(job, math.inf))
+    return fit(job, threads, None if job.effort is None else job.effort.end(math.inf))

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepred_pl.callbacks import LastCheckpoint, Panels, Writer
-from deepred_pl.choose import as_options, choose, defaults_of
+from deepred_pl.choose import as_options, choose
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import simulate
 from deepred_pl.images import write_image
@@ -227,16 +227,16 @@ def run(index: int, which: str) -> dict[str, Any]:
     options = [f"--data.measurement={file}", "--trainer.accelerator=cpu", *described]
     options += ["--trainer.precision=32"]
     if which == "restore":
-        first, defaults = [f"--config={task}"], defaults_of(task)
+        first = [f"--config={task}"]
 
         def assemble(extra: Sequence[str]) -> RestorationCLI:
-            return RestorationCLI([*first, *extra, *defaults, *options], run=False)
+            return RestorationCLI([*first, *extra, *options], run=False)
 
         given = {option[2:].partition("=")[0] for option in options}
         choice = choose(assemble, given, "default")
         high = choice.settings.get("data.intensity_range", [0, 0])[1]
         scale = high / len(np.load(file)) if high else 1.0
-        chosen = [*first, *as_options(choice.settings), *defaults, *options]
+        chosen = [*first, *as_options(choice.settings), *options]
         return {**fitted(chosen, truth, scale), "chosen": choice.settings}
     if kind == "rays":
         options.append(f"--data.intensity_range=[0, {len(np.load(file))}]")

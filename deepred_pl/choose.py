@@ -284,7 +284,7 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
         data.region = None  # the noise is that of the whole image
         if not exact:
             data.noise = GaussianNoise(None)
-        sigma = _estimated_sigma(set_up(data))
+        sigma = _estimated_sigma(set_up(data), textured=exact or is_denoising(data))
         if sigma is None or (exact and np.mean(sigma) < LEAST_NOISE):
             assumed.append("no noise (to change: data.noise)")
         else:
@@ -306,10 +306,11 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     return problem
 
 
-def _estimated_sigma(problem: InverseProblem) -> float | list[float] | None:
+def _estimated_sigma(problem: InverseProblem, textured: bool) -> float | list[float] | None:
     """σ of white noise in grey levels, for each channel if they differ; None if it is not known.
 
-    That of `GaussianNoise`, which texture makes too large, reduced to that of quiet blocks.
+    That of `GaussianNoise`, which texture makes too large, reduced to that of quiet blocks where
+    the operator has not removed the texture.
     """
     observed, valid = problem.operator.observed, unclipped(problem.y)
     valid = valid if observed is None else valid & observed.bool()
@@ -317,7 +318,7 @@ def _estimated_sigma(problem: InverseProblem) -> float | list[float] | None:
         sigma = GaussianNoise(None).fitted(problem.y, observed).sigma
     except ValueError:  # too few neighbours are known
         return None
-    quiet = local_level(problem.y, valid, QUIETEST) / BIAS
+    quiet = math.inf if not textured else local_level(problem.y, valid, QUIETEST) / BIAS
     ratio = quiet / float(noise_level(problem.y, valid).mean())
     ratio = min(1.0, ratio) if math.isfinite(ratio) else 1.0
     if isinstance(sigma, Sequence):

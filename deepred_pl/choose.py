@@ -150,7 +150,10 @@ def choose(
         many, steps = steps, int((end - time.monotonic()) / each)
         if steps > many and not fixed:
             wide = {**choice.settings, **_network(WIDE)}
-            each_wide = seconds_per_step(assemble, problem, wide)
+            try:
+                each_wide = seconds_per_step(assemble, problem, wide)
+            except ValueError:  # the memory is too small
+                each_wide = math.inf
             left = end - time.monotonic()
             steps = int(left / each)
             if left / each_wide > many / 2:

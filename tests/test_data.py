@@ -272,3 +272,30 @@ def test_a_negative_seed_is_refused():
 )
 def test_an_image_has_its_files_name(settings, name):
     assert RestorationDataModule(**settings).name == name
+
+
+def test_a_simulated_run_keeps_the_format_of_its_ground_truth(tmp_path):
+    truth = skimage.data.astronaut()[:35, :41].astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "truth.tif", truth, photometric="rgb", resolution=(300, 300))
+    data = RestorationDataModule(tmp_path / "truth.tif", noise=GaussianNoise(25))
+    data.setup()
+    stored = data.image_format
+    assert (stored.dtype, stored.high, stored.tiff) == ("uint16", 65535, True)
+    assert "uint16, black and white at 0 to 65535" in data.reading
+
+
+def test_values_are_held_out_of_the_region_that_is_restored(tmp_path):
+    photo = skimage.data.astronaut()[:60, :64]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    region = (10, 8, 40, 48)
+    data = RestorationDataModule(
+        measurement=tmp_path / "photo.png", region=region, hold_out=0.1, noise=GaussianNoise(5)
+    )
+    data.setup()
+    held = data.problem.held_out
+    assert held.shape == (1, 1, 40, 48) and held.sum() == 192
+    assert torch.equal(
+        data.problem.y == 0, (held.expand(1, 3, -1, -1) == 1) | (data.problem.y == 0)
+    )
+    part = torch.from_numpy(photo[10:50, 8:56] / 255).movedim(-1, 0)[None].float()
+    assert torch.allclose(data.problem.as_image(), part)  # the picture has no holes

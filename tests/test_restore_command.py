@@ -161,6 +161,61 @@ def test_a_folder_gets_run_directories_and_a_table(command):
     assert again[0] == 0 and (run / "result.json").stat().st_mtime_ns == written
 
 
+def test_the_result_is_nearer_to_the_true_image(command):
+    save("clean.png", picture(3, 64, 80))
+    save("photo.png", picture(3, 64, 80), 25)
+    more = [*TINY, "--model.network.width=8", "--trainer.max_steps=150"]
+    report = chosen(command, "photo.png", "--data.ground_truth=clean.png", settings=more)
+    before, after = (report["result"]["psnr"][name] for name in ("measurement", "restored"))
+    assert after > before + 2
+    clean, restored = (np.asarray(Image.open(p)) / 255 for p in ("clean.png", report["restored"]))
+    mse = np.mean((clean - restored) ** 2)
+    assert after == pytest.approx(-10 * np.log10(mse), abs=0.05)  # of 8 bits
+
+
+def test_large_images_are_cut_if_the_operator_allows(command, monkeypatch):
+    monkeypatch.setattr("deepred_pl.batch.plan.SIMPLE_TILE", 48)
+    save("photo.png", picture(1, 60, 100), 15)
+    status, _, said = command("photo.png", "--out", "out")
+    assert status == 0 and re.search("Fit +48 steps", said)  # of six tiles
+    assert len(list(Path("out/photo").glob("tile_*"))) == 6
+    assert Image.open("out/photo/restored.png").size == (100, 60)
+
+
+def test_a_stopped_fit_keeps_its_choice(command, monkeypatch):
+    save("photo.png", picture(1, 48, 50), 12)
+    saved = [*FEW, "--checkpoint.every_n_steps=2"]
+
+    def stop(*args):
+        raise RuntimeError("stopped here")
+
+    monkeypatch.setattr("deepred_pl.callbacks.writer.compare", stop)
+    status, _, said = command("photo.png", settings=saved)
+    assert status == 1 and "photo: stopped here" in said and "repeat the command to resume" in said
+    run = Path("photo.restored.run/photo")
+    before = json.loads((run / "choice.json").read_text())
+    folder = Path().resolve()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(workers, "on_this_machine", run_here)
+    monkeypatch.setattr(workers, "_cores", lambda: 1)
+    monkeypatch.setattr("deepred_pl.batch.jobs.choose", stop)
+    report = chosen(command, "photo.png", settings=saved)
+    assert report["chosen"] == before["settings"]
+    assert names() == ["photo.comparison.png", "photo.png", "photo.restored.png"]
+
+
+def test_a_bad_image_of_a_folder_fails_alone(command):
+    Path("stack").mkdir()
+    save("stack/good.png", picture(1, 48, 50), 12)
+    Path("stack/bad.png").write_bytes(b"no image")
+    status, out, said = command("stack", "--out", "out", "--json")
+    assert status == 1 and "1 of 2 restored" in said
+    good, bad = json.loads(out)
+    assert good["image"] == "good" and good["warnings"] == []
+    assert bad["image"] == "bad" and "in none of these formats" in bad["error"]
+
+
 def test_restarts_give_an_uncertainty(command):
     save("photo.png", picture(1, 48, 50), 12)
     status, _, said = command("photo.png", "--restarts", 2, "--out", "out")

@@ -17,10 +17,10 @@ from deepred_pl.callbacks import CollapseGuard, Preflight, REDUpdate
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import RestorationDataModule, read_source
-from deepred_pl.estimate import local_level, noise_level, unclipped
+from deepred_pl.estimate import level_of_removed, local_level, noise_level, unclipped
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
-from deepred_pl.noise import GaussianNoise
+from deepred_pl.noise import ALIKE, LEAST_ESTIMATE, GaussianNoise
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
@@ -46,8 +46,11 @@ TASKS: dict[type[Operator], str] = {
 }
 EXACT = ("super_resolution", "inpainting")  # configurations without a noise model
 # They get one, and its weights, if there is that much noise in grey levels; less may be texture.
-LEAST_NOISE = 5.0
-QUIETEST, BIAS = 0.1, 0.9  # quantile of blocks of which the noise is estimated, and its ratio to it
+LEAST_NOISE = 7.0
+QUIETEST, BIAS = (
+    0.1,
+    0.865,
+)  # quantile of blocks of which the noise is estimated, and its ratio to it
 NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
 # In denoising, the least λ and μ and the noise on z for that much noise in grey levels or more.
 # With less noise they would keep the network from learning detail: they fall like its variance.
@@ -287,7 +290,7 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
         data.region = None  # the noise is that of the whole image
         if not exact:
             data.noise = GaussianNoise(None)
-        sigma = _estimated_sigma(set_up(data), textured=exact or is_denoising(data))
+        sigma = _estimated_sigma(set_up(data))
         if sigma is None or (exact and np.mean(sigma) < LEAST_NOISE):
             assumed.append("no noise (to change: data.noise)")
         else:
@@ -309,24 +312,25 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     return problem
 
 
-def _estimated_sigma(problem: InverseProblem, textured: bool) -> float | list[float] | None:
+def _estimated_sigma(problem: InverseProblem) -> float | list[float] | None:
     """σ of white noise in grey levels, for each channel if they differ; None if it is not known.
 
-    That of `GaussianNoise`, which texture makes too large, reduced to that of quiet blocks where
-    the operator has not removed the texture.
+    Texture looks like noise: what a blur has removed is used if there is one, or quiet blocks.
     """
-    observed, valid = problem.operator.observed, unclipped(problem.y)
-    valid = valid if observed is None else valid & observed.bool()
-    try:
-        sigma = GaussianNoise(None).fitted(problem.y, observed).sigma
-    except ValueError:  # too few neighbours are known
+    operator, observed, valid = problem.operator, problem.operator.observed, unclipped(problem.y)
+    if isinstance(operator, Blur):
+        levels = level_of_removed(problem.y, operator.transfer(*problem.y.shape[-2:]))
+    else:
+        valid = valid if observed is None else valid & observed.bool()
+        levels = noise_level(problem.y, valid)
+        quiet = local_level(problem.y, valid, QUIETEST) / BIAS
+        if quiet < levels.mean():
+            levels = levels * (quiet / levels.mean())
+    if levels.isnan().any():  # too few neighbours are known
         return None
-    quiet = math.inf if not textured else local_level(problem.y, valid, QUIETEST) / BIAS
-    ratio = quiet / float(noise_level(problem.y, valid).mean())
-    ratio = min(1.0, ratio) if math.isfinite(ratio) else 1.0
-    if isinstance(sigma, Sequence):
-        return [round(ratio * one, 2) for one in sigma]
-    return None if sigma is None else round(ratio * sigma, 2)
+    sigmas = [max(LEAST_ESTIMATE, round(GREY_LEVELS * float(level), 2)) for level in levels]
+    alike = max(sigmas) < ALIKE * min(sigmas)
+    return round(float(np.mean(sigmas)), 2) if alike else sigmas
 
 
 def _choose_precision(

@@ -232,12 +232,12 @@ class Blur(Operator):
             mode = "constant" if self.boundary == "zero" else self.boundary
             x = F.pad(x, (columns, columns, rows, rows), mode=mode)
         height, width = x.shape[-2:]
-        y = torch.fft.irfft2(torch.fft.rfft2(x) * self._transfer(height, width), s=(height, width))
+        y = torch.fft.irfft2(torch.fft.rfft2(x) * self.transfer(height, width), s=(height, width))
         if self.boundary != "circular":
             y = y[..., rows : height - rows, columns : width - columns]
         return y
 
-    def _transfer(self, height: int, width: int) -> Tensor:
+    def transfer(self, height: int, width: int) -> Tensor:
         """The kernel's Fourier transform on height × width pixels, (height, width // 2 + 1)."""
         rows, columns = self.kernel.shape
         spread = F.pad(self.kernel, (0, width - columns, 0, height - rows))
@@ -255,7 +255,7 @@ class Blur(Operator):
         size = (height, width)
         if self.boundary != "circular":
             size = (height + self.kernel.shape[0] - 1, width + self.kernel.shape[1] - 1)
-        weight = 1 / (self._transfer(*size).abs().square() + epsilon)
+        weight = 1 / (self.transfer(*size).abs().square() + epsilon)
         filtered = torch.fft.irfft2(torch.fft.rfft2(residual, s=size) * weight, s=size)
         return filtered[..., :height, :width]
 

@@ -6,8 +6,9 @@ import skimage.data
 import torch
 from skimage.restoration import estimate_sigma
 
-from deepred_pl.estimate import local_level, noise_level, unclipped
+from deepred_pl.estimate import level_of_removed, local_level, noise_level, unclipped
 from deepred_pl.noise import GaussianNoise
+from deepred_pl.operators import Blur
 from tests.helpers import picture
 
 
@@ -63,3 +64,21 @@ def test_texture_in_a_part_of_the_image_does_not_count_locally():
     valid = torch.ones_like(y) > 0
     assert local_level(y, valid) == pytest.approx(0.02, rel=0.15)
     assert noise_level(y, valid) > 0.03
+
+
+KERNELS = {
+    "gaussian": Blur.gaussian(9, 1.0, "reflect"),
+    "uniform": Blur.uniform(5, "reflect"),
+    "motion": Blur.motion(11, 30, "reflect"),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sigma", [1, 4, [3, 6, 12]])
+def test_the_noise_of_a_blurred_texture_is_that_of_the_frequencies_it_removes(kernel, sigma):
+    blur, each = KERNELS[kernel], torch.tensor(sigma).float().expand(3).view(1, 3, 1, 1)
+    grass = torch.from_numpy(skimage.data.grass()[:96, :131] / 255).float().expand(1, 3, -1, -1)
+    noise = torch.randn(grass.shape, generator=torch.Generator().manual_seed(0))
+    y = blur(grass) + each / 255 * noise
+    levels = 255 * level_of_removed(y, blur.transfer(*y.shape[-2:]))
+    torch.testing.assert_close(levels, each.flatten(), rtol=0.15, atol=0.15)

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from deepred_pl.callbacks import CollapseGuard, Preflight, REDUpdate
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import RestorationDataModule, read_source
 from deepred_pl.estimate import level_of_removed, local_level, noise_level, unclipped
+from deepred_pl.images import WHITE, rounded_up
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
-from deepred_pl.noise import ALIKE, LEAST_ESTIMATE, GaussianNoise
+from deepred_pl.noise import ALIKE, LEAST_ESTIMATE, GaussianNoise, PoissonNoise
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
@@ -52,6 +54,7 @@ QUIETEST, BIAS = (
     0.865,
 )  # quantile of blocks of which the noise is estimated, and its ratio to it
 NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
+MOST_CLIPPED = 0.01  # share of values beyond which frequencies do not show the noise
 # In denoising, the least λ and μ and the noise on z for that much noise in grey levels or more.
 # With less noise they would keep the network from learning detail: they fall like its variance.
 STRONG_NOISE = 25.0
@@ -62,7 +65,8 @@ NOT_WHITE = {
     **{"model.lam": 0.02, "model.mu": 0.04, "red.denoiser.sigma": 3},
 }
 
-MEANS = 1.5  # largest value of a sinogram of means along rays; others are sums
+MEANS = 1.5  # largest value of floats in [0, 1] with noise, and of means along rays
+HALF = 0.5  # of 16 bits: if no value is larger, there are fewer bits
 BRIGHTER = 1.5  # ratio of white to the brightest value of the smoothed back-projection
 IN_CORNERS = 0.1  # of the energy of an object that is beyond the square within its circle
 
@@ -140,7 +144,7 @@ def choose(
     began = time.monotonic()
     seconds = seconds_of(effort) if seconds is None else seconds
     choice = Choice()
-    _choose_geometry(assemble([]).datamodule, given, choice)
+    _choose_range(assemble([]).datamodule, given, choice)
     problem = _choose_noise(assemble, given, choice)
     steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
     share = math.sqrt(math.prod(problem.image_shape[-2:])) / SIDE
@@ -249,19 +253,43 @@ def _network(width: int) -> dict[str, Any]:
     return {"model.network": {"class_path": "SkipNet", "init_args": {"width": width}}}
 
 
-def _choose_geometry(data: RestorationDataModule, given: Collection[str], choice: Choice) -> None:
-    """Choose the circle and the range of a sinogram from its filtered back-projection."""
-    if not isinstance(data.operator, Radon) or data.measurement is None:
+def _choose_range(data: RestorationDataModule, given: Collection[str], choice: Choice) -> None:
+    """Choose which stored values are black and white, and the geometry of a sinogram."""
+    if data.measurement is None:
         return
-    sums, _ = read_source(data.measurement, [0, 1], data.page, missing=True)
-    sums = torch.nan_to_num(sums)
-    detectors, angles = sums.shape[-2:]
-    if angles != data.operator.angles.numel():
-        return  # which the operator reports
-    guess = Radon(data.operator.angles, circle=True).first_guess(sums / detectors)
+    image, stored = read_source(data.measurement, [0, 1], data.page, missing=True)
+    image = torch.nan_to_num(image)
+    largest, chosen = float(image.max()), None
+    if isinstance(data.operator, Radon):
+        white = _choose_circle(data.operator, image, given, choice)
+        if largest > MEANS:
+            chosen = [0, white * image.shape[-2]]
+            text = f"sums along rays; values of the restored image times {white:g} are those summed"
+    elif float(image.min()) >= -0.1 * largest and (
+        (stored.dtype == "uint16" and largest < HALF * WHITE["uint16"])
+        or (stored.dtype == "float32" and largest > MEANS)
+    ):
+        chosen = [0, rounded_up(largest)]
+        text = f"black and white at 0 and {chosen[1]:g}"
+    noise = data.noise
+    if chosen is not None and not _is_given("data.intensity_range", given):
+        if isinstance(noise, PoissonNoise) and _is_given("data.noise", given):
+            return  # its peak is that of white, which must be stated
+        choice.settings["data.intensity_range"] = chosen
+        choice.assumed.append(f"{text} (to change: data.intensity_range)")
+
+
+def _choose_circle(
+    operator: Radon, sinogram: Tensor, given: Collection[str], choice: Choice
+) -> float:
+    """Choose whether the object is within a circle; return the value of white for sums."""
+    detectors = sinogram.shape[-2]
+    within = Radon(operator.angles, circle=True)
+    within.image_shape(tuple(sinogram.shape))  # refuses another number of angles
+    guess = within.first_guess(sinogram / detectors)
     side = math.floor(detectors / math.sqrt(2))
     middle = Region.middle(detectors, detectors, side).of(guess)
-    circle = data.operator.circle
+    circle = operator.circle
     if not _is_given("data.operator.circle", given):
         corners = 1 - float(middle.square().sum() / guess.square().sum())
         circle = corners > IN_CORNERS or math.ceil(math.sqrt(2) * side) != detectors
@@ -271,14 +299,8 @@ def _choose_geometry(data: RestorationDataModule, given: Collection[str], choice
             f"an object of {size}×{size} pixels, {'within a circle' if circle else 'with corners'} "
             "(to change: data.operator.circle)"
         )
-    if "data.intensity_range" not in given and float(sums.max()) > MEANS:
-        smooth = F.avg_pool2d(guess if circle else middle, 3)  # without noise and streaks
-        white = float(f"{BRIGHTER * float(smooth.quantile(0.999)):.2g}")
-        choice.settings["data.intensity_range"] = [0, white * detectors]
-        choice.assumed.append(
-            f"sums along rays; the restored image is in units of {white:g} per pixel (to change: "
-            "data.intensity_range)"
-        )
+    smooth = F.avg_pool2d(guess if circle else middle, 3)  # without noise and streaks
+    return float(f"{BRIGHTER * float(smooth.quantile(0.999)):.2g}")
 
 
 def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) -> InverseProblem:
@@ -318,7 +340,7 @@ def _estimated_sigma(problem: InverseProblem) -> float | list[float] | None:
     Texture looks like noise: what a blur has removed is used if there is one, or quiet blocks.
     """
     operator, observed, valid = problem.operator, problem.operator.observed, unclipped(problem.y)
-    if isinstance(operator, Blur):
+    if isinstance(operator, Blur) and valid.float().mean() > 1 - MOST_CLIPPED:
         levels = level_of_removed(problem.y, operator.transfer(*problem.y.shape[-2:]))
     else:
         valid = valid if observed is None else valid & observed.bool()
@@ -360,7 +382,7 @@ def _choose_held_out(problem: InverseProblem, given: Collection[str], choice: Ch
     try:
         problem.hold_out(HOLD_OUT)
     except ValueError:
-        choice.assumed.append(f"too few values to hold out {HOLD_OUT:.0%} of them")
+        choice.assumed.append("too few values to hold some out (to change: data.hold_out)")
         return
     stop = {"class_path": "deepred_pl.callbacks.AutoStop", "init_args": {"rule": "holdout"}}
     choice.settings.update({"data.hold_out": HOLD_OUT, "trainer.callbacks+": [stop]})

@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any, NoReturn
 
-import psutil
 from jsonargparse import Namespace
 
 import deepred_pl.denoisers  # noqa: F401  makes their short names known
@@ -56,16 +54,16 @@ from deepred_pl.lightning import (
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.trainer import check_trainer
 
-ABOUT = "Restore one degraded image without training data, by DeepRED or Deep Image Prior."
+ABOUT = (
+    "Restore one degraded image without training data, by DeepRED or Deep Image Prior. `deepred "
+    "restore photo.jpg` chooses the settings itself: see `deepred restore --help`. The subcommands "
+    "below take all settings."
+)
 USAGE = "deepred {} --config NAME [--config NAME ...] [--SECTION.SETTING VALUE ...]"
 MORE = (
     "Sections: data is the image, model what is fitted to it, red the denoiser and the updates of "
     "x and u, trainer Lightning's Trainer. Every sigma is in grey levels of an 8-bit image. Help "
     "on a part: --model.help DeepRED, --data.operator.help Blur, --red.denoiser.help BM3D."
-)
-EPILOG = (
-    "`deepred restore photo.jpg` restores images and chooses the settings itself: see `deepred "
-    "restore --help`. For a first fit of half a minute: deepred fit --config quickstart"
 )
 SUBCOMMANDS = {
     "fit": "Fit a network to one image, and write the restored image into the run directory.",
@@ -110,20 +108,13 @@ CONFIGS = next(
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `deepred restore|fit|test|predict`; a user's mistake exits with one line and status 1.
+    """Run `deepred fit|test|predict`; a user's mistake exits with one line and status 1.
 
     With the environment variable JSONARGPARSE_DEBUG=true the traceback is shown instead.
 
     Args:
         args: Command-line arguments as a list; None uses sys.argv.
     """
-    given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["restore"]:
-        from deepred_pl.batch.main import restore  # which imports this module
-
-        # The time of a command includes that of starting Python.
-        began = psutil.Process().create_time() if args is None else time.time()
-        return restore(given[1:], began)
     try:
         RestorationCLI(args)
     except EXPECTED as error:
@@ -198,7 +189,7 @@ class RestorationCLI(LightningCLI):
             parser_kwargs={
                 "prog": "deepred",
                 "description": ABOUT,
-                "epilog": EPILOG,
+                "epilog": "For a first fit of half a minute: deepred fit --config quickstart",
                 **raising,
                 **commands,
             },

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from deepred_pl import choose
@@ -108,6 +109,19 @@ def test_the_noise_is_estimated_where_it_can_be(chosen):
     assert settings["model.weighting"] == "discrepancy"
 
 
+@pytest.mark.parametrize("dtype, white", [("uint16", 4000), ("float32", 300.0)])
+def test_the_range_of_few_bits_or_large_floats_is_chosen(chosen, tmp_path, dtype, white):
+    stored = (noisy(10)[0].movedim(0, -1).clamp(0, 1).numpy() * white).astype(dtype)
+    tifffile.imwrite(tmp_path / "cells.tif", stored, photometric="rgb")
+    choice = chosen(None, name="cells.tif")
+    low, high = choice.settings["data.intensity_range"]
+    assert low == 0 and white <= high < 1.1 * white
+    assert 8 < choice.settings["data.noise"]["init_args"]["sigma"] < 13
+    full = (stored * (60000 / white)).astype("uint16")
+    tifffile.imwrite(tmp_path / "cells.tif", full, photometric="rgb")
+    assert "data.intensity_range" not in chosen(None, name="cells.tif").settings
+
+
 def test_what_is_given_is_not_chosen(chosen):
     given = {
         "model.lam": 3,
@@ -151,7 +165,7 @@ def test_values_are_held_out_where_no_noise_model_keeps_the_fit_from_overfitting
     assert settings["trainer.callbacks+"][0]["init_args"] == {"rule": "holdout"}
     tiny = chosen(small[..., :20, :40], "super_resolution", "--data.operator.factor=2")
     assert "data.hold_out" not in tiny.settings
-    assert "too few values to hold out 2% of them" in tiny.assumed
+    assert "too few values to hold some out (to change: data.hold_out)" in tiny.assumed
     assert "data.hold_out" not in chosen(noisy(10)).settings
 
 

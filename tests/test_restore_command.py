@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from skimage.data import shepp_logan_phantom
 from skimage.transform import radon, resize
 
 from deepred_pl.batch import workers
-from deepred_pl.cli import main
+from deepred_pl.batch.main import restore
 from deepred_pl.images import ImageFormat, write_image
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample
@@ -35,7 +36,7 @@ def command(tmp_path, monkeypatch, capsys):
     def call(*args, settings=FEW):
         status = 0
         try:
-            main(["restore", *map(str, args), *settings])
+            restore([*map(str, args), *settings], time.time())
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
@@ -191,7 +192,11 @@ def test_a_stopped_fit_keeps_its_choice(command, monkeypatch):
 
     monkeypatch.setattr("deepred_pl.callbacks.writer.compare", stop)
     status, _, said = command("photo.png", settings=saved)
-    assert status == 1 and "photo: stopped here" in said and "repeat the command to resume" in said
+    assert (
+        status == 1
+        and "photo: failed: stopped here" in said
+        and "repeat the command to resume" in said
+    )
     run = Path("photo.restored.run/photo")
     before = json.loads((run / "choice.json").read_text())
     folder = Path().resolve()

@@ -56,6 +56,7 @@ MASK = "image of the same size, white where a pixel is known; the others are fil
 ANGLES = """\
 the image is a sinogram (detectors, angles): START:STOP:COUNT in degrees, without STOP; or a list
 0,3,6; or a text or NPY file of them"""
+OVERWRITE = "replace results, and restart fits whose settings have changed"
 OUT = "where the run directories and tables go"
 SIGMA = "standard deviation of the noise in grey levels of 8 bits (default: estimated)"
 EFFORT = "fast, default, best, or the time for an image, such as 90s, 5m or 1h"
@@ -164,7 +165,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--ray", metavar="ADDRESS", help="run on a Ray cluster; `local` starts one here")
     add("--gpus", type=float, metavar="G", help=GPUS)
     add("--shard", metavar="I/N", help="only the I-th of N parts of the fits (from 1), no tables")
-    add("--overwrite", action="store_true", help="restart fits whose settings have changed")
+    add("--overwrite", action="store_true", help=OVERWRITE)
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -58,7 +58,8 @@ class Bar:
         del self._left[fit.directory]
         if error is not None or not self._console.is_terminal:
             ended = f"{self._total - len(self._left)} of {self._total}"
-            self._print(f"{ended}: {label(fit)}: {error or _outcome(fit)}")
+            outcome = _outcome(fit) if error is None else f"failed: {error}"
+            self._print(f"{ended}: {label(fit)}: {outcome}")
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
@@ -103,5 +104,5 @@ def _outcome(fit: Job) -> str:
     result = fit.result
     assert result is not None
     before, after = (result["psnr"][name] for name in ("measurement", "restored"))
-    gain = "" if after is None or _tile(fit) else f"{before:.2f} -> {after:.2f} dB, "
+    gain = "" if None in (before, after) or _tile(fit) else f"{before:.2f} -> {after:.2f} dB, "
     return f"{gain}{result['steps']} steps in {result['seconds']:.0f} s"

@@ -174,8 +174,8 @@ def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Pat
     several = len(sources) > 1 or arguments.restarts > 1
     if several or of_set or arguments.shard is not None:
         raise ValueError(
-            "several images, restarts or parts have run directories and tables: expected --out DIR "
-            "for them, got none"
+            "results of several images, restarts or parts go into a folder: expected --out DIR, "
+            "got none"
         )
     results = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
     there = [p for kind, s in results if (p := _next_to(path, kind, s)).exists()]

@@ -5,7 +5,7 @@ from typing import Any
 
 from deepred_pl.batch.jobs import Job
 from deepred_pl.checks import RestorationWarning
-from deepred_pl.report import diagnosis
+from deepred_pl.report import TOO_SHORT, diagnosis
 
 Report = dict[str, Any]
 
@@ -61,12 +61,14 @@ def lines_of(report: Report) -> list[str]:
     lines.append(f"Fit      {', '.join(parts)}")
     parts = []
     if (ratio := result.get("residual_to_sigma")) is not None:
-        parts.append(f"the residual is {ratio:.2f} times the noise")
+        parts.append(f"the residual is {ratio:.2f} times the noise (1 is best)")
     if (held := result.get("held_out_error")) is not None:
         parts.append(f"the error at held-out values {held:.2f} grey levels")
-    if (psnr := result["psnr"]["restored"]) is not None:
-        parts.append(f"PSNR {result['psnr']['measurement']:.2f} -> {psnr:.2f} dB")
+    scores = [result["psnr"][name] for name in ("measurement", "restored")]
+    if None not in scores:
+        parts.append("PSNR {:.2f} -> {:.2f} dB".format(*scores))
     lines += [f"Result   {', '.join(parts)}"] if parts else []
-    lines += [f"Warning  {text}" for text in (*report["warnings"], report["diagnosis"]) if text]
+    cause = report["diagnosis"].replace(TOO_SHORT, "the fit was too short: use more --effort")
+    lines += [f"Warning  {text}" for text in (*report["warnings"], cause) if text]
     lines += [f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
     return lines

@@ -70,7 +70,8 @@ def start(
     if where.workers is None and workers > 1 and not gpus:
         workers = min(workers, _that_fit_into_memory(fits))
     of_each = f"{threads} CPU thread{'s' * (threads > 1)} each"
-    report(f"{len(fits)} fits, {workers} in parallel, {of_each}")
+    number = f"{len(fits)} fit{'s' * (len(fits) > 1)}"
+    report(f"{number}, {workers} in parallel, {of_each}")
     if where.ray is None:
         return on_this_machine(fits, workers, threads)
     share = min(1.0, gpus / workers) if where.gpus is None else where.gpus

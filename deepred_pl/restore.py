@@ -95,6 +95,7 @@ def restore(
         raise ValueError(
             f"effort={effort!r} chooses settings that the task {task!r} has already; leave one out"
         )
+    _check_callbacks(callbacks)
     if tile is None and overlap is not None:
         raise ValueError(f"overlap={overlap} applies to tiles; set tile too, or leave it out")
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,7 +126,6 @@ def restore(
                 cli.model.make_network = network
             if denoiser is not None:
                 _use(denoiser, cli)
-            _check_callbacks(callbacks)
             data.region = data.region if region is None else region
             cli.trainer.callbacks.extend(callbacks if tile is None else deepcopy(callbacks))
             return cli

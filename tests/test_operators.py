@@ -665,3 +665,23 @@ def test_a_part_in_which_nothing_was_measured_is_refused():
 )
 def test_how_much_brighter_a_point_can_be_than_its_measurement(operator, gain):
     assert operator.largest_gain(operator(picture(1, 48, 48))) == pytest.approx(gain, rel=1e-4)
+
+
+@pytest.mark.parametrize("length, angle", [(12, 0), (12, 90), (9.5, 30), (21, 135), (1, 0)])
+def test_a_motions_kernel_has_the_moments_of_a_line(length, angle):
+    kernel = Blur.motion(length, angle).kernel.double()
+    rows, columns = (torch.arange(n).double() - n // 2 for n in kernel.shape)
+    assert kernel.sum() == pytest.approx(1, abs=1e-6) and (kernel >= 0).all()
+    assert (kernel.sum(1) @ rows).abs() < 1e-6 and (kernel.sum(0) @ columns).abs() < 1e-6
+    turn, spread = np.deg2rad(angle), length**2 / 12
+    # Shares of a pixel add 1/6 to the variance along an axis, on average over positions.
+    for got, part in (
+        (kernel.sum(0) @ columns**2, np.cos(turn)),
+        (kernel.sum(1) @ rows**2, np.sin(turn)),
+    ):
+        if abs(part) < 1e-9:
+            assert got < 1e-9
+        elif length > 1:
+            assert float(got) == pytest.approx(spread * part**2 + 1 / 6, rel=0.02)
+    mixed = float(rows @ kernel @ columns)  # rows count downwards
+    assert mixed == pytest.approx(-spread * np.sin(turn) * np.cos(turn), abs=0.02 * length)

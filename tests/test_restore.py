@@ -158,7 +158,7 @@ def test_an_intensity_range_is_undone():
             {"task": "tomography", "overrides": {"data.intensity_range": "minmax"}},
             "shifts 0",
         ),
-        (stored(np.uint8).astype(np.float32), {}, r"\[0, 1\].*got"),
+        (stored(np.uint8).astype(np.float32), {"task": "denoising"}, r"\[0, 1\].*got"),
         (stored(np.float32) * np.nan, {}, "NaN"),
         (np.zeros((2, 3, 33, 47), np.uint8), {}, "one image"),
         (torch.zeros(2, 3, 33, 47), {}, "one image at a time"),

@@ -13,7 +13,9 @@ from skimage.data import shepp_logan_phantom
 from skimage.transform import radon, resize
 
 from deepred_pl.batch import workers
+from deepred_pl.batch.arguments import of_restore
 from deepred_pl.batch.main import restore
+from deepred_pl.cli import RestorationCLI
 from deepred_pl.images import ImageFormat, write_image
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Downsample
@@ -32,6 +34,8 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(workers, "on_this_machine", run_here)
     monkeypatch.setattr(workers, "_cores", lambda: 1)
+    monkeypatch.setattr("deepred_pl.choose.UNTIMED", 1)  # steps
+    monkeypatch.setattr("deepred_pl.choose.TIMED", 2)
 
     def call(*args, settings=FEW):
         status = 0
@@ -89,21 +93,29 @@ def test_a_photo_is_denoised_next_to_itself(command, refused):
     assert command("photo.png", "--overwrite")[0] == 0
 
 
-def test_a_blurred_image_by_the_kernels_name_or_file(command):
-    for name, blur in {
-        "gaussian:1.2": Blur.gaussian(11, 1.2),
-        "uniform:3": Blur.uniform(3),
-        "motion:5:30": Blur.motion(5, 30),
-        "psf.npy": Blur.gaussian(5, 0.9),
-    }.items():
-        kernel = blur.kernel.numpy()
-        np.save("psf.npy", kernel)
-        blur.boundary = "reflect"
-        save("blurred.png", blur(picture(1, 48, 64)), 2)
-        report = chosen(command, "blurred.png", "--blur", name, "--overwrite")
-        rows, columns = kernel.shape
-        assert f"Blur({rows}×{columns}, boundary='reflect')" in report["read"]
-        assert report["result"]["fidelity"] == "backprojection"
+def test_a_blurred_image_by_the_kernels_file(command):
+    blur = Blur.gaussian(5, 0.9, boundary="reflect")
+    np.save("psf.npy", blur.kernel.numpy())
+    save("blurred.png", blur(picture(1, 48, 64)), 2)
+    report = chosen(command, "blurred.png", "--blur", "psf.npy")
+    assert "Blur(5×5, boundary='reflect')" in report["read"]
+    assert report["result"]["fidelity"] == "backprojection"
+
+
+@pytest.mark.parametrize(
+    "name, blur",
+    [
+        ("gaussian:1.2", Blur.gaussian(11, 1.2)),
+        ("uniform:3", Blur.uniform(3)),
+        ("motion:5:30", Blur.motion(5, 30)),
+    ],
+)
+def test_a_kernel_by_its_name(name, blur):
+    options = of_restore(["a.png", "--blur", name], 0.0).options
+    operator = RestorationCLI(
+        ["--config=deblurring_uniform", *options], run=False
+    ).datamodule.operator
+    assert torch.equal(operator.kernel, blur.kernel) and operator.boundary == "reflect"
 
 
 def test_a_small_image_is_enlarged_and_a_noisy_one_denoised_too(command):
@@ -176,11 +188,11 @@ def test_the_result_is_nearer_to_the_true_image(command):
 
 def test_large_images_are_cut_if_the_operator_allows(command, monkeypatch):
     monkeypatch.setattr("deepred_pl.batch.plan.SIMPLE_TILE", 48)
-    save("photo.png", picture(1, 60, 100), 15)
+    save("photo.png", picture(1, 48, 120), 15)
     status, _, said = command("photo.png", "--out", "out")
-    assert status == 0 and re.search("Fit +48 steps", said)  # of six tiles
-    assert len(list(Path("out/photo").glob("tile_*"))) == 6
-    assert Image.open("out/photo/restored.png").size == (100, 60)
+    assert status == 0 and re.search("Fit +24 steps", said)  # of three tiles
+    assert len(list(Path("out/photo").glob("tile_*"))) == 3
+    assert Image.open("out/photo/restored.png").size == (120, 48)
 
 
 def test_a_stopped_fit_keeps_its_choice(command, monkeypatch):

@@ -49,11 +49,9 @@ TASKS: dict[type[Operator], str] = {
 EXACT = ("super_resolution", "inpainting")  # configurations without a noise model
 # They get one, and its weights, if there is that much noise in grey levels; less may be texture.
 LEAST_NOISE = 7.0
-QUIETEST, BIAS = (
-    0.1,
-    0.865,
-)  # quantile of blocks of which the noise is estimated, and its ratio to it
 NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
+# The quantile of blocks of which the noise is estimated, and its ratio to the noise.
+QUIETEST, BIAS = 0.1, 0.865
 MOST_CLIPPED = 0.01  # share of values beyond which frequencies do not show the noise
 # In denoising, the least λ and μ and the noise on z for that much noise in grey levels or more.
 # With less noise they would keep the network from learning detail: they fall like its variance.

@@ -9,7 +9,7 @@ from torch import Tensor
 MAD = 0.6745  # median |n| of a standard normal variable
 BLOCK = 16  # pixels of a side, in which `local_level` takes medians
 QUIET = 0.2  # quantile of the blocks that counts as having no detail
-REMOVED = 0.1  # share of a blurred image's frequencies
+REMOVED, ATTENUATED = 0.1, 0.03  # share of a blurred image's frequencies, or their gain
 FEWEST = 64  # values of which a median is taken
 ENOUGH = 2**18  # values of a channel, to less than a percent; of larger images a grid is taken
 
@@ -52,8 +52,8 @@ def local_level(y: Tensor, valid: Tensor, quantile: float = QUIET) -> float:
 def level_of_removed(y: Tensor, transfer: Tensor) -> Tensor:
     """The standard deviation of white noise in each channel, (C,), of a blurred image.
 
-    From the median power of the tenth of the frequencies that the blur attenuates most, where
-    hardly anything but the noise is left. A Hann window keeps the borders out.
+    From the median power of the frequencies that the blur attenuates most, at least a tenth of
+    them, where hardly anything but the noise is left. A Hann window keeps the borders out.
 
     Args:
         y: The measurement, (1, C, H, W).
@@ -65,7 +65,7 @@ def level_of_removed(y: Tensor, transfer: Tensor) -> Tensor:
     centred = y - y.mean(dim=(2, 3), keepdim=True)
     power = torch.fft.rfft2(centred * window)[0].abs().square()  # (C, H, W // 2 + 1)
     gain = transfer.abs()
-    removed = gain <= gain.flatten().quantile(REMOVED)
+    removed = gain <= max(ATTENUATED, float(gain.flatten().quantile(REMOVED)))
     # The power of white noise is exponentially distributed, with a median of log 2.
     mean = power[:, removed].median(dim=1)[0] / math.log(2)
     return (mean / window.square().sum()).sqrt()

@@ -22,7 +22,7 @@ from deepred_pl.estimate import level_of_removed, local_level, noise_level, uncl
 from deepred_pl.images import WHITE, rounded_up
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
-from deepred_pl.noise import ALIKE, LEAST_ESTIMATE, GaussianNoise, PoissonNoise
+from deepred_pl.noise import LEAST_ESTIMATE, sigma_of
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
@@ -147,31 +147,20 @@ def choose(
     steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
     share = math.sqrt(math.prod(problem.image_shape[-2:])) / SIDE
     steps = round(steps * min(1.0, max(LEAST_SHARE, share)))
-    fixed = any(name.startswith("model.network") for name in given)
-    choice.settings.update({} if fixed else _network(width))
+    if not _is_given("model.network", given):
+        choice.settings.update(_network(width))
     each = _choose_precision(assemble, problem, given, choice)
     if seconds is not None:
         end = began + seconds - FINISHING
-        many, steps = steps, int((end - time.monotonic()) / each)
-        if steps > many and not fixed:
-            wide = {**choice.settings, **_network(WIDE)}
-            try:
-                each_wide = seconds_per_step(assemble, problem, wide)
-            except ValueError:  # the memory is too small
-                each_wide = math.inf
-            left = end - time.monotonic()
-            steps = int(left / each)
-            if left / each_wide > many / 2:
-                choice.settings.update(wide)
-                steps = int(left / each_wide)
-        if steps < LEAST_STEPS and "trainer.max_steps" not in given:
+        steps = _steps_until(end, steps, each, assemble, problem, given, choice)
+        if steps < LEAST_STEPS and not _is_given("trainer.max_steps", given):
             needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each
             raise ValueError(
                 f"an effort of {effort} is too short: a step on {problem.image_shape[-2]}×"
                 f"{problem.image_shape[-1]} pixels takes {each:.2g} s here, and a fit at least "
                 f"{LEAST_STEPS} steps; allow {math.ceil(1.1 * needed)}s or more"
             )
-    if "trainer.max_steps" in given:
+    if _is_given("trainer.max_steps", given):
         steps = assemble([]).trainer.max_steps
     choice.settings["trainer.max_steps"] = steps
     choice.settings["model.lr_scheduler"] = {
@@ -182,6 +171,30 @@ def choose(
     return Choice(
         {k: v for k, v in choice.settings.items() if not _is_given(k, given)}, choice.assumed
     )
+
+
+def _steps_until(
+    end: float,
+    many: int,
+    each: float,
+    assemble: Assemble,
+    problem: InverseProblem,
+    given: Collection[str],
+    choice: Choice,
+) -> int:
+    """How many steps there is time for, of a wide network if these would be more than `many`."""
+    steps = int((end - time.monotonic()) / each)
+    if steps <= many or _is_given("model.network", given):
+        return steps
+    try:
+        each_wide = seconds_per_step(assemble, problem, {**choice.settings, **_network(WIDE)})
+    except ValueError:  # the memory is too small
+        each_wide = math.inf
+    left = end - time.monotonic()
+    if left / each_wide <= many / 2:
+        return int(left / each)
+    choice.settings.update(_network(WIDE))
+    return int(left / each_wide)
 
 
 def _is_given(name: str, given: Collection[str]) -> bool:
@@ -223,8 +236,7 @@ def seconds_per_step(
     kept = [c for c in cli.trainer.callbacks if isinstance(c, needed)]
     cli.trainer.callbacks, cli.trainer.loggers = [*kept, stopwatch], []
     cli.datamodule.problem = problem
-    with quiet():
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return stopwatch.step_seconds
 
 
@@ -257,30 +269,34 @@ def _choose_range(data: RestorationDataModule, given: Collection[str], choice: C
         return
     image, stored = read_source(data.measurement, [0, 1], data.page, missing=True)
     image = torch.nan_to_num(image)
-    largest, chosen = float(image.max()), None
+    largest = float(image.max())
+    unbounded = stored.dtype == "float32" and largest > MEANS
+    few_bits = stored.dtype == "uint16" and largest < HALF * WHITE["uint16"]
     if isinstance(data.operator, Radon):
         white = _choose_circle(data.operator, image, given, choice)
-        if largest > MEANS:
-            chosen = [0, white * image.shape[-2]]
-            text = f"sums along rays; values of the restored image times {white:g} are those summed"
-    elif float(image.min()) >= -0.1 * largest and (
-        (stored.dtype == "uint16" and largest < HALF * WHITE["uint16"])
-        or (stored.dtype == "float32" and largest > MEANS)
-    ):
-        chosen = [0, rounded_up(largest)]
-        text = f"black and white at 0 and {chosen[1]:g}"
-    noise = data.noise
-    if chosen is not None and not _is_given("data.intensity_range", given):
-        if isinstance(noise, PoissonNoise) and _is_given("data.noise", given):
-            return  # its peak is that of white, which must be stated
-        choice.settings["data.intensity_range"] = chosen
+        high = white * image.shape[-2] if largest > MEANS else None
+        text = f"sums along rays; values of the restored image times {white:g} are those summed"
+    else:
+        is_signed = float(image.min()) < -0.1 * largest
+        high = rounded_up(largest) if (unbounded or few_bits) and not is_signed else None
+        text = f"black and white at 0 and {high}"
+    states_white = data.noise is not None and data.noise.from_zero  # the peak of counts
+    if high is not None and not states_white and not _is_given("data.intensity_range", given):
+        choice.settings["data.intensity_range"] = [0, high]
         choice.assumed.append(f"{text} (to change: data.intensity_range)")
 
 
 def _choose_circle(
     operator: Radon, sinogram: Tensor, given: Collection[str], choice: Choice
 ) -> float:
-    """Choose whether the object is within a circle; return the value of white for sums."""
+    """Choose whether the object is within a circle; return its value of white.
+
+    Args:
+        operator: The operator, of which only the angles count.
+        sinogram: Sums along rays, (1, C, detectors, angles).
+        given: As in `choose`.
+        choice: Gets the choice.
+    """
     detectors = sinogram.shape[-2]
     within = Radon(operator.angles, circle=True)
     within.image_shape(tuple(sinogram.shape))  # refuses another number of angles
@@ -307,11 +323,15 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     data = assemble(as_options(settings)).datamodule
     exact = isinstance(data.operator, Downsample | Mask)
     if not _is_given("data.noise", given):
-        data.region = None  # the noise is that of the whole image
-        if not exact:
-            data.noise = GaussianNoise(None)
-        sigma = _estimated_sigma(set_up(data))
-        if sigma is None or (exact and np.mean(sigma) < LEAST_NOISE):
+        data.region = data.noise = None  # it is estimated here, of the whole image
+        problem = set_up(data)
+        try:
+            sigma = _estimated_sigma(problem)
+        except ValueError:  # too few neighbours are known
+            if not exact:
+                raise
+            sigma = 0.0
+        if np.mean(sigma) < LEAST_NOISE and exact:
             assumed.append("no noise (to change: data.noise)")
         else:
             settings["data.noise"] = {"class_path": "GaussianNoise", "init_args": {"sigma": sigma}}
@@ -332,25 +352,31 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     return problem
 
 
-def _estimated_sigma(problem: InverseProblem) -> float | list[float] | None:
-    """σ of white noise in grey levels, for each channel if they differ; None if it is not known.
+def _estimated_sigma(problem: InverseProblem) -> float | list[float]:
+    """σ of white noise in grey levels, for each channel if they differ.
 
     Texture looks like noise: what a blur has removed is used if there is one, or quiet blocks.
+
+    Raises:
+        ValueError: It cannot be estimated.
     """
     operator, observed, valid = problem.operator, problem.operator.observed, unclipped(problem.y)
+    least = 1.01 * LEAST_ESTIMATE / GREY_LEVELS
     if isinstance(operator, Blur) and valid.float().mean() > 1 - MOST_CLIPPED:
         levels = level_of_removed(problem.y, operator.transfer(*problem.y.shape[-2:]))
     else:
         valid = valid if observed is None else valid & observed.bool()
         levels = noise_level(problem.y, valid)
-        quiet = local_level(problem.y, valid, QUIETEST) / BIAS
-        if quiet < levels.mean():
-            levels = levels * (quiet / levels.mean())
-    if levels.isnan().any():  # too few neighbours are known
-        return None
-    sigmas = [max(LEAST_ESTIMATE, round(GREY_LEVELS * float(level), 2)) for level in levels]
-    alike = max(sigmas) < ALIKE * min(sigmas)
-    return round(float(np.mean(sigmas)), 2) if alike else sigmas
+        seen = levels > least  # but in a constant channel
+        if seen.any():
+            every = valid.expand_as(problem.y)
+            quiet = local_level(problem.y[:, seen], every[:, seen], QUIETEST) / BIAS
+            if quiet < levels[seen].mean():
+                levels = levels * (quiet / levels[seen].mean())
+    if levels.nan_to_num(math.inf).max() < least:  # no noise counts as that
+        levels = levels.clamp(min=least)
+    sigma = sigma_of(levels)
+    return [round(one, 2) for one in sigma] if isinstance(sigma, list) else round(sigma, 2)
 
 
 def _choose_precision(
@@ -358,7 +384,7 @@ def _choose_precision(
 ) -> float:
     """Choose bfloat16 where it is faster; return the seconds per step."""
     each = seconds_per_step(assemble, problem, choice.settings)
-    if "trainer.precision" in given:
+    if _is_given("trainer.precision", given):
         return each
     mixed = {"trainer.precision": "bf16-mixed"}
     halved = seconds_per_step(assemble, problem, {**choice.settings, **mixed})
@@ -373,9 +399,8 @@ def _choose_held_out(problem: InverseProblem, given: Collection[str], choice: Ch
 
     With a noise model, λ and μ do that, and the values are worth more to the fit.
     """
-    if problem.noise is not None or any(
-        name.startswith(("data.hold_out", "trainer.callbacks")) for name in given
-    ):
+    stated = _is_given("data.hold_out", given) or _is_given("trainer.callbacks", given)
+    if stated or problem.noise is not None:
         return
     try:
         problem.hold_out(HOLD_OUT)

@@ -145,28 +145,41 @@ class GaussianNoise(NoiseModel):
         if self.sigma is not None:
             return self
         valid = unclipped(y) if observed is None else unclipped(y) & observed.bool()
-        sigmas = [255 * float(level) for level in noise_level(y.detach(), valid)]
-        if all(math.isnan(sigma) for sigma in sigmas):
-            raise ValueError(
-                "too few known values to estimate the noise, which takes 3×3 values that are "
-                "neither clipped nor missing; set data.noise.sigma"
-            )
-        known = [sigma for sigma in sigmas if sigma >= LEAST_ESTIMATE]
-        if not known:
-            most = max(sigma for sigma in sigmas if not math.isnan(sigma))
-            raise ValueError(
-                f"expected noise in the measurement, but its sigma was estimated as {most:.3f} "
-                "grey levels; set data.noise.sigma"
-            )
-        # A channel whose noise is not seen, as a constant one, has the least of the others.
-        sigmas = [sigma if sigma >= LEAST_ESTIMATE else min(known) for sigma in sigmas]
-        alike = max(sigmas) <= ALIKE * min(sigmas)
-        return GaussianNoise(sum(sigmas) / len(sigmas) if alike else sigmas)
+        return GaussianNoise(sigma_of(noise_level(y.detach(), valid)))
 
     def extra_repr(self) -> str:
         if isinstance(self.sigma, Sequence):
             return f"sigma=[{', '.join(f'{sigma:.2f}' for sigma in self.sigma)}]"
         return f"sigma={self.sigma:.2f}" if self.sigma is not None else "sigma=None"
+
+
+def sigma_of(levels: Tensor) -> float | list[float]:
+    """σ in grey levels, one for all channels if they differ by less than 30 %.
+
+    Args:
+        levels: The noise's standard deviation in each channel on the [0, 1] scale, (C,); NaN where
+            it is not known.
+
+    Raises:
+        ValueError: It is not known in any channel, or there is no noise.
+    """
+    sigmas = [255 * float(level) for level in levels]
+    if all(math.isnan(sigma) for sigma in sigmas):
+        raise ValueError(
+            "too few known values to estimate the noise, which takes 3×3 values that are neither "
+            "clipped nor missing; set data.noise.sigma"
+        )
+    known = [sigma for sigma in sigmas if sigma >= LEAST_ESTIMATE]
+    if not known:
+        most = max(sigma for sigma in sigmas if not math.isnan(sigma))
+        raise ValueError(
+            f"expected noise in the measurement, but its sigma was estimated as {most:.3f} grey "
+            "levels; set data.noise.sigma"
+        )
+    # A channel whose noise is not seen, as a constant one, has the least of the others.
+    sigmas = [sigma if sigma >= LEAST_ESTIMATE else min(known) for sigma in sigmas]
+    alike = max(sigmas) <= ALIKE * min(sigmas)
+    return sum(sigmas) / len(sigmas) if alike else sigmas
 
 
 class LaplaceNoise(NoiseModel):

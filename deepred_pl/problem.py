@@ -316,22 +316,19 @@ class InverseProblem(nn.Module):
         """
         if not 0 < share <= 0.5:
             raise ValueError(f"the share of held-out values must be in (0, 0.5], got {share}")
-        shape = self.y.shape
-        places = (1, 1, *shape[2:4], *(1 for _ in shape[4:])) if len(shape) >= 4 else shape
         observed = self.operator.observed
-        known = torch.ones(places) if observed is None else observed.cpu().expand(shape)
-        for dim in range(known.ndim):
-            if known.shape[dim] != places[dim]:
-                known = known.amax(dim, keepdim=True)
-        drawn = torch.rand(places, generator=torch.Generator().manual_seed(seed), device="cpu")
+        known = torch.ones(self.y.shape) if observed is None else observed.cpu().expand_as(self.y)
+        if known.ndim >= 4:  # all channels of a pixel, and both parts of a complex value
+            known = known.amax([dim for dim in range(known.ndim) if dim not in (2, 3)], True)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(known.shape, generator=generator, device="cpu")
         order = torch.where(known > 0, drawn, 2).flatten().argsort()
-        count = round(share * int((known > 0).sum()))
         held = torch.zeros(known.numel())
-        held[order[:count]] = 1
-        held = held.view(places).to(self.y.device)
+        held[order[: round(share * int(known.sum()))]] = 1
+        held = held.view(known.shape).to(self.y.device)
         if observed is not None:
             held = held * observed  # which may be others in each channel
-        values = int(held.expand(shape).sum())
+        values = int(held.expand_as(self.y).sum())
         if values < LEAST_HELD_OUT:
             raise ValueError(
                 f"{share:.3g} of the measured values are {values}, too few to judge a fit by: "
@@ -348,15 +345,15 @@ class InverseProblem(nn.Module):
     def held_out_errors(self, image: Tensor) -> Tensor:
         """(A image − y)² at each held-out value, (n,), with A image clipped as y was.
 
-        Its mean is the squared error of A image plus the noise's variance. Of noise with outliers,
-        the absolute values.
+        Its mean is the squared error of A image plus the noise's variance.
+
+        Args:
+            image: An estimate of x, (1, C, H, W).
         """
         assert self.held_out is not None and self._held_out_y is not None
         measured = self._whole_operator()(image).clamp(*self.clipped_to)
         at = self.held_out.bool().expand_as(self.y)
-        error = (measured - self._held_out_y)[at]
-        outliers = self.noise is not None and self.noise.has_outliers
-        return error.abs() if outliers else error.square()
+        return (measured - self._held_out_y)[at].square()
 
     def release(self) -> None:
         """Make the held-out values observed again."""

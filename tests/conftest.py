@@ -32,6 +32,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(text)
 
 
+@pytest.fixture(autouse=True)
+def few_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where settings are chosen, measure the time of a step by fewer steps."""
+    monkeypatch.setattr("deepred_pl.choose.UNTIMED", 1)
+    monkeypatch.setattr("deepred_pl.choose.TIMED", 2)
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """A quiet CPU trainer in a temporary folder."""

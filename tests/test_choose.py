@@ -109,6 +109,13 @@ def test_the_noise_is_estimated_where_it_can_be(chosen):
     assert settings["model.weighting"] == "discrepancy"
 
 
+def test_a_constant_channel_does_not_state_that_there_is_no_noise(chosen):
+    y = noisy(15)
+    y[:, 2] = 0.5
+    sigma = chosen(y).settings["data.noise"]["init_args"]["sigma"]
+    assert 13 < sigma < 17  # one for all channels
+
+
 @pytest.mark.parametrize("dtype, white", [("uint16", 4000), ("float32", 300.0)])
 def test_the_range_of_few_bits_or_large_floats_is_chosen(chosen, tmp_path, dtype, white):
     stored = (noisy(10)[0].movedim(0, -1).clamp(0, 1).numpy() * white).astype(dtype)

@@ -546,10 +546,3 @@ def test_shares_out_of_range_are_refused(share):
 def test_too_few_values_to_judge_by_are_refused():
     with pytest.raises(ValueError, match=r"0\.02 of the measured values are 6, too few"):
         noisy_problem(3, 9, 11).hold_out(0.02)
-
-
-def test_outliers_count_by_their_absolute_value():
-    problem = InverseProblem(picture(3, 33, 47), noise=LaplaceNoise(20)).hold_out(0.1)
-    image = torch.zeros(problem.image_shape)
-    held = problem.held_out.bool().expand_as(problem.y)
-    torch.testing.assert_close(problem.held_out_errors(image), picture(3, 33, 47)[held])

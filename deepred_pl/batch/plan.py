@@ -276,9 +276,7 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
     if tile is None:
         tile = SIMPLE_TILE if is_denoising(cli.datamodule) else TILE
         times = math.prod(problem.image_shape[-2:]) / tile**2
-        seconds = None if batch.effort is None else seconds_of(batch.effort.name)
-        too_short = seconds is not None and seconds < LEAST_SECONDS * 2 * times
-        if times <= MUCH_LARGER or too_short or problem.operator.reach() is None:
+        if times <= MUCH_LARGER or problem.operator.reach() is None:
             return None
     try:
         tiling, _ = problem.split(tile, batch.overlap)
@@ -286,6 +284,9 @@ def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | No
         if batch.tile is None:
             return None
         raise ValueError(f"{source.path}: {error}") from error
+    seconds = None if batch.effort is None else seconds_of(batch.effort.name)
+    if batch.tile is None and seconds is not None and seconds < LEAST_SECONDS * len(tiling.regions):
+        return None
     return tiling
 
 

@@ -55,6 +55,7 @@ def lines_of(report: Report) -> list[str]:
     lines += [f"Assumed  {text}" for text in report["assumed"]]
     network = chosen.get("model.network", {}).get("init_args", {})
     parts = [f"{result['steps']} steps in {result['seconds']:.0f} s"]
+    parts += [f"summed over {len(result['parts'])} fits"] if "parts" in result else []
     parts += [f"network of {network['width']} channels"] if network else []
     if (stopped := result["stop_reason"]) != "max_steps":
         parts.append(f"stopped by {stopped}")

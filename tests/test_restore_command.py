@@ -116,15 +116,11 @@ def test_a_kernel_by_its_name(name, blur):
     assert torch.equal(operator.kernel, blur.kernel) and operator.boundary == "reflect"
 
 
-def test_a_small_image_is_enlarged_and_a_noisy_one_denoised_too(command):
+def test_a_small_image_is_enlarged(command):
     save("small.png", Downsample(2, "lanczos3")(picture(3, 96, 128)))
     report = chosen(command, "small.png", "--scale", 2)
     assert Image.open(report["restored"]).size == (128, 96)
     assert report["result"]["noise"] is None and "no noise" in report["assumed"][0]
-    save("small.png", Downsample(2, "lanczos3")(picture(3, 96, 128)), 20)
-    report = chosen(command, "small.png", "--scale", 2, "--overwrite")
-    assert 14 < report["result"]["noise_sigma"] < 26
-    assert report["chosen"]["model.weighting"] == "discrepancy"
 
 
 def test_scratches_are_filled_and_the_rest_is_kept(command):
@@ -188,7 +184,7 @@ def test_large_images_are_cut_if_the_operator_allows(command, monkeypatch):
     monkeypatch.setattr("deepred_pl.batch.plan.SIMPLE_TILE", 48)
     save("photo.png", picture(1, 48, 120), 15)
     status, _, said = command("photo.png", "--out", "out")
-    assert status == 0 and re.search("Fit +24 steps", said)  # of three tiles
+    assert status == 0 and re.search("Fit +24 steps.*over 3 fits", said)
     assert len(list(Path("out/photo").glob("tile_*"))) == 3
     assert Image.open("out/photo/restored.png").size == (120, 48)
 

@@ -113,14 +113,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.shard is not None:
         return _run_shard(jobs, where, arguments.shard, console)
     failures = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
-    undone = [row for row in rows_of(jobs, failures, out) if row["error"]]
-    errors = [{"image": row["image"], "error": row["error"]} for row in undone]
+    rows = rows_of(jobs, failures, out)
     failed = sum(job.result is None for job in jobs)
     reports = [report for job in jobs if (report := report_of(job)) is not None]
     if single:
         reports = [_moved_next_to(sources[0], report) for report in reports]
         _remove(out, jobs[0], console)
     if arguments.json:
+        errors = [{n: row[n] for n in ("image", "error")} for row in rows if row["error"]]
         print(json.dumps([*reports, *errors], indent=2))
     elif len(jobs) == 1 and arguments.effort is not None:
         for text in (line for report in reports for line in lines_of(report)):
@@ -128,7 +128,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_warnings(reports, out, console)
     if not single:
-        rows = rows_of(jobs, failures, out)
         write_csv(out / "results.csv", rows)
         write_bytes(out / "summary.md", summary(rows).encode())
         console.print(f"{len(jobs) - failed} of {len(jobs)} restored: {out / 'summary.md'}")

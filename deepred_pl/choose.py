@@ -77,11 +77,11 @@ class Choice:
 
     Attributes:
         settings: Settings by their names on the command line.
-        assumed: One sentence for each assumption, with the setting that changes it.
+        assumed: What is assumed, by the name of the setting that changes it.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
-    assumed: list[str] = field(default_factory=list)
+    assumed: dict[str, str] = field(default_factory=dict)
 
 
 def task_of(operator: Operator | None) -> str:
@@ -283,7 +283,7 @@ def _choose_range(data: RestorationDataModule, given: Collection[str], choice: C
     states_white = data.noise is not None and data.noise.from_zero  # the peak of counts
     if high is not None and not states_white and not _is_given("data.intensity_range", given):
         choice.settings["data.intensity_range"] = [0, high]
-        choice.assumed.append(f"{text} (to change: data.intensity_range)")
+        choice.assumed["data.intensity_range"] = text
 
 
 def _choose_circle(
@@ -309,10 +309,8 @@ def _choose_circle(
         circle = corners > IN_CORNERS or math.ceil(math.sqrt(2) * side) != detectors
         choice.settings["data.operator.circle"] = circle
         size = detectors if circle else side
-        choice.assumed.append(
-            f"an object of {size}×{size} pixels, {'within a circle' if circle else 'with corners'} "
-            "(to change: data.operator.circle)"
-        )
+        where = "within a circle" if circle else "with corners"
+        choice.assumed["data.operator.circle"] = f"an object of {size}×{size} pixels, {where}"
     smooth = F.avg_pool2d(guess if circle else middle, 3)  # without noise and streaks
     return float(f"{BRIGHTER * float(smooth.quantile(0.999)):.2g}")
 
@@ -332,11 +330,10 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
                 raise
             sigma = 0.0
         if np.mean(sigma) < LEAST_NOISE and exact:
-            assumed.append("no noise (to change: data.noise)")
+            assumed["data.noise"] = "no noise"
         else:
             settings["data.noise"] = {"class_path": "GaussianNoise", "init_args": {"sigma": sigma}}
-            text = f"white noise of {sigma} grey levels, estimated (to change: data.noise)"
-            assumed.append(text)
+            assumed["data.noise"] = f"white noise of {sigma} grey levels, estimated"
     data = assemble(as_options(settings)).datamodule
     problem = set_up(data)
     if exact and problem.noise is not None:
@@ -348,7 +345,7 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     is_jpeg = str(data.measurement).lower().endswith((".jpg", ".jpeg"))
     if isinstance(data.operator, Blur) and is_jpeg and not _is_given("model.fidelity", given):
         settings.update(NOT_WHITE)
-        assumed.append("noise that is not white, as in a JPEG (to change: model.fidelity)")
+        assumed["model.fidelity"] = "noise that is not white, as in a JPEG"
     return problem
 
 
@@ -405,7 +402,7 @@ def _choose_held_out(problem: InverseProblem, given: Collection[str], choice: Ch
     try:
         problem.hold_out(HOLD_OUT)
     except ValueError:
-        choice.assumed.append("too few values to hold some out (to change: data.hold_out)")
+        choice.assumed["data.hold_out"] = "too few values to hold some out"
         return
     stop = {"class_path": "deepred_pl.callbacks.AutoStop", "init_args": {"rule": "holdout"}}
     choice.settings.update({"data.hold_out": HOLD_OUT, "trainer.callbacks+": [stop]})

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from deepred_pl.batch.arguments import name_of_setting, of_batch, of_restore
 from deepred_pl.batch.bar import Bar, label
-from deepred_pl.batch.jobs import Effort, Job, finish, progress_file
+from deepred_pl.batch.jobs import Effort, Job, finish
 from deepred_pl.batch.plan import Batch, Source, find_images, left_out, plan
 from deepred_pl.batch.reports import Report, lines_of, report_of
 from deepred_pl.batch.tables import rows_of, summary, write_csv
@@ -107,6 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
         effort=_effort(arguments, len(sources)),
     )
     jobs = plan(batch)
+    if single and not arguments.overwrite:
+        _refuse_existing(sources[0])
+    if arguments.effort is not None and any(Path(s.path).parent == out for s in sources):
+        raise ValueError(f"--out {out} has the images, which results would replace; use another")
     check_writable(out, "--out")
     _refuse_changes(jobs, arguments.overwrite)
     where = Where(arguments.ray, arguments.workers, arguments.threads, arguments.gpus)
@@ -119,6 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     if single:
         reports = [_moved_next_to(sources[0], report) for report in reports]
         _remove(out, jobs[0], console)
+    elif arguments.effort is not None:
+        reports = [_copied_into(out, report) for report in reports]
     if arguments.json:
         errors = [{n: row[n] for n in ("image", "error")} for row in rows if row["error"]]
         print(json.dumps([*reports, *errors], indent=2))
@@ -176,11 +182,15 @@ def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Pat
             "results of several images, restarts or parts go into a folder: expected --out DIR, "
             "got none"
         )
-    results = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
-    there = [p for kind, s in results if (p := _next_to(path, kind, s)).exists()]
-    if there and not arguments.overwrite:
-        raise ValueError(f"{there[0]} exists already; use --overwrite, or --out DIR")
     return path.with_name(f"{path.stem}.restored.run")
+
+
+def _refuse_existing(source: Source) -> None:
+    """Refuse to replace the results of a single image."""
+    results = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
+    for path in (_next_to(Path(source.path), kind, suffix) for kind, suffix in results):
+        if path.exists():
+            raise ValueError(f"{path} exists already; use --overwrite, or --out DIR")
 
 
 def _next_to(path: Path, kind: str, suffix: str) -> Path:
@@ -195,6 +205,14 @@ def _moved_next_to(source: Source, report: Report) -> Report:
         os.replace(before, after)
         report[kind] = str(after)
     return {**report, "directory": None}
+
+
+def _copied_into(out: Path, report: Report) -> Report:
+    """Copy the restored image into the folder, under its image's name."""
+    restored = Path(report["restored"])
+    copy = out / f"{report['image']}{restored.suffix}"
+    shutil.copyfile(restored, copy)
+    return {**report, "restored": str(copy)}
 
 
 def _remove(out: Path, job: Job, console: Console) -> None:
@@ -238,7 +256,7 @@ def _follow(
     for job in {job_of[fit.directory].directory: job_of[fit.directory] for fit in left}.values():
         job.start_parents()
     for fit in left:
-        progress_file(fit.directory).unlink(missing_ok=True)  # left by a killed fit
+        fit.start_again()
 
     def finish_complete(job: Job) -> None:
         if finishing and not open_fits[job.directory] and all(fit.result for fit in job.fits):

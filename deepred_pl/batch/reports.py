@@ -1,6 +1,8 @@
 """What a restoration reports at its end: for a person in some lines, for programs as JSON."""
 
+import json
 import re
+import shlex
 from typing import Any
 
 from deepred_pl.batch.jobs import Job
@@ -27,7 +29,7 @@ def report_of(job: Job) -> Report | None:
     return {
         "image": job.about["image"],
         "read": result.get("read"),
-        "assumed": [] if choice is None else choice.assumed,
+        "assumed": {} if choice is None else choice.assumed,
         "chosen": {} if choice is None else choice.settings,
         "result": result,
         "diagnosis": diagnosis(result),
@@ -52,7 +54,8 @@ def lines_of(report: Report) -> list[str]:
     """The report in lines that a person reads."""
     result, chosen = report["result"], report["chosen"]
     lines = [f"Read     {report['read']}"]
-    lines += [f"Assumed  {text}" for text in report["assumed"]]
+    for name, text in report["assumed"].items():
+        lines.append(f"Assumed  {text} ({_how_to_change(name, chosen.get(name))})")
     network = chosen.get("model.network", {}).get("init_args", {})
     parts = [f"{result['steps']} steps in {result['seconds']:.0f} s"]
     parts += [f"summed over {len(result['parts'])} fits"] if "parts" in result else []
@@ -73,3 +76,14 @@ def lines_of(report: Report) -> list[str]:
     lines += [f"Warning  {text}" for text in (*report["warnings"], cause) if text]
     lines += [f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
     return lines
+
+
+def _how_to_change(name: str, value: Any) -> str:
+    """The option that states an assumption, to be given with another value."""
+    if name == "data.noise":
+        sigma = None if value is None else value["init_args"]["sigma"]
+        name, value = ("data.noise.sigma" if isinstance(sigma, list) else "sigma"), sigma
+    if value is None:
+        return f"to change: --{name}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"same as --{name} {shlex.quote(text)}"

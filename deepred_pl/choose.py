@@ -99,13 +99,19 @@ def task_of(operator: Operator | None) -> str:
     )
 
 
-def before_choice(task: str, given: Collection[str]) -> list[str]:
+def before_choice(task: str, given: Collection[str], effort: str) -> list[str]:
     """Options with which a configuration is set up before its settings are chosen.
 
-    They estimate the noise, which would contradict most measurements otherwise.
+    They estimate the noise, which would contradict most measurements otherwise, and have the
+    largest network, by which the memory is judged.
     """
-    known = task in EXACT or _is_given("data.noise", given)
-    return [] if known else ["--data.noise.sigma=null"]
+    options = []
+    if not (task in EXACT or _is_given("data.noise", given)):
+        options.append("--data.noise.sigma=null")
+    if not _is_given("model.network", given):
+        _, width = EFFORTS.get(effort, (0, WIDE))
+        options += as_options(_network(width))
+    return options
 
 
 def seconds_of(effort: str) -> float | None:

@@ -155,7 +155,7 @@ def restore(
                 given.add("data.hold_out")
             middle = None
             if tile is not None:
-                first = before_choice(tasks[0], given)
+                first = before_choice(tasks[0], given, effort or "default")
                 middle = _middle(set_up(assemble(first).datamodule), tile)
             choice = choose(partial(assemble, region=middle), given, effort or "default")
         chosen = as_options(choice.settings)

@@ -144,7 +144,7 @@ def _effort(arguments: argparse.Namespace, images: int) -> Effort | None:
     if arguments.effort is None:
         return None
     given = tuple(map(name_of_setting, arguments.options))
-    before = tuple(before_choice(arguments.config[0], given))
+    before = tuple(before_choice(arguments.config[0], given, arguments.effort))
     return Effort(arguments.effort, given, before, arguments.began if images == 1 else None)
 
 

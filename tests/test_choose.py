@@ -1,5 +1,7 @@
 """Which settings are chosen for an image."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tifffile
@@ -19,10 +21,12 @@ EACH = {"32-true": 0.1, "bf16-mixed": 0.2}  # seconds per step
 
 @pytest.fixture
 def chosen(tmp_path, monkeypatch):
-    """Choose the settings of an image as of this configuration, without measuring the time."""
-    times = dict(EACH)
+    """Choose the settings of an image as of this configuration, by a clock of its own."""
+    times, now = dict(EACH), [0.0]
+    monkeypatch.setattr(choose, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def pretend(assemble, problem, settings):
+        now[0] += 1
         width = settings.get("model.network", {}).get("init_args", {}).get("width", 32)
         return times[settings.get("trainer.precision", "32-true")] * (width / 32) ** 2
 
@@ -152,10 +156,9 @@ def test_steps_and_width_follow_the_effort(chosen):
         return total, settings["model.network"]["init_args"]["width"]
 
     assert (steps("fast"), steps("default"), steps("best")) == ((300, 32), (600, 32), (600, 64))
-    few, width = steps("60s")
-    assert 560 < few < 600 and width == 32  # 0.1 s each, less some seconds to end
-    many, width = steps("20m")
-    assert width == 64 and 2900 < many < 3000  # four times as slow
+    # 0.1 s each, less a second for each of two measured times, and two to end
+    assert steps("60s") == (560, 32)
+    assert steps("20m") == (2987, 64)  # four times as slow, and measured too
     with pytest.raises(ValueError, match=r"10s is too short: a step on 64×80 pixels takes 0\.1 s"):
         steps("10s")
 

@@ -130,6 +130,13 @@ def seconds_of(effort: str) -> float | None:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+def steps_and_width(effort: str, shape: Sequence[int]) -> tuple[int, int]:
+    """θ-steps and channels for an image of this shape; of a time, from where on it is wide."""
+    steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
+    share = math.sqrt(math.prod(shape[-2:])) / SIDE
+    return round(steps * min(1.0, max(LEAST_SHARE, share))), width
+
+
 @quiet()
 def choose(
     assemble: Assemble, given: Collection[str], effort: str, seconds: float | None = None
@@ -150,9 +157,7 @@ def choose(
     choice = Choice()
     _choose_range(assemble([]).datamodule, given, choice)
     problem = _choose_noise(assemble, given, choice)
-    steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
-    share = math.sqrt(math.prod(problem.image_shape[-2:])) / SIDE
-    steps = round(steps * min(1.0, max(LEAST_SHARE, share)))
+    steps, width = steps_and_width(effort, problem.image_shape)
     if not _is_given("model.network", given):
         choice.settings.update(_network(width))
     each = _choose_precision(assemble, problem, given, choice)
@@ -162,9 +167,10 @@ def choose(
         if steps < LEAST_STEPS and not _is_given("trainer.max_steps", given):
             needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each
             raise ValueError(
-                f"an effort of {effort} is too short: a step on {problem.image_shape[-2]}×"
+                f"an effort of {effort} is too short: it leaves {seconds:.0f} s for this fit, "
+                f"which needs {needed:.0f} s, because a step on {problem.image_shape[-2]}×"
                 f"{problem.image_shape[-1]} pixels takes {each:.2g} s here, and a fit at least "
-                f"{LEAST_STEPS} steps; allow {math.ceil(1.1 * needed)}s or more"
+                f"{LEAST_STEPS} steps; allow more time"
             )
     if _is_given("trainer.max_steps", given):
         steps = assemble([]).trainer.max_steps

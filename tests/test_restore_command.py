@@ -15,7 +15,7 @@ from skimage.transform import radon, resize
 from deepred_pl.batch import workers
 from deepred_pl.batch.arguments import of_restore
 from deepred_pl.batch.main import restore
-from deepred_pl.choose import choose
+from deepred_pl.batch.reports import lines_of
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.images import ImageFormat, write_image
 from deepred_pl.noise import GaussianNoise
@@ -65,8 +65,8 @@ def save(name, image, sigma=0.0):
     write_image(name, noisy.clamp(0, 1), ImageFormat())
 
 
-def names():
-    return sorted(path.name for path in Path().iterdir())
+def names(folder="."):
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def chosen(command, *args, **kwargs):
@@ -171,6 +171,63 @@ def test_a_folder_gets_run_directories_and_a_table(command):
     assert again[0] == 0 and (run / "result.json").stat().st_mtime_ns == written
 
 
+def test_a_folders_files_are_only_replaced_if_asked(command):
+    Path("stack").mkdir()
+    Path("out").mkdir()
+    save("stack/a.png", picture(1, 48, 50), 12)
+    Path("out/a.png").write_bytes(b"mine")
+    status, _, said = command("stack", "--out", "out")
+    assert status == 1 and "out/a.png exists already; use --overwrite" in said
+    assert Path("out/a.png").read_bytes() == b"mine" and names("out") == ["a.png"]
+    assert command("stack", "--out", "out", "--overwrite")[0] == 0
+    assert Image.open("out/a.png").size == (50, 48)
+    Path("out/a/restored.png").unlink()
+    status, _, said = command("stack", "--out", "out")
+    assert status == 1 and re.search("the result in .*out/a was deleted", said)
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("data.noise", None, "to change: --sigma"),
+        ("data.noise", {"init_args": {"sigma": 12.5}}, "same as --sigma 12.5"),
+        (
+            "data.noise",
+            {"init_args": {"sigma": [1, 2.5]}},
+            "same as --data.noise GaussianNoise --data.noise.sigma '[1, 2.5]'",
+        ),
+        ("data.intensity_range", [0, 4096], "same as --data.intensity_range '[0, 4096]'"),
+        ("data.operator.circle", True, "same as --data.operator.circle true"),
+        ("model.fidelity", "likelihood", "to change: --model.fidelity backprojection"),
+        ("data.hold_out", None, "to change: --data.hold_out"),
+    ],
+)
+def test_the_report_says_how_to_change_an_assumption(name, value, said):
+    scores = {"measurement": None, "restored": None}
+    report = {
+        "read": "a.png",
+        "assumed": {name: "this"},
+        "chosen": {} if value is None else {name: value},
+        "result": {"steps": 3, "seconds": 1, "stop_reason": "max_steps", "psnr": scores},
+        **{"fits": 1, "warnings": [], "diagnosis": "", "restored": "b.png", "comparison": "c.png"},
+    }
+    assert lines_of(report)[1] == f"Assumed  this ({said})"
+
+
+def test_angles_are_a_range_a_list_or_a_file(tmp_path):
+    angles = list(range(180))
+    (tmp_path / "angles.txt").write_text("0 1.5\n3")
+    np.save(tmp_path / "angles.npy", [0, 2.5])
+    for text, expected in {
+        "0:180:60": np.arange(0, 180, 3),
+        ",".join(map(str, angles)): angles,
+        str(tmp_path / "angles.txt"): [0, 1.5, 3],
+        str(tmp_path / "angles.npy"): [0, 2.5],
+    }.items():
+        option = of_restore(["y.npy", "--angles", text], 0.0).options[0]
+        assert json.loads(option.partition("=")[2]) == pytest.approx(expected)
+
+
 def test_the_result_is_nearer_to_the_true_image(command):
     save("clean.png", picture(3, 64, 80))
     save("photo.png", picture(3, 64, 80), 25)
@@ -185,17 +242,10 @@ def test_the_result_is_nearer_to_the_true_image(command):
 
 def test_large_images_are_cut_if_the_operator_allows(command, monkeypatch):
     monkeypatch.setattr("deepred_pl.batch.plan.SIMPLE_TILE", 48)
-    asked = []
-
-    def counted(*args):
-        asked.append(args)
-        return choose(*args)
-
-    monkeypatch.setattr("deepred_pl.batch.jobs.choose", counted)
     save("photo.png", picture(1, 48, 120), 15)
     status, _, said = command("photo.png", "--out", "out")
     assert status == 0 and re.search("Fit +24 steps.*over 3 fits", said)
-    assert len(list(Path("out/photo").glob("tile_*/choice.json"))) == 3 and len(asked) == 1
+    assert len(list(Path("out/photo").glob("tile_*/choice.json"))) == 3
     assert Image.open("out/photo/restored.png").size == (120, 48)
 
 
@@ -266,7 +316,8 @@ def test_restarts_give_an_uncertainty(command):
         (("photo.png", "--data.measurement=a.png"), "is set by this command; use IMAGE"),
         (("photo.png", "--config", "denoising"), "unrecognized arguments: --config denoising"),
         (("photo.png", "grey.png"), "expected --out DIR"),
-        (("photo.png", "--out", "."), "has the images, which results would replace"),
+        (("photo.png", "--out", "."), "has the images; use another"),
+        (("photo.png", "--out", "linked"), "has the images; use another"),
         (("photo.png", "--restarts", "2"), "expected --out DIR"),
         ((), "required: IMAGE; see `deepred restore --help`"),
         (("nowhere.png",), "found nothing: nowhere.png"),
@@ -275,6 +326,7 @@ def test_restarts_give_an_uncertainty(command):
 def test_a_mistake_is_one_line_before_anything_is_begun(refused, args, said):
     save("photo.png", picture(3, 48, 64))
     save("grey.png", picture(1, 48, 64))
+    Path("linked").symlink_to(".")
     before = names()
     assert re.search(said, refused(*args))
     assert names() == before
@@ -284,7 +336,7 @@ def test_a_mistake_is_one_line_before_anything_is_begun(refused, args, said):
     "args, said",
     [
         (("photo.png", "--mask", "other.png"), "mask must have the image's 48×64 pixels"),
-        (("photo.png", "--effort", "1s"), "an effort of 1s is too short: a step on 48×64 pixels"),
+        (("photo.png", "--effort", "1s"), "an effort of 1s is too short: it leaves .* s"),
         (("photo.png", "--angles", "0:180:60"), "sinogram must be .* with 60 angles, got 48×64"),
     ],
 )

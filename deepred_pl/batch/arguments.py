@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,7 +58,7 @@ ANGLES = """\
 the image is a sinogram (detectors, angles): START:STOP:COUNT in degrees, without STOP; or a list
 0,3,6; or a text or NPY file of them"""
 OVERWRITE = "replace results, and restart fits whose settings have changed"
-OUT = "where the run directories and tables go"
+OUT = "where the results NAME.png, the run directories and the tables go"
 SIGMA = "standard deviation of the noise in grey levels of 8 bits (default: estimated)"
 EFFORT = "fast, default, best, or the time for an image, such as 90s, 5m or 1h"
 TRUTHS = """\
@@ -281,10 +282,10 @@ def _angles(text: str) -> list[float]:
     try:
         if text.endswith(".npy"):
             return np.load(text).ravel().tolist()
+        with suppress(ValueError):  # a long list is no valid path
+            return [float(angle) for angle in text.split(",")]
         if Path(text).is_file():
             return [float(angle) for angle in Path(text).read_text().replace(",", " ").split()]
-        if ":" not in text:
-            return [float(angle) for angle in text.split(",")]
         start, stop, count = text.split(":")
         return np.linspace(float(start), float(stop), int(count), endpoint=False).tolist()
     except ValueError:

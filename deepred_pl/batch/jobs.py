@@ -43,8 +43,6 @@ class Effort:
         before: Options in place of those that are not chosen yet (`choose.before_choice`).
         began: When the time for a single image began, as of `time.time`; None is when its fit does.
         fits: Fits of the image, which share its time.
-        image: The run directory of an image with several fits, which share a choice; a time is not
-            shared out by it, nor among machines.
     """
 
     name: str
@@ -52,15 +50,6 @@ class Effort:
     before: tuple[str, ...] = ()
     began: float | None = None
     fits: int = 1
-    image: Path | None = None
-
-    @property
-    def shared(self) -> Choice | None:
-        """What another fit of the image has chosen."""
-        if self.image is None or seconds_of(self.name) is not None:
-            return None
-        found = (read_json(path) for path in self.image.rglob("choice.json"))
-        return next((Choice(**one) for one in found if one is not None), None)
 
     def end(self, workers: float) -> float | None:
         """When a fit that starts now is to end, if the effort is a time."""
@@ -152,7 +141,7 @@ class Job:
         """Remove what a killed fit has left that is of no use to the next."""
         progress_file(self.directory).unlink(missing_ok=True)
         if not last_checkpoint(self.directory).is_file():
-            (self.directory / "choice.json").unlink(missing_ok=True)
+            (self.directory / "run.log").unlink(missing_ok=True)  # its warnings would be reported
 
     def discard(self) -> None:
         """Empty the run directory, except for other methods' directories."""
@@ -254,12 +243,11 @@ def _with_choice(job: Job, end: float | None) -> list[str]:
     def assemble(extra: Sequence[str]) -> RestorationCLI:
         return RestorationCLI(inserted(job.options, extra), run=False)
 
-    begun = last_checkpoint(job.directory).is_file()
-    choice = job.choice if begun else job.effort.shared
+    choice = job.choice if last_checkpoint(job.directory).is_file() else None
     if choice is None:
         seconds = None if end is None else end - time.time()
         choice = choose(assemble, job.effort.given, job.effort.name, seconds)
-    write_json(job.directory / "choice.json", asdict(choice))
+        write_json(job.directory / "choice.json", asdict(choice))
     return inserted(job.options, as_options(choice.settings))
 
 

@@ -107,10 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         effort=_effort(arguments, len(sources)),
     )
     jobs = plan(batch)
-    if single and not arguments.overwrite:
-        _refuse_existing(sources[0])
-    if arguments.effort is not None and any(Path(s.path).parent == out for s in sources):
-        raise ValueError(f"--out {out} has the images, which results would replace; use another")
+    if arguments.effort is not None:
+        _refuse_existing(jobs, sources, None if single else out, arguments.overwrite)
     check_writable(out, "--out")
     _refuse_changes(jobs, arguments.overwrite)
     where = Where(arguments.ray, arguments.workers, arguments.threads, arguments.gpus)
@@ -121,10 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
     failed = sum(job.result is None for job in jobs)
     reports = [report for job in jobs if (report := report_of(job)) is not None]
     if single:
-        reports = [_moved_next_to(sources[0], report) for report in reports]
+        reports = [_copied_next_to(sources[0], report) for report in reports]
         _remove(out, jobs[0], console)
     elif arguments.effort is not None:
-        reports = [_copied_into(out, report) for report in reports]
+        for report in reports:
+            _copy_into(out, report, console)
     if arguments.json:
         errors = [{n: row[n] for n in ("image", "error")} for row in rows if row["error"]]
         print(json.dumps([*reports, *errors], indent=2))
@@ -159,7 +158,9 @@ def _print_warnings(reports: Sequence[Report], out: Path, console: Console) -> N
     for text in diagnoses[:DIAGNOSES]:
         console.print(text)
     if len(diagnoses) > DIAGNOSES:
-        console.print(f"and {len(diagnoses) - DIAGNOSES} more: see residual_to_sigma in the table")
+        console.print(
+            f"and {len(diagnoses) - DIAGNOSES} more: see residual_to_sigma in results.csv"
+        )
 
 
 def _run_shard(jobs: Sequence[Job], where: Where, shard: tuple[int, int], console: Console) -> int:
@@ -185,34 +186,47 @@ def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Pat
     return path.with_name(f"{path.stem}.restored.run")
 
 
-def _refuse_existing(source: Source) -> None:
-    """Refuse to replace the results of a single image."""
-    results = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
-    for path in (_next_to(Path(source.path), kind, suffix) for kind, suffix in results):
-        if path.exists():
-            raise ValueError(f"{path} exists already; use --overwrite, or --out DIR")
+def _refuse_existing(
+    jobs: Sequence[Job], sources: Sequence[Source], out: Path | None, overwrite: bool
+) -> None:
+    """Refuse to replace files by results: by those in a folder, or next to a single image."""
+    if out is None:
+        kinds = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
+        results = [_next_to(Path(sources[0].path), *kind) for kind in kinds]
+    else:
+        paths = [Path(source.path) for source in sources]
+        if out in (folder for p in paths for folder in (p.parent.resolve(), p.resolve().parent)):
+            raise ValueError(f"--out {out} has the images; use another, for NAME.png is a result")
+        left = [job.about["image"] for job in jobs if job.result is None]
+        results = [out / f"{name}{suffix}" for name in left for suffix in (".png", ".tif")]
+    for path in results:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already; use --overwrite, or another --out DIR")
 
 
 def _next_to(path: Path, kind: str, suffix: str) -> Path:
     return path.with_name(f"{path.stem}.{kind}{suffix}")
 
 
-def _moved_next_to(source: Source, report: Report) -> Report:
-    """Move the restored image and the comparison next to the original."""
+def _copied_next_to(source: Source, report: Report) -> Report:
+    """Copy the restored image and the comparison next to the original."""
     for kind in ("restored", "comparison"):
-        before = Path(report[kind])
-        after = _next_to(Path(source.path), kind, before.suffix)
-        os.replace(before, after)
-        report[kind] = str(after)
+        _copy(report, kind, _next_to(Path(source.path), kind, Path(report[kind]).suffix))
     return {**report, "directory": None}
 
 
-def _copied_into(out: Path, report: Report) -> Report:
+def _copy_into(out: Path, report: Report, console: Console) -> None:
     """Copy the restored image into the folder, under its image's name."""
-    restored = Path(report["restored"])
-    copy = out / f"{report['image']}{restored.suffix}"
-    shutil.copyfile(restored, copy)
-    return {**report, "restored": str(copy)}
+    name = report["image"] + Path(report["restored"]).suffix
+    try:
+        _copy(report, "restored", out / name)
+    except OSError as error:  # it is still in its run directory
+        console.print(f"{out / name}: {reason(error)}")
+
+
+def _copy(report: Report, kind: str, path: Path) -> None:
+    write_bytes(path, Path(report[kind]).read_bytes())
+    report[kind] = str(path)
 
 
 def _remove(out: Path, job: Job, console: Console) -> None:

@@ -233,8 +233,7 @@ def _job(
         "settings": settings,
     }
     fits = batch.restarts * (len(tiling.regions) if tiling else 1)
-    image = directory if fits > 1 and batch.here else None
-    effort = None if batch.effort is None else replace(batch.effort, fits=fits, image=image)
+    effort = None if batch.effort is None else replace(batch.effort, fits=fits)
 
     def one(directory: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
         """A fit, or its tiles."""

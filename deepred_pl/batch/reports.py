@@ -18,21 +18,27 @@ def report_of(job: Job) -> Report | None:
     """The report of a job as plain data; None if it is not done.
 
     It has the `image`, how it was `read`, what was `assumed`, the `chosen` settings, the `result`
-    (the contents of `result.json`), its `diagnosis`, the `warnings` of its fits, and the paths of
+    (the contents of `result.json`) of how many `fits`, its `diagnosis`, the `warnings` of its fits, and the paths of
     its `directory`, of the `restored` image and of the `comparison`.
     """
     result = job.result
     if result is None:
         return None
     choice, directory = job.fits[0].choice, job.directory
-    [restored] = directory.glob("restored.*")
+    restored = next(directory.glob("restored.*"), None)
+    if restored is None:
+        raise ValueError(f"the result in {directory} was deleted; delete this folder, too")
+    cause = diagnosis(result)
+    if job.fits[0].effort is not None:
+        cause = cause.replace(TOO_SHORT, "the fit was too short: use more --effort")
     return {
         "image": job.about["image"],
         "read": result.get("read"),
         "assumed": {} if choice is None else choice.assumed,
         "chosen": {} if choice is None else choice.settings,
         "result": result,
-        "diagnosis": diagnosis(result),
+        "fits": len(job.fits),
+        "diagnosis": cause,
         "warnings": _warnings(job),
         "directory": str(directory),
         "restored": str(restored),
@@ -58,7 +64,7 @@ def lines_of(report: Report) -> list[str]:
         lines.append(f"Assumed  {text} ({_how_to_change(name, chosen.get(name))})")
     network = chosen.get("model.network", {}).get("init_args", {})
     parts = [f"{result['steps']} steps in {result['seconds']:.0f} s"]
-    parts += [f"summed over {len(result['parts'])} fits"] if "parts" in result else []
+    parts += [f"summed over {report['fits']} fits"] if report["fits"] > 1 else []
     parts += [f"network of {network['width']} channels"] if network else []
     if (stopped := result["stop_reason"]) != "max_steps":
         parts.append(f"stopped by {stopped}")
@@ -72,17 +78,20 @@ def lines_of(report: Report) -> list[str]:
     if None not in scores:
         parts.append("PSNR {:.2f} -> {:.2f} dB".format(*scores))
     lines += [f"Result   {', '.join(parts)}"] if parts else []
-    cause = report["diagnosis"].replace(TOO_SHORT, "the fit was too short: use more --effort")
-    lines += [f"Warning  {text}" for text in (*report["warnings"], cause) if text]
+    lines += [f"Warning  {text}" for text in (*report["warnings"], report["diagnosis"]) if text]
     lines += [f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
     return lines
 
 
 def _how_to_change(name: str, value: Any) -> str:
     """The option that states an assumption, to be given with another value."""
+    if name == "model.fidelity":  # which has other weights
+        return "to change: --model.fidelity backprojection"
     if name == "data.noise":
         sigma = None if value is None else value["init_args"]["sigma"]
-        name, value = ("data.noise.sigma" if isinstance(sigma, list) else "sigma"), sigma
+        if isinstance(sigma, list):
+            return f"same as --data.noise GaussianNoise --data.noise.sigma '{sigma}'"
+        name, value = "sigma", sigma
     if value is None:
         return f"to change: --{name}"
     text = value if isinstance(value, str) else json.dumps(value)

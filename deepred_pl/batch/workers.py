@@ -241,7 +241,7 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
                 "has; change threads or gpus"
             )
         task = ray.remote(_fit_in).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
-        pending = {task.remote(os.getcwd(), job, threads): job for job in jobs}
+        pending = {task.remote(os.getcwd(), job, threads, where.workers): job for job in jobs}
         while pending:
             ended, _ = ray.wait(list(pending), timeout=TICK)
             for reference in ended:
@@ -255,7 +255,8 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
         ray.shutdown()
 
 
-def _fit_in(directory: str, job: Job, threads: int) -> str | None:
+def _fit_in(directory: str, job: Job, threads: int, workers: int | None) -> str | None:
     """`fit`, with paths in settings relative to a directory."""
     os.chdir(directory)
-    return fit(job, threads, None if job.effort is None else job.effort.end(math.inf))
+    parallel = math.inf if workers is None else workers
+    return fit(job, threads, None if job.effort is None else job.effort.end(parallel))

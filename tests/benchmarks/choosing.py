@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepred_pl.callbacks import LastCheckpoint, Panels, Writer
-from deepred_pl.choose import as_options, choose
+from deepred_pl.choose import as_options, choose, steps_and_width
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import simulate
 from deepred_pl.images import write_image
@@ -106,11 +106,11 @@ def grid(kind: str, sigma: float) -> dict[str, list[str]]:
             "DIP, less noise on z": [dip, "--model.input_noise_std=0.01"],
         }
     if kind in ("blur", "rays"):
-        low, high = (0.02, 0.1) if kind == "blur" else (0.002, 0.02)
+        usual, low, high = (0.7, 0.02, 0.1) if kind == "blur" else (2.1, 0.002, 0.02)
         return {
-            "weights / 3": weights(0.23),
-            "weights": weights(0.7),
-            "weights × 3": weights(2.1),
+            "weights / 3": weights(usual / 3),
+            "weights": weights(usual),
+            "weights × 3": weights(3 * usual),
             "likelihood": [likelihood, *weights(low, fixed)],
             "likelihood, stronger": [likelihood, *weights(high, fixed)],
             "DIP": [dip],
@@ -262,6 +262,8 @@ def run(index: int, which: str) -> dict[str, Any]:
     configs = [setting for setting in settings if setting.startswith("--config")]
     others = [setting for setting in settings if not setting.startswith("--config")]
     first = [f"--config={task}", "--config=methods/quick", *configs]
+    steps, _ = steps_and_width("default", truth.shape)
+    options += [f"--trainer.max_steps={steps}", f"--model.lr_scheduler.total_steps={steps}"]
     return fitted([*first, *options, *others], truth)
 
 

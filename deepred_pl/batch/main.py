@@ -157,10 +157,8 @@ def _print_warnings(reports: Sequence[Report], out: Path, console: Console) -> N
         diagnoses += [f"{name}: {text}"] if (text := report["diagnosis"]) else []
     for text in diagnoses[:DIAGNOSES]:
         console.print(text)
-    if len(diagnoses) > DIAGNOSES:
-        console.print(
-            f"and {len(diagnoses) - DIAGNOSES} more: see residual_to_sigma in results.csv"
-        )
+    if (more := len(diagnoses) - DIAGNOSES) > 0:
+        console.print(f"and {more} more: see residual_to_sigma in results.csv")
 
 
 def _run_shard(jobs: Sequence[Job], where: Where, shard: tuple[int, int], console: Console) -> int:

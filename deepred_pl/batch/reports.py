@@ -18,8 +18,8 @@ def report_of(job: Job) -> Report | None:
     """The report of a job as plain data; None if it is not done.
 
     It has the `image`, how it was `read`, what was `assumed`, the `chosen` settings, the `result`
-    (the contents of `result.json`) of how many `fits`, its `diagnosis`, the `warnings` of its fits, and the paths of
-    its `directory`, of the `restored` image and of the `comparison`.
+    (the contents of `result.json`), how many `fits` it took, its `diagnosis`, the `warnings` of
+    these fits, and the paths of its `directory`, of the `restored` image and of the `comparison`.
     """
     result = job.result
     if result is None:

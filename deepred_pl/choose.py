@@ -57,6 +57,7 @@ MOST_CLIPPED = 0.01  # share of values beyond which frequencies do not show the 
 # With less noise they would keep the network from learning detail: they fall like its variance.
 STRONG_NOISE = 25.0
 IN_STRONG_NOISE = {"model.lam": 0.5, "model.mu": 0.5, "model.input_noise_std": 0.1}
+ON_Z = 0.1  # in inpainting, for SIDE × SIDE pixels; more for smaller images
 # In deblurring, of JPEGs, whose noise is not white (`methods/likelihood`).
 NOT_WHITE = {
     **{"model.fidelity": "likelihood", "model.weighting": "fixed"},
@@ -133,8 +134,12 @@ def seconds_of(effort: str) -> float | None:
 def steps_and_width(effort: str, shape: Sequence[int]) -> tuple[int, int]:
     """θ-steps and channels for an image of this shape; of a time, from where on it is wide."""
     steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
-    share = math.sqrt(math.prod(shape[-2:])) / SIDE
-    return round(steps * min(1.0, max(LEAST_SHARE, share))), width
+    return round(steps * _share(shape)), width
+
+
+def _share(shape: Sequence[int]) -> float:
+    """By how much an image is smaller than one of SIDE × SIDE pixels."""
+    return min(1.0, max(LEAST_SHARE, math.sqrt(math.prod(shape[-2:])) / SIDE))
 
 
 @quiet()
@@ -354,6 +359,8 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     if is_denoising(data) and variance is not None:
         scale = min(1.0, float(variance) * (GREY_LEVELS / STRONG_NOISE) ** 2)
         settings.update({name: scale * value for name, value in IN_STRONG_NOISE.items()})
+    if isinstance(data.operator, Mask):
+        settings["model.input_noise_std"] = round(ON_Z / _share(problem.image_shape), 3)
     is_jpeg = str(data.measurement).lower().endswith((".jpg", ".jpeg"))
     if isinstance(data.operator, Blur) and is_jpeg and not _is_given("model.fidelity", given):
         settings.update(NOT_WHITE)

@@ -148,6 +148,17 @@ def test_what_is_given_is_not_chosen(chosen):
     assert settings["model.lr_scheduler"]["init_args"]["total_steps"] == 77
 
 
+def test_small_images_get_more_noise_on_z_in_inpainting(chosen, tmp_path):
+    known = torch.ones(1, 1, 64, 80)
+    known[..., 30:33, :] = 0
+    write_image(tmp_path / "mask.png", known)
+    mask = f"--data.operator.mask={tmp_path / 'mask.png'}"
+    settings = chosen(picture(3, 64, 80), "inpainting", mask).settings
+    assert settings["model.input_noise_std"] == 0.2  # twice that of 256×256 pixels
+    given = chosen(picture(3, 64, 80), "inpainting", mask, "--model.input_noise_std=0.3")
+    assert "model.input_noise_std" not in given.settings
+
+
 def test_steps_and_width_follow_the_effort(chosen):
     def steps(effort):
         settings = chosen(noisy(10), effort=effort).settings

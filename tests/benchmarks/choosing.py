@@ -122,7 +122,7 @@ def grid(kind: str, sigma: float) -> dict[str, list[str]]:
             "weights × 4": weights(0.8),
             "DIP": [dip],
             "z 0.03": ["--model.input_noise_std=0.03"],
-            "z 0.1": ["--model.input_noise_std=0.1"],
+            "z 0.2": ["--model.input_noise_std=0.2"],
         }
     return {
         "weights / 5": weights(0.1, automatic),

@@ -6,6 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from deepred_pl.estimate import level_of_removed, local_level, noise_level, uncl
 from deepred_pl.images import WHITE, rounded_up
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
-from deepred_pl.noise import LEAST_ESTIMATE, sigma_of
+from deepred_pl.noise import LEAST_ESTIMATE, GaussianNoise, sigma_of
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
@@ -52,9 +53,10 @@ LEAST_NOISE = 7.0
 NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
 # The quantile of blocks of which the noise is estimated, and its ratio to the noise.
 QUIETEST, BIAS = 0.1, 0.865
-# Two standard errors of the noise behind a blur, times the root of the number of values. They are
-# added: a σ that is 5 % too small may cost 2 dB, and one that is 5 % too large costs 0.2 dB.
-ERRORS = 5.2
+# The standard error of the noise behind a blur, times the root of the number of values. It is
+# added, because a σ that is 5 % too small may cost 2 dB, and one that is 5 % too large costs 0.2 dB.
+STANDARD_ERROR = 2.6
+OVERSTATED = 1.15  # ratio of stated to estimated noise, beyond which the report says so
 MOST_CLIPPED = 0.01  # share of values beyond which frequencies do not show the noise
 # In denoising, the least λ and μ and the noise on z for that much noise in grey levels or more.
 # With less noise they would keep the network from learning detail: they fall like its variance.
@@ -174,8 +176,9 @@ def choose(
         steps = _steps_until(end, steps, each, assemble, problem, given, choice)
         if steps < LEAST_STEPS and not _is_given("trainer.max_steps", given):
             needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each
+            left = max(0.0, seconds)
             raise ValueError(
-                f"an effort of {effort} is too short: it leaves {seconds:.0f} s for this fit, "
+                f"an effort of {effort} is too short: it leaves {left:.0f} s for this fit, "
                 f"which needs {needed:.0f} s, because a step on {problem.image_shape[-2]}×"
                 f"{problem.image_shape[-1]} pixels takes {each:.2g} s here, and a fit at least "
                 f"{LEAST_STEPS} steps; allow more time"
@@ -294,8 +297,8 @@ def _choose_range(data: RestorationDataModule, given: Collection[str], choice: C
     few_bits = stored.dtype == "uint16" and largest < HALF * WHITE["uint16"]
     if isinstance(data.operator, Radon):
         white = _choose_circle(data.operator, image, given, choice)
-        high = white * image.shape[-2] if largest > MEANS else None
-        text = f"sums along rays; values of the restored image times {white:g} are those summed"
+        high = float(f"{white * image.shape[-2]:.4g}") if largest > MEANS else None
+        text = f"sums along rays; the restored image times {white:g} has their unit per pixel"
     else:
         is_signed = float(image.min()) < -0.1 * largest
         high = rounded_up(largest) if (unbounded or few_bits) and not is_signed else None
@@ -364,10 +367,20 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
         settings.update({name: scale * value for name, value in IN_STRONG_NOISE.items()})
     if isinstance(data.operator, Mask):
         settings["model.input_noise_std"] = round(ON_Z / _share(problem.image_shape), 3)
-    is_jpeg = str(data.measurement).lower().endswith((".jpg", ".jpeg"))
-    if isinstance(data.operator, Blur) and is_jpeg and not _is_given("model.fidelity", given):
-        settings.update(NOT_WHITE)
-        assumed["model.fidelity"] = "noise that is not white, as in a JPEG"
+    if isinstance(data.operator, Blur):
+        is_jpeg = str(data.measurement).lower().endswith((".jpg", ".jpeg"))
+        if is_jpeg and not _is_given("model.fidelity", given):
+            assumed["model.fidelity"] = "noise that is not white, as in a JPEG"
+            settings.update(NOT_WHITE)
+        elif assemble([]).model.fidelity == "likelihood":
+            settings.update(NOT_WHITE)
+    if _is_given("data.noise", given) and type(problem.noise) is GaussianNoise and not exact:
+        stated = GREY_LEVELS * float(problem.noise_variance()) ** 0.5  # type: ignore[arg-type]
+        with suppress(ValueError):  # it cannot be estimated
+            found = np.mean(_estimated_sigma(problem))
+            if stated > OVERSTATED * found:
+                text = f"white noise of {stated:.3g} grey levels, though that of the image seems to"
+                assumed["data.noise"] = f"{text} be {found:.3g}"
     return problem
 
 
@@ -383,7 +396,7 @@ def _estimated_sigma(problem: InverseProblem) -> float | list[float]:
     least = 1.01 * LEAST_ESTIMATE / GREY_LEVELS
     if isinstance(operator, Blur) and valid.float().mean() > 1 - MOST_CLIPPED:
         levels = level_of_removed(problem.y, operator.transfer(*problem.y.shape[-2:]))
-        levels = levels * (1 + ERRORS / math.sqrt(problem.y.numel()))
+        levels = levels * (1 + STANDARD_ERROR / math.sqrt(problem.y.numel()))
     else:
         valid = valid if observed is None else valid & observed.bool()
         levels = noise_level(problem.y, valid)

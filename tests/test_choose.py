@@ -1,5 +1,6 @@
 """Which settings are chosen for an image."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +99,13 @@ def test_weights_and_the_noise_on_z_fall_with_the_noises_variance(chosen, sigma,
     assert settings["model.lam"] == settings["model.mu"] == pytest.approx(0.5 * scale, rel=1e-3)
     assert settings["model.input_noise_std"] == pytest.approx(0.1 * scale, rel=1e-3)
     assert "data.noise" not in settings
+
+
+def test_noise_that_is_stated_much_too_strong_is_mentioned(chosen):
+    image = noisy(20, 3, 96, 112)
+    said = chosen(image, "denoising", "--data.noise.sigma=26").assumed["data.noise"]
+    assert re.fullmatch(r"white noise of 26 grey levels, though .* seems to be (19|2[0-2]).*", said)
+    assert "data.noise" not in chosen(image, "denoising", "--data.noise.sigma=20").assumed
 
 
 def test_the_noise_is_estimated_where_it_can_be(chosen):
@@ -199,6 +207,11 @@ def test_a_blurred_jpegs_noise_is_not_white(chosen, tmp_path):
     choice = chosen(None, "deblurring_uniform", *options, name="y.jpg")
     assert choice.settings["model.fidelity"] == "likelihood"
     assert "not white" in choice.assumed["model.fidelity"]
+    stated = [*options, "--model.fidelity=likelihood"]
+    settings = chosen(blurred.movedim(-1, 0)[None], "deblurring_uniform", *stated).settings
+    assert (
+        settings["model.lam"] == choice.settings["model.lam"] and "model.fidelity" not in settings
+    )
 
 
 def test_chosen_settings_are_valid_on_the_command_line(chosen):

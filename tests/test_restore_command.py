@@ -298,10 +298,14 @@ def test_restarts_give_an_uncertainty(command):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (("photo.png", "--blur", "gaussian:1", "--scale", "2"), "--scale: not allowed with"),
+        (
+            ("photo.png", "--blur", "gaussian:1", "--scale", "2"),
+            "--scale cannot be combined with --blur",
+        ),
         (("photo.png", "--blur", "gaussian"), "gaussian:WIDTH, uniform:SIZE or motion:"),
         (("photo.png", "--blur", "gaussian:x"), "gaussian:WIDTH, .*got gaussian:x"),
-        (("photo.png", "--blur", "no.png"), "expected a kernel's file as --blur, .*got no.png"),
+        (("photo.png", "--blur", "no.png"), "expected a file as --blur, found none: no.png"),
+        (("photo.png", "--out", "fixed.png"), "--out is a folder, .*got fixed.png"),
         (("photo.png", "--blur", "uniform:4"), "size must be odd"),
         (("photo.png", "--scale", "1"), "--scale 1 enlarges nothing"),
         (("photo.png", "--mask", "no.png"), "expected a file as --mask, found none: no.png"),
@@ -316,8 +320,8 @@ def test_restarts_give_an_uncertainty(command):
         (("photo.png", "--data.measurement=a.png"), "is set by this command; use IMAGE"),
         (("photo.png", "--config", "denoising"), "unrecognized arguments: --config denoising"),
         (("photo.png", "grey.png"), "expected --out DIR"),
-        (("photo.png", "--out", "."), "has the images; use another"),
-        (("photo.png", "--out", "linked"), "has the images; use another"),
+        (("photo.png", "--out", "."), "has the images, and gets NAME.png"),
+        (("photo.png", "--out", "linked"), "has the images, and gets NAME.png"),
         (("photo.png", "--restarts", "2"), "expected --out DIR"),
         ((), "required: IMAGE; see `deepred restore --help`"),
         (("nowhere.png",), "found nothing: nowhere.png"),

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from deepred_pl.batch.plan import SUFFIXES
 from deepred_pl.choose import seconds_of
 
 # Settings of a single fit that a batch sets, and its own options for them.
@@ -83,6 +84,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace(": not allowed with argument", " cannot be combined with")
         raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
@@ -108,6 +110,8 @@ def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
     add("--json", action="store_true", help="print the report as JSON, for programs")
     _add_running(parser)
     parsed = parser.parse_args(own)
+    if parsed.out is not None and parsed.out.suffix.lower() in SUFFIXES:
+        raise ValueError(f"--out is a folder, in which results are NAME.png; got {parsed.out}")
     parsed.role, parsed.method, parsed.began = "data.measurement", [], began
     seconds_of(parsed.effort)  # refuses others
     if parsed.json and parsed.shard is not None:
@@ -254,6 +258,8 @@ def _blur(text: str) -> str:
     """The option of a blur by a kernel's name and numbers, or by its file."""
     kind, *numbers = text.split(":")
     arguments: dict[str, Any]
+    if Path(text).suffix and not numbers:
+        _check_file("--blur", text)
     try:
         if kind == "gaussian":
             (width,) = map(float, numbers)

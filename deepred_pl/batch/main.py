@@ -194,7 +194,7 @@ def _refuse_existing(
     else:
         paths = [Path(source.path) for source in sources]
         if out in (folder for p in paths for folder in (p.parent.resolve(), p.resolve().parent)):
-            raise ValueError(f"--out {out} has the images; use another, for NAME.png is a result")
+            raise ValueError(f"--out {out} has the images, and gets NAME.png; use another folder")
         left = [job.about["image"] for job in jobs if job.result is None]
         results = [out / f"{name}{suffix}" for name in left for suffix in (".png", ".tif")]
     for path in results:

@@ -31,6 +31,7 @@ def report_of(job: Job) -> Report | None:
     cause = diagnosis(result)
     if job.fits[0].effort is not None:
         cause = cause.replace(TOO_SHORT, "the fit was too short: use more --effort")
+        cause = cause.replace("use methods/likelihood", "add --model.fidelity likelihood")
     return {
         "image": job.about["image"],
         "read": result.get("read"),

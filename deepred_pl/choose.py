@@ -54,7 +54,7 @@ NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
 # The quantile of blocks of which the noise is estimated, and its ratio to the noise.
 QUIETEST, BIAS = 0.1, 0.865
 # The standard error of the noise behind a blur, times the root of the number of values. It is
-# added, because a σ that is 5 % too small may cost 2 dB, and one that is 5 % too large costs 0.2 dB.
+# added: a σ that is 5 % too small may cost 2 dB, but one that is as much too large 0.2 dB.
 STANDARD_ERROR = 2.6
 OVERSTATED = 1.15  # ratio of stated to estimated noise, beyond which the report says so
 MOST_CLIPPED = 0.01  # share of values beyond which frequencies do not show the noise

@@ -148,6 +148,7 @@ def test_a_sinogram_of_sums_along_rays_gives_the_object(command, circle):
     np.save("sinogram.npy", sinogram.astype(np.float32))
     report = chosen(command, "sinogram.npy", "--angles", "0:180:20")
     assert report["chosen"]["data.operator.circle"] is circle
+    assert report["chosen"]["model.lam"] == 0.7  # with the estimated noise
     low, high = report["chosen"]["data.intensity_range"]
     assert low == 0 and 80 < high / len(sinogram) < 250  # of 100
     assert circle or "with corners" in report["assumed"]["data.operator.circle"]

@@ -531,7 +531,7 @@ def test_a_name_in_a_setting_is_the_images(batch, crops, tmp_path):
         (("--images", "empty"), "found nothing: empty"),
         (("--images", "nowhere/*.png"), "found nothing: nowhere"),
         (("--images", "crops", "other/crop0.tif"), "different names.*crop0.png and .*crop0.tif"),
-        (("--images", "crops", "--ground_truth", "crops"), "--ground_truth cannot be combined with"),
+        (("--images", "crops", "--ground_truth", "crops"), "--ground_truth cannot be combined"),
         (
             (),
             "one of the arguments --images --ground_truth is required; see `deepred-batch --help`",

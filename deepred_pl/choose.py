@@ -64,7 +64,6 @@ STRONG_NOISE = 25.0
 IN_STRONG_NOISE = {"model.lam": 0.5, "model.mu": 0.5, "model.input_noise_std": 0.1}
 # In tomography, whose noise is estimated 10 to 30 % too large, and the fit gets too smooth.
 OVERESTIMATED = {"model.lam": 0.7, "model.mu": 0.7}
-ON_Z = 0.1  # in inpainting, for SIDE × SIDE pixels; more for smaller images
 # In deblurring, of JPEGs, whose noise is not white (`methods/likelihood`).
 NOT_WHITE = {
     **{"model.fidelity": "likelihood", "model.weighting": "fixed"},
@@ -139,13 +138,16 @@ def seconds_of(effort: str) -> float | None:
 
 
 def steps_and_width(effort: str, shape: Sequence[int]) -> tuple[int, int]:
-    """θ-steps and channels for an image of this shape; of a time, from where on it is wide."""
+    """The most θ-steps, and the network's channels, for an image of this shape, (1, C, H, W).
+
+    If the effort is a time, the steps above which a wide network is used instead.
+    """
     steps, width = EFFORTS.get(effort, (WIDE_FROM, USUAL))
     return round(steps * _share(shape)), width
 
 
 def _share(shape: Sequence[int]) -> float:
-    """By how much an image is smaller than one of SIDE × SIDE pixels."""
+    """The side of an image in units of SIDE, from LEAST_SHARE to 1."""
     return min(1.0, max(LEAST_SHARE, math.sqrt(math.prod(shape[-2:])) / SIDE))
 
 
@@ -361,31 +363,49 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
             assumed["data.noise"] = f"white noise of {sigma} grey levels, estimated"
             if isinstance(data.operator, Radon):
                 settings.update(OVERESTIMATED)
-    data = assemble(as_options(settings)).datamodule
+    problem = _choose_weights(assemble, given, choice)
+    if _is_given("data.noise", given) and isinstance(problem.noise, GaussianNoise) and not exact:
+        _compare_with_image(problem, choice)
+    return problem
+
+
+def _choose_weights(assemble: Assemble, given: Collection[str], choice: Choice) -> InverseProblem:
+    """Choose λ, μ, the noise on z and the data term for the noise; return the problem."""
+    settings = choice.settings
+    cli = assemble(as_options(settings))
+    data = cli.datamodule
     problem = set_up(data)
-    if exact and problem.noise is not None:
+    if isinstance(data.operator, Downsample | Mask) and problem.noise is not None:
         settings.update(NOISY)
     variance = problem.noise_variance()
     if is_denoising(data) and variance is not None:
         scale = min(1.0, float(variance) * (GREY_LEVELS / STRONG_NOISE) ** 2)
         settings.update({name: scale * value for name, value in IN_STRONG_NOISE.items()})
     if isinstance(data.operator, Mask):
-        settings["model.input_noise_std"] = round(ON_Z / _share(problem.image_shape), 3)
+        usual = cli.model.input_noise_std
+        settings["model.input_noise_std"] = round(usual / _share(problem.image_shape), 3)
     if isinstance(data.operator, Blur):
         is_jpeg = str(data.measurement).lower().endswith((".jpg", ".jpeg"))
         if is_jpeg and not _is_given("model.fidelity", given):
-            assumed["model.fidelity"] = "noise that is not white, as in a JPEG"
+            choice.assumed["model.fidelity"] = "noise that is not white, as in a JPEG"
             settings.update(NOT_WHITE)
-        elif assemble([]).model.fidelity == "likelihood":
+        elif cli.model.fidelity == "likelihood":
             settings.update(NOT_WHITE)
-    if _is_given("data.noise", given) and type(problem.noise) is GaussianNoise and not exact:
-        stated = GREY_LEVELS * float(problem.noise_variance()) ** 0.5  # type: ignore[arg-type]
-        with suppress(ValueError):  # it cannot be estimated
-            found = np.mean(_estimated_sigma(problem))
-            if stated > OVERSTATED * found:
-                text = f"white noise of {stated:.3g} grey levels, though that of the image seems to"
-                assumed["data.noise"] = f"{text} be {found:.3g}"
     return problem
+
+
+def _compare_with_image(problem: InverseProblem, choice: Choice) -> None:
+    """Say if the image seems to have much less noise than was stated."""
+    variance = problem.noise_variance()
+    assert variance is not None
+    stated = GREY_LEVELS * math.sqrt(float(variance))
+    with suppress(ValueError):  # it cannot be estimated
+        found = np.mean(_estimated_sigma(problem))
+        if stated > OVERSTATED * found:
+            choice.assumed["data.noise"] = (
+                f"white noise of {stated:.3g} grey levels, though that of the image seems to be "
+                f"{found:.3g}"
+            )
 
 
 def _estimated_sigma(problem: InverseProblem) -> float | list[float]:

@@ -29,6 +29,7 @@ SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the 
 FEW_STEPS = 300  # below, an average of 100 steps has not forgotten its start
 AT_LIMIT = 0.02  # of the range between the limits
 SURELY, BEYOND = 6.0, 0.05  # standard deviations, and units of that range
+USE_LIKELIHOOD = "use methods/likelihood"
 TOO_SHORT = (
     "the fit was too short: increase trainer.max_steps and model.lr_scheduler.total_steps alike"
 )
@@ -193,7 +194,7 @@ def _missing_detail(result: dict[str, Any]) -> list[str]:
     ratio, half = result["residual_to_sigma"], result.get("residual_to_sigma_at_half")
     suspect = SUSPECTS.get(result.get("operator", ""))
     wrong = [f"{suspect} is not that of the measurement"] if suspect else []
-    causes = ["the noise is not white, as in a former JPEG: use methods/likelihood"]
+    causes = [f"the noise is not white, as in a former JPEG: {USE_LIKELIHOOD}"]
     causes = causes if result.get("fidelity") == "backprojection" else []
     if half is None or result.get("steps", FEW_STEPS) < FEW_STEPS:
         return [TOO_SHORT, *wrong, *causes]

@@ -71,10 +71,15 @@ def test_counts_of_another_peak_have_their_own_setting():
 @pytest.mark.parametrize("share", [1, 0.3, 0.1])
 def test_the_residuals_correlation_is_that_of_the_observed_values(share):
     known = torch.rand(1, 1, 65, 81, generator=torch.Generator().manual_seed(0)) < share
-    wrong = TRUTH + Blur.uniform(9, "reflect")(torch.randn(TRUTH.shape))
-    y = measured(TRUTH, Mask(known), GaussianNoise(1))
-    examined = examine(InverseProblem(y, Mask(known), GaussianNoise(1)), wrong)
-    assert examined["residual_correlation"] == pytest.approx(8 / 9, abs=0.15)
+    problem = InverseProblem(
+        measured(TRUTH, Mask(known), GaussianNoise(1)), Mask(known), GaussianNoise(1)
+    )
+    found = []
+    for seed in range(12):  # with few values a single draw is off by a tenth
+        noise = torch.randn(TRUTH.shape, generator=torch.Generator().manual_seed(seed))
+        wrong = TRUTH + Blur.uniform(9, "reflect")(noise)
+        found.append(examine(problem, wrong)["residual_correlation"])
+    assert sum(found) / 12 == pytest.approx(8 / 9, abs=0.05)
 
 
 def test_an_average_that_has_not_left_the_measurement_yet():

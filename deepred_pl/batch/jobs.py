@@ -137,8 +137,8 @@ class Job:
             for part in self.parts:
                 part.start_parents()
 
-    def start_again(self) -> None:
-        """Remove what a killed fit has left that is of no use to the next."""
+    def clean_up(self) -> None:
+        """Remove what a killed fit has left that the next one cannot use."""
         progress_file(self.directory).unlink(missing_ok=True)
         if not last_checkpoint(self.directory).is_file():
             (self.directory / "run.log").unlink(missing_ok=True)  # its warnings would be reported

@@ -199,7 +199,9 @@ def _refuse_existing(
         results = [out / f"{name}{suffix}" for name in left for suffix in (".png", ".tif")]
     for path in results:
         if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists already; use --overwrite, or another --out DIR")
+            raise ValueError(
+                f"{path} exists already; use --overwrite, or another folder (--out DIR)"
+            )
 
 
 def _next_to(path: Path, kind: str, suffix: str) -> Path:
@@ -268,7 +270,7 @@ def _follow(
     for job in {job_of[fit.directory].directory: job_of[fit.directory] for fit in left}.values():
         job.start_parents()
     for fit in left:
-        fit.start_again()
+        fit.clean_up()
 
     def finish_complete(job: Job) -> None:
         if finishing and not open_fits[job.directory] and all(fit.result for fit in job.fits):

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepred_pl.batch.jobs import Job
 from deepred_pl.checks import RestorationWarning
-from deepred_pl.report import TOO_SHORT, diagnosis
+from deepred_pl.report import TOO_SHORT, USE_LIKELIHOOD, diagnosis
 
 Report = dict[str, Any]
 
@@ -31,7 +31,7 @@ def report_of(job: Job) -> Report | None:
     cause = diagnosis(result)
     if job.fits[0].effort is not None:
         cause = cause.replace(TOO_SHORT, "the fit was too short: use more --effort")
-        cause = cause.replace("use methods/likelihood", "add --model.fidelity likelihood")
+        cause = cause.replace(USE_LIKELIHOOD, "add --model.fidelity likelihood")
     return {
         "image": job.about["image"],
         "read": result.get("read"),

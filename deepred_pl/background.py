@@ -66,7 +66,8 @@ class Background:
         ready = None
         if self._stream is not None:
             caller = torch.cuda.current_stream(self._stream.device)
-            ready = caller.record_event()
+            # Waiting for events and streams otherwise occupies a core.
+            ready = caller.record_event(torch.cuda.Event(blocking=True))
             job = partial(_on_stream, self._stream, caller, job)
         self._jobs.put((future, partial(self._timed, job, ready)))
 
@@ -158,7 +159,7 @@ def _on_stream(
 ) -> Any:
     with torch.cuda.stream(stream):
         value = job()
-        stream.synchronize()  # blocks only this thread
+        stream.record_event(torch.cuda.Event(blocking=True)).synchronize()  # only this thread
     for tensor in value if isinstance(value, tuple) else (value,):
         if isinstance(tensor, Tensor) and tensor.is_cuda:
             tensor.record_stream(caller)  # allocated on this stream, used on the caller's

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from deepred_pl.resize import reflection_pad, upsampling_matrix
+
 SMALL = 2**15  # values; below, the overhead of more calls exceeds the savings
 
 
@@ -56,8 +58,7 @@ def join(skipped: Tensor, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Te
     scale = scale + 0 * norm.bias  # so that its gradient is 0 and not None
     weight = weight * scale[:, None, None]
     x = conv2d_upsampled(x - mean[:, None, None], weight[:, thin:], size)
-    skipped = F.pad(skipped, (1, 1, 1, 1), mode="reflect")
-    return x + conv2d(skipped, weight[:, :thin])
+    return x + conv2d(reflection_pad(skipped), weight[:, :thin])
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -189,7 +190,7 @@ def _mixing(weight: Tensor) -> Tensor:
 def _spreading(low: int, high: int, dtype: torch.dtype) -> Tensor:
     """(high, 3 · low), sparse: upsample low to high values; then the previous, same and next one,
     with reflection at the ends."""
-    upsampling = _upsampling(low, high, dtype)
+    upsampling = upsampling_matrix(low, high, dtype)
     here = torch.arange(high, device="cpu")
     taps = [(here + shift).abs() for shift in (-1, 0, 1)]
     taps = [torch.where(tap < high, tap, 2 * (high - 1) - tap) for tap in taps]
@@ -200,12 +201,6 @@ def _spreading(low: int, high: int, dtype: torch.dtype) -> Tensor:
 def _gathering(low: int, high: int, dtype: torch.dtype) -> Tensor:
     """The transpose of `_spreading`, (3 · low, high)."""
     return _sparse(_spreading(low, high, dtype).to_dense().t())
-
-
-def _upsampling(low: int, high: int, dtype: torch.dtype) -> Tensor:
-    """(high, low), the matrix of `F.interpolate` along one axis."""
-    identity = torch.eye(low, dtype=dtype, device="cpu")[None, None]
-    return F.interpolate(identity, (high, low), mode="bilinear", align_corners=False)[0, 0]
 
 
 def _sparse(matrix: Tensor) -> Tensor:
@@ -247,11 +242,11 @@ class _UpsampledSquare(torch.autograd.Function):
 @lru_cache(maxsize=64)
 def _means(low: int, high: int, dtype: torch.dtype) -> Tensor:
     """The weight of each of `low` values in the mean of the `high` upsampled values, (low,)."""
-    return _upsampling(low, high, dtype).mean(dim=0)
+    return upsampling_matrix(low, high, dtype).mean(dim=0)
 
 
 @lru_cache(maxsize=64)
 def _moments(low: int, high: int, dtype: torch.dtype) -> Tensor:
     """UᵀU / high, (low, low), three diagonals, for the matrix U that upsamples low to high."""
-    upsampling = _upsampling(low, high, dtype)
+    upsampling = upsampling_matrix(low, high, dtype)
     return _sparse(upsampling.t() @ upsampling / high)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deepred_pl import fast_conv
 from deepred_pl.checks import check_at_least
 from deepred_pl.problem import InverseProblem
+from deepred_pl.resize import reflection_pad, upsample
 
 INPUT_CHANNELS = 32
 
@@ -85,6 +86,8 @@ class SkipNet(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map z, (1, input_channels, H, W), to an image, (1, channels, H, W), float32."""
+        if torch.is_autocast_enabled(z.device.type):
+            z = z.to(torch.get_autocast_dtype(z.device.type))  # once for both convolutions
         x, skips = z, []
         for down, skip in zip(self.down, self.skip, strict=True):
             skips.append(skip(x))
@@ -168,7 +171,7 @@ class DeepDecoder(nn.Module):
         for mix, norm, side in zip(self.mix, self.norm, [*sides[1:], sides[-1]], strict=True):
             x = mix(x)
             if x.shape[-2:] != side:
-                x = F.interpolate(x, side, mode="bilinear", align_corners=False)
+                x = upsample(x, side)
             x = norm(F.relu(x))
         return bounded(self.head(x).float(), *self.limits)
 
@@ -238,19 +241,18 @@ class _Up(nn.Module):
         """The joined features, (1, C, H, W)."""
         if fast_conv.pays_off(x):
             return self.after(fast_conv.join(skipped, x, self.norm, self.mix.weight))
-        size = skipped.shape[2], skipped.shape[3]
-        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        x = upsample(x, (skipped.shape[2], skipped.shape[3]))
         return self.after(self.mix(self.norm(torch.cat([skipped, x], dim=1))))
 
 
 class _Conv2d(nn.Conv2d):
-    """A convolution with reflection padding."""
+    """A convolution, with reflection padding if its kernel is 3×3."""
 
     def forward(self, x: Tensor) -> Tensor:
-        side = self.kernel_size[0] // 2
-        if side:
-            x = F.pad(x, (side, side, side, side), mode="reflect")
-        if side and fast_conv.pays_off(x):
+        padded = self.kernel_size[0] == 3
+        if padded:
+            x = reflection_pad(x)
+        if padded and fast_conv.pays_off(x):
             return fast_conv.conv2d(x, self.weight, self.stride[0])
         return F.conv2d(x, self.weight, stride=self.stride)
 

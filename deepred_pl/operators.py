@@ -229,8 +229,7 @@ class Blur(Operator):
         self.image_shape(tuple(x.shape))
         rows, columns = (side // 2 for side in self.kernel.shape)
         if self.boundary != "circular":
-            mode = "constant" if self.boundary == "zero" else self.boundary
-            x = F.pad(x, (columns, columns, rows, rows), mode=mode)
+            x = _extended(_extended(x, -2, rows, self.boundary), -1, columns, self.boundary)
         height, width = x.shape[-2:]
         y = torch.fft.irfft2(torch.fft.rfft2(x) * self.transfer(height, width), s=(height, width))
         if self.boundary != "circular":
@@ -350,7 +349,7 @@ class Downsample(Operator):
             )
         taps = self.profile.shape[0]
         pad = (taps - self.factor) // 2
-        y = F.pad(x, (pad, pad, pad, pad), mode="replicate")
+        y = _extended(_extended(x, -2, pad, "replicate"), -1, pad, "replicate")
         # Products and sums: torch may round a convolution to 10 bits on a GPU.
         y = (y.unfold(-2, taps, self.factor) * self.profile).sum(-1)  # (1, C, H / factor, W')
         return (y.unfold(-1, taps, self.factor) * self.profile).sum(-1)
@@ -891,6 +890,23 @@ def as_operator(operator: Operator | Physics | None) -> Operator:
         "operator must be one of deepred_pl.operators, derived from Operator, or have methods A "
         f"and A_adjoint, got {type(operator).__name__}"
     )
+
+
+def _extended(x: Tensor, dim: int, by: int, boundary: Boundary) -> Tensor:
+    """x with `by` more values at both ends of an axis.
+
+    `F.pad` adds up its gradient in an order that varies on a GPU, or refuses to be deterministic.
+    """
+    size = x.shape[dim]
+    if boundary == "reflect":
+        before, after = x.narrow(dim, 1, by).flip(dim), x.narrow(dim, size - 1 - by, by).flip(dim)
+    else:
+        shape = list(x.shape)
+        shape[dim] = by
+        before, after = (x.narrow(dim, at, 1).expand(shape) for at in (0, size - 1))
+    if boundary == "zero":
+        before, after = torch.zeros_like(before), torch.zeros_like(after)
+    return torch.cat([before, x, after], dim)
 
 
 def _keep(module: nn.Module, name: str, value: Tensor | None) -> None:

@@ -34,7 +34,9 @@ def test_non_local_means_is_the_same_on_the_gpu(channels):
 
 
 @pytest.mark.parametrize("denoiser", [NonLocalMeans(3), TotalVariation(0.1)])  # there, and here
-def test_a_fit_runs_on_the_gpu_as_on_the_cpu(make_trainer, denoiser):
+def test_a_fit_runs_on_the_gpu_as_on_the_cpu(make_trainer, monkeypatch, denoiser):
+    # Rounding to TF32 changes the result of 8 steps of Adam by 0.1.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     restored = {}
     for where in ("cpu", "gpu"):
         problem = noisy_problem(3, 33, 47)

@@ -7,7 +7,8 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -103,9 +104,9 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                     ours, theirs = context.Pipe()
                     taken = Counter(gpu_of[c] for c in busy)
                     gpu_of[ours] = min(gpus, key=lambda gpu: taken[gpu]) if gpus else None
-                    process = context.Process(target=_serve, args=(theirs, gpu_of[ours]))
-                    process.daemon = True
-                    process.start()
+                    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                    with _visible(gpu_of[ours]):
+                        process.start()
                     theirs.close()  # so that its end is detected
                     processes.append(process)
                     idle.append(ours)
@@ -147,13 +148,25 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                 served.kill()
 
 
-def _serve(connection: Connection, gpu: str | None) -> None:
-    """A process of `on_this_machine`: one fit after another, on one GPU if there is any."""
+@contextmanager
+def _visible(gpu: str | None) -> Iterator[None]:
+    """Start processes that see only this GPU, from their first import on; None: all of them."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _serve(connection: Connection) -> None:
+    """A process of `on_this_machine`: one fit after another."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     threading.excepthook = report_in_thread
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     while True:
         try:
             job, threads, end = connection.recv()

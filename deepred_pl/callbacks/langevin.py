@@ -89,4 +89,5 @@ class Langevin(RestorationCallback):
                 noise = torch.randn(
                     weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
                 )
-                weight.add_(noise, alpha=self.noise * rates[weight])
+                # Reading a rate that is a tensor would wait for a GPU.
+                weight.add_(noise.mul_(self.noise * rates[weight]))

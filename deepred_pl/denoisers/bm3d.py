@@ -70,10 +70,17 @@ class BM3D(GreyLevelDenoiser):
 
     def check(self, x: Tensor) -> None:
         """Refuse images that the backend cannot process; x is (1, C, H, W)."""
-        if self.backend == "triton" and not (x.is_cuda and find_spec("bm3d_triton")):
+        if not self._on_gpu(x):
+            return
+        try:
+            import bm3d_triton  # noqa: F401  it fails without Triton
+        except ImportError as error:
+            missing = f"which cannot be imported ({error})"
+        else:
+            missing = "" if x.is_cuda else f"got an image on {x.device.type}"
+        if missing:
             raise ValueError(
-                "backend='triton' needs an NVIDIA GPU and the package bm3d-triton, got an image on "
-                f"{x.device.type} and {'' if find_spec('bm3d_triton') else 'no '}bm3d-triton; "
+                f"BM3D on a GPU needs an NVIDIA GPU and the package bm3d-triton, {missing}; "
                 "install the extra gpu (pip install '.[gpu]'), or set backend='bm3d'"
             )
 

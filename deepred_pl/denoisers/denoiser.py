@@ -77,7 +77,8 @@ def _to_host(x: Tensor) -> Tensor:
     # Through pinned memory: other copies are staged by the driver piece by piece.
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)
-    torch.cuda.current_stream(x.device).synchronize()
+    copied = torch.cuda.current_stream(x.device).record_event(torch.cuda.Event(blocking=True))
+    copied.synchronize()
     return host
 
 

@@ -1,7 +1,8 @@
 """Non-local means."""
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from deepred_pl.denoisers.denoiser import GreyLevelDenoiser, each_channel, throu
 
 Backend = Literal["auto", "skimage", "torch"]
 
+LEAST_SQUARES = 60801 / 2**20  # shift of the approximate exponential, in `_exponential`
 FARTHEST = 5.0  # scikit-image drops patches beyond this squared distance in units of h²
 # Values of a strip of the image with all its shifts along one row: small enough for a CPU's cache;
 # on a GPU, few calls matter more.
@@ -31,8 +33,8 @@ class NonLocalMeans(GreyLevelDenoiser):
         patch_distance: Search distance for patches, in pixels.
         fast: Weight all pixels of a patch equally, with integral images.
         backend: "skimage", on the CPU; "torch", the same on the image's device, in fast mode;
-            "auto": torch for images on a GPU in fast mode, otherwise skimage, which is faster on a
-            CPU.
+            "auto": for images on a GPU in fast mode one Triton kernel, or torch without Triton,
+            otherwise skimage, which is faster on a CPU.
 
     Raises:
         ValueError: sigma outside (0, 255], a size below 1, or an unknown or impossible backend.
@@ -63,8 +65,10 @@ class NonLocalMeans(GreyLevelDenoiser):
     def __call__(self, x: Tensor) -> Tensor:
         size, reach = self.patch_size, self.patch_distance
         h = (0.6 if self.fast else 0.8) * self.level
-        if self.backend == "torch" or (self.backend == "auto" and self.fast and x.is_cuda):
+        if self.backend == "torch":
             return nl_means(x, size, reach, h, self.level)
+        if self.backend == "auto" and self.fast and x.is_cuda:
+            return _on_gpu()(x, size, reach, h, self.level)
         denoise = partial(
             denoise_nl_means,
             patch_size=size,
@@ -74,6 +78,16 @@ class NonLocalMeans(GreyLevelDenoiser):
             fast_mode=self.fast,
         )
         return through_numpy(partial(each_channel, denoise), x)
+
+
+@cache
+def _on_gpu() -> Callable[[Tensor, int, int, float, float], Tensor]:
+    """`nl_means` as a Triton kernel, or in torch where Triton is missing."""
+    try:
+        from deepred_pl.denoisers import nlm_triton
+    except ImportError:
+        return nl_means
+    return nlm_triton.nl_means
 
 
 @torch.no_grad()
@@ -98,7 +112,7 @@ def nl_means(x: Tensor, patch_size: int, patch_distance: int, h: float, sigma: f
     channels, height, width = x.shape[1:]
     half, shifts = patch_size // 2, 2 * patch_distance + 1
     area = (2 * half + 1) ** 2
-    padded = _reflected(_reflected(x[0], 1, half + patch_distance), 2, half + patch_distance)
+    padded = reflected(reflected(x[0], 1, half + patch_distance), 2, half + patch_distance)
     at_once = AT_ONCE.get(x.device.type, 2**22)
     strip = max(1, at_once // (shifts * channels * width))
     denoised = torch.empty_like(x[0])
@@ -142,13 +156,13 @@ def _exponential(distance: Tensor) -> Tensor:
     It is linear between powers of two, shifted for the least squared error (Schraudolph 1999, A
     Fast, Compact Approximation of the Exponential Function), with errors up to 4 %.
     """
-    power = distance.mul(-1 / math.log(2)).sub_(60801 / 2**20)
+    power = distance.mul(-1 / math.log(2)).sub_(LEAST_SQUARES)
     whole = power.floor()
     weight = torch.exp2(whole).mul_(power.sub_(whole).add_(1))
     return weight.masked_fill_(distance > FARTHEST, 0)
 
 
-def _reflected(x: Tensor, dim: int, by: int) -> Tensor:
+def reflected(x: Tensor, dim: int, by: int) -> Tensor:
     """x extended on both sides by repeated reflection."""
     size = x.shape[dim]
     period = max(1, 2 * (size - 1))

@@ -1,0 +1,116 @@
+"""Reflection padding and bilinear upsampling of features, deterministic on every device.
+
+They equal torch's. On a GPU those add up their gradients in an order that varies; padding there
+leaves channels_last, and upsampling leaves bfloat16.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def reflection_pad(x: Tensor) -> Tensor:
+    """x, (1, C, H, W), with one more pixel on each side, mirrored about the border pixels.
+
+    Args:
+        x: (1, C, H, W) in channels_last, H and W at least 2.
+
+    Returns:
+        (1, C, H + 2, W + 2) in channels_last.
+    """
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and x.dtype == torch.float32:  # where torch's is deterministic, and a little faster
+        return F.pad(x, (1, 1, 1, 1), mode="reflect")
+    return _ReflectionPad.apply(x)
+
+
+class _ReflectionPad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        _, channels, height, width = x.shape
+        padded = x.new_empty(1, height + 2, width + 2, channels).permute(0, 3, 1, 2)
+        padded[..., 1:-1, 1:-1] = x
+        padded[..., 1:-1, 0], padded[..., 1:-1, -1] = x[..., 1], x[..., -2]
+        padded[..., 0, :], padded[..., -1, :] = padded[..., 2, :], padded[..., -3, :]
+        return padded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        rows = grad[..., 1:-1].contiguous(memory_format=torch.channels_last)  # (1, C, H + 2, W)
+        rows[..., 1] += grad[..., 0]
+        rows[..., -2] += grad[..., -1]
+        rows[..., 2, :] += rows[..., 0, :]
+        rows[..., -3, :] += rows[..., -1, :]
+        return rows[..., 1:-1, :]
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear upsampling as `F.interpolate` does it (align_corners=False), in the type of x.
+
+    One matrix product along each axis: few calls, in which the zeros of the matrices cost less than
+    more calls would.
+
+    Args:
+        x: (1, C, h, w).
+        size: (H, W).
+
+    Returns:
+        (1, C, H, W) in channels_last.
+    """
+    return _Upsampling.apply(x, size)
+
+
+class _Upsampling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.low, ctx.high = x.shape[2:], size
+        rows, columns = (_matrices(x, *sides)[0] for sides in zip(ctx.low, ctx.high, strict=True))
+        return _multiplied(x, rows, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, columns = (
+            _matrices(grad, *sides)[1] for sides in zip(ctx.low, ctx.high, strict=True)
+        )
+        return _multiplied(grad, rows, columns), None
+
+
+def _multiplied(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A matrix product along H with `rows`, (H', H), and along W with `columns`, (W', W)."""
+    _, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(height, width * channels)
+    with torch.autocast(x.device.type, enabled=False):
+        pixels = torch.matmul(columns, (rows @ pixels).view(-1, width, channels))
+    return pixels[None].permute(0, 3, 1, 2)
+
+
+def _matrices(like: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """The matrix that upsamples along one axis, and its transpose."""
+    if torch.compiler.is_compiling():  # which does not see the cache
+        matrix = upsampling_matrix(low, high, like.dtype, like.device)
+        return matrix, matrix.t()
+    return _kept_matrices(low, high, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _kept_matrices(
+    low: int, high: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    matrix = upsampling_matrix(low, high, dtype, device)
+    return matrix, matrix.t().contiguous()
+
+
+def upsampling_matrix(
+    low: int, high: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """(high, low), linear interpolation of `low` values at `high` places, centred alike."""
+    pixels = torch.arange(low, dtype=torch.float64, device=device)
+    places = (torch.arange(high, dtype=torch.float64, device=device) + 0.5) * low / high - 0.5
+    distance = (places.clamp(0, low - 1)[:, None] - pixels).abs()
+    return (1 - distance).clamp(min=0).to(dtype)

@@ -1,8 +1,10 @@
 """Roll back fits that collapse."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepred_pl.callbacks.base import RestorationCallback, stability
@@ -28,8 +30,12 @@ class CollapseGuard(RestorationCallback):
     from its last good state, with the input noise and the learning rate of the present step. A loss
     that persists is not a collapse: the usual PSNR follows it.
 
-    It must precede `REDUpdate` among the callbacks, so that no x is computed from a bad `out`. Each
-    check waits for the device once, and copies network and optimizer.
+    A check is judged at the next one, when its PSNR has long arrived from a GPU, or at the end of
+    the fit; until then its state is a candidate. Two copies of network, optimizer and images are
+    kept.
+
+    It must precede `REDUpdate` among the callbacks: the round of the step that rolls back starts
+    from the state that was restored.
 
     Args:
         drop: Loss of PSNR(out, average) that counts as a collapse, in dB, > 0.
@@ -52,12 +58,16 @@ class CollapseGuard(RestorationCallback):
             raise ValueError(f"drop must be > 0 dB, got {drop}; with .inf only NaN is a collapse")
         self.drop = drop
         self.patience = patience
+        self._every_n_steps = DIP_PERIOD
+        self._checks = 0
+        self._reset()
+
+    def _reset(self) -> None:
         self.rollbacks = 0
         self._usual = math.nan  # PSNR(out, average) at the recent checks, in dB
         self._failures = 0  # checks in a row that found NaN
-        self._every_n_steps = DIP_PERIOD
-        self._checks = 0
-        self._good: _State | None = None
+        self._level: _OnHost | float | None = None  # PSNR of the latest check, not judged yet
+        self._good, self._candidate = _State(), _State()
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
         super().check(model, trainer)
@@ -74,15 +84,17 @@ class CollapseGuard(RestorationCallback):
     # Lightning's hooks
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rollbacks": self.rollbacks, "usual": self._usual, "failures": self._failures}
+        level = None if self._level is None else float(self._level)
+        counts = {"rollbacks": self.rollbacks, "failures": self._failures}
+        return {**counts, "usual": self._usual, "level": level}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollbacks, self._usual = state_dict["rollbacks"], state_dict["usual"]
-        self._failures = state_dict["failures"]
+        self._failures, self._level = state_dict["failures"], state_dict.get("level")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.rollbacks, self._usual, self._failures = 0, math.nan, 0
+        self._reset()
 
     def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
         periods = [c.period for c in self.siblings(trainer) if c.period]
@@ -93,7 +105,9 @@ class CollapseGuard(RestorationCallback):
                 f"expected a finite state to continue from, got NaN at step {model.step}; "
                 "resume from an earlier checkpoint, or start without one"
             )
-        self._good = _State(self, trainer)
+        self._good.take(self, trainer)
+        if self._level is not None:  # of a check before a resumed fit's checkpoint
+            self._candidate.take(self, trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if self.model.step // self._every_n_steps > self._checks:
@@ -101,75 +115,135 @@ class CollapseGuard(RestorationCallback):
             self._look(self.model, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.model.step % self._every_n_steps:  # before anything is written
-            self._look(self.model, trainer)
+        model = self.model  # before anything is written
+        if self._judge(model) and model.step % self._every_n_steps:
+            usual = self._usual
+            self._look(model, trainer)
+            if self._judge(model):
+                self._usual = usual  # so that a resumed fit, without this check, is the same
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._good = None
+        self._level, self._good, self._candidate = None, _State(), _State()
         super().teardown(trainer, pl_module, stage)
 
     # The guard
 
     def _look(self, model: DeepImagePrior, trainer: Trainer) -> None:
-        level = float(stability(model))  # the only wait for the device
+        """Judge the latest check; unless that rolls the fit back, make another one."""
+        if self._judge(model):
+            self._level = _OnHost(stability(model))
+            self._candidate.take(self, trainer)
+
+    def _judge(self, model: DeepImagePrior) -> bool:
+        """Judge the latest check: keep its state as the last good one, or roll the fit back."""
+        if self._level is None:
+            return True
+        level, self._level = float(self._level), None
         if not math.isfinite(level):
             self._failures += 1
             if self._failures > self.patience:
                 raise RuntimeError(
-                    f"the fit produced NaN in {self._failures} checks in a row, the last at step "
-                    f"{model.step}, although it was rolled back each time; use a lower learning "
-                    "rate, or trainer.precision 32"
+                    f"the fit produced NaN in {self._failures} checks in a row, the last before "
+                    f"step {model.step}, although it was rolled back each time; use a lower "
+                    "learning rate, or trainer.precision 32"
                 )
             self._roll_back_all(model, "produced NaN")
-            return
+            return False
         self._failures = 0
         fresh = model.step * (1 - model.average_decay) < FORGOTTEN
         lost = 0.0 if fresh or math.isnan(self._usual) else self._usual - level
         self._usual = level if lost == 0 else self._usual - RECENT * lost
         if lost > self.drop and level < HARMLESS:
             self._roll_back_all(model, f"lost {lost:.1f} dB against its recent output")
-        else:
-            self._good = _State(self, trainer)
+            return False
+        self._good, self._candidate = self._candidate, self._good
+        return True
 
     def _roll_back_all(self, model: DeepImagePrior, why: str) -> None:
-        assert self._good is not None
         self.rollbacks += 1
         self._good.restore()
         rank_zero_info(f"Step {model.step}: the fit {why}; rolled back to its last good state.")
 
 
-class _State:
-    """A copy of what changes in a fit, except for the step."""
+class _OnHost:
+    """A number on its way from a device, for which nothing waits until it is read."""
 
-    def __init__(self, guard: CollapseGuard, trainer: Trainer) -> None:
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event(blocking=True) if number.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(number.device))
+
+    def __float__(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)
+
+
+class _State:
+    """A copy of what changes in a fit, except for the step, in memory that it uses again."""
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, guard: CollapseGuard, trainer: Trainer) -> None:
+        """Copy the present state, in few calls."""
         self._model = model = guard.model
         assert model.network is not None
-        self._tensors = {
-            name: value.clone()
-            for name, value in model.state_dict().items()
-            if isinstance(value, Tensor) and not name.startswith(CONSTANT)
-        }
         parameters = set(model.network.parameters())
-        self._optimized = [
-            (optimizer, p, _cloned(optimizer.state.get(p, {})))
+        optimized = [
+            (optimizer, p, optimizer.state.get(p, {}))
             for optimizer in trainer.optimizers
             for group in optimizer.param_groups
             for p in group["params"]
             if p in parameters
         ]
+        tensors: dict[Any, Tensor] = _changing(model)
+        for i, (_, _, state) in enumerate(optimized):
+            tensors |= {(i, key): v for key, v in state.items() if isinstance(v, Tensor)}
+        self._copy(tensors)
+        self._optimized = [
+            (optimizer, p, {key: self._copies.get((i, key), v) for key, v in state.items()})
+            for i, (optimizer, p, state) in enumerate(optimized)
+        ]
         # Not copied: whoever sets `chosen`, or keeps tensors of its own, never writes into them.
         self._chosen = model.chosen
         self._siblings = [(c, c.state_dict()) for c in guard.siblings(trainer)]
 
+    def _copy(self, tensors: dict[Any, Tensor]) -> None:
+        if {k: _kind(t) for k, t in tensors.items()} != {
+            k: _kind(t) for k, t in self._copies.items()
+        }:
+            self._copies = {key: tensor.clone() for key, tensor in tensors.items()}
+            return
+        groups = defaultdict[Any, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
+        for key, tensor in tensors.items():
+            copies, originals = groups[tensor.device, tensor.dtype]  # of which one call copies all
+            copies.append(self._copies[key])
+            originals.append(tensor)
+        for copies, originals in groups.values():
+            torch._foreach_copy_(copies, originals, non_blocking=True)
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Restore it; it can be restored again."""
-        self._model.load_state_dict(self._tensors, strict=False)  # but not the step
+        for key, tensor in _changing(self._model).items():
+            tensor.copy_(self._copies[key])
         self._model.chosen = self._chosen
         for optimizer, parameter, state in self._optimized:
-            optimizer.state[parameter] = _cloned(state)
-        for callback, state in self._siblings:
-            callback.roll_back(state)
+            optimizer.state[parameter] = {
+                k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
+            }
+        for callback, plain in self._siblings:
+            callback.roll_back(plain)
 
 
-def _cloned(state: dict) -> dict:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+def _changing(model: DeepImagePrior) -> dict[Any, Tensor]:
+    """The parameters and buffers that change in a fit, by their names."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in tensors if not name.startswith(CONSTANT)}
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -416,6 +416,8 @@ def _passed(every: int, before: int, step: int) -> bool:
 
 
 def _denoise(denoiser: Callable[[Tensor], Tensor], retries: int, lock: Lock, x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise ValueError("its input is NaN or infinite, because the fit diverged")
     with lock:
         for _ in range(retries):
             try:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepred_pl.callbacks import CollapseGuard, Preflight, REDUpdate
+from deepred_pl.callbacks import CollapseGuard, CudaGraph, Preflight, REDUpdate
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import RestorationDataModule, read_source
@@ -259,7 +259,7 @@ def seconds_per_step(
     """
     cli = assemble(as_options(settings))
     stopwatch = _Stopwatch()
-    needed = Preflight | REDUpdate | CollapseGuard
+    needed = CudaGraph | Preflight | REDUpdate | CollapseGuard
     kept = [c for c in cli.trainer.callbacks if isinstance(c, needed)]
     cli.trainer.callbacks, cli.trainer.loggers = [*kept, stopwatch], []
     cli.datamodule.problem = problem

@@ -21,6 +21,7 @@ import deepred_pl.denoisers  # noqa: F401  makes their short names known
 from deepred_pl.background import has_abandoned_job
 from deepred_pl.callbacks import (
     CollapseGuard,
+    CudaGraph,
     KeepMemory,
     LastCheckpoint,
     Monitor,
@@ -267,7 +268,7 @@ class RestorationCLI(LightningCLI):
         """
         settings = self._get(self.config_init, "trainer")
         bare = settings.get("barebones")
-        own = [KeepMemory(), Preflight(), *([] if bare else [Monitor()])]
+        own = [KeepMemory(), CudaGraph(), Preflight(), *([] if bare else [Monitor()])]
         given = settings.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         bars = [c for c in given if isinstance(c, callbacks.ProgressBar)]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from deepred_pl import admm
+from deepred_pl import admm, graphs
 from deepred_pl.checks import as_plain, check_at_least, check_choice, check_factory, check_positive
 from deepred_pl.fidelity import (
     Fidelity,
@@ -36,7 +36,7 @@ from deepred_pl.trainer import Epoch, check_epochs, check_optimizer, check_train
 # The released rise starts at 20 dB, for noise of σ = 25, which has a PSNR of 20.17 dB.
 NOISE_MARGIN = 0.17
 
-CHANGEABLE = ("result", "init_from", "compile")  # settings that a resumed fit may change
+CHANGEABLE = ("result", "init_from", "compile", "graph")  # settings that a resumed fit may change
 
 NOT_FITTED = "nothing is restored yet; fit this module, or load a checkpoint (ckpt_path)"
 
@@ -77,6 +77,7 @@ class DeepImagePrior(LightningModule):
             and networks whose z is drawn, such as `SkipNet`.
         compile: Compile the network (`torch.compile`), which takes a minute or two at the start;
             intended for long fits on a GPU, without gain on CPUs.
+        graph: Let the callback `CudaGraph` run the network as a CUDA graph on an NVIDIA GPU.
         seed: Seed of θ₀, z and the input noise; the noise of step n depends only on (seed, n).
         problem: The inverse problem, or None to use the datamodule's.
 
@@ -115,6 +116,7 @@ class DeepImagePrior(LightningModule):
         result: Result = "average",
         init_from: str | None = None,
         compile: bool = False,
+        graph: bool = True,
         seed: int = 0,
         problem: InverseProblem | None = None,
     ) -> None:
@@ -160,6 +162,7 @@ class DeepImagePrior(LightningModule):
         self.result = result
         self.init_from = init_from
         self.compiled = compile
+        self.graph = graph
         self.seed = seed
         self.step = 0
         self.limits = (0.0, 1.0)
@@ -323,7 +326,7 @@ class DeepImagePrior(LightningModule):
         z = self.z
         if self.input_noise_std > 0:
             z = z.add(self._input_noise(), alpha=self.input_noise_std)
-        out = network(z).float()
+        out = graphs.run(network, z).float()
         if out.shape != self.average.shape:
             raise ValueError(
                 f"the network must return {tuple(self.average.shape)} like the image, "
@@ -505,7 +508,7 @@ class DeepRED(DeepImagePrior):
         result: Which image `restored` returns: "average", "out", "x" or "x-u".
         kwargs: The other arguments of `DeepImagePrior`: network, optimizer, lr_scheduler,
             input_scale, input_noise_std, average_decay, fidelity, epsilon, regularizer, init_from,
-            compile, seed and problem.
+            compile, graph, seed and problem.
 
     Attributes:
         x, u: ADMM's splitting variable and scaled dual.

@@ -68,17 +68,17 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 class _Upsampling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
-        ctx.low, ctx.high = x.shape[2:], size
-        rows, columns = (_matrices(x, *sides)[0] for sides in zip(ctx.low, ctx.high, strict=True))
-        return _multiplied(x, rows, columns)
+        sides = zip(x.shape[2:], size, strict=True)
+        # torch.compile warns of caches, which it does not use.
+        make = _matrices.__wrapped__ if torch.compiler.is_compiling() else _matrices
+        # Kept, because a CUDA graph reads them long after the cache may have dropped them.
+        ctx.rows, ctx.columns = (make(*side, x.dtype, x.device) for side in sides)
+        return _multiplied(x, ctx.rows[0], ctx.columns[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows, columns = (
-            _matrices(grad, *sides)[1] for sides in zip(ctx.low, ctx.high, strict=True)
-        )
-        return _multiplied(grad, rows, columns), None
+        return _multiplied(grad, ctx.rows[1], ctx.columns[1]), None
 
 
 def _multiplied(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -90,18 +90,11 @@ def _multiplied(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return pixels[None].permute(0, 3, 1, 2)
 
 
-def _matrices(like: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The matrix that upsamples along one axis, and its transpose."""
-    if torch.compiler.is_compiling():  # which does not see the cache
-        matrix = upsampling_matrix(low, high, like.dtype, like.device)
-        return matrix, matrix.t()
-    return _kept_matrices(low, high, like.dtype, like.device)
-
-
 @lru_cache(maxsize=64)
-def _kept_matrices(
+def _matrices(
     low: int, high: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """The matrix that upsamples along one axis, and its transpose."""
     matrix = upsampling_matrix(low, high, dtype, device)
     return matrix, matrix.t().contiguous()
 

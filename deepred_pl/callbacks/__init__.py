@@ -3,6 +3,7 @@
 from deepred_pl.callbacks.bar import RestorationBar
 from deepred_pl.callbacks.base import RestorationCallback
 from deepred_pl.callbacks.checkpoint import LastCheckpoint
+from deepred_pl.callbacks.graph import CudaGraph
 from deepred_pl.callbacks.guard import CollapseGuard
 from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.monitor import Monitor
@@ -15,6 +16,7 @@ from deepred_pl.callbacks.writer import Writer
 __all__ = [
     "AutoStop",
     "CollapseGuard",
+    "CudaGraph",
     "KeepMemory",
     "Langevin",
     "LastCheckpoint",

@@ -22,6 +22,8 @@ class RunningMoments:
 
     def add(self, image: Tensor) -> None:
         """Add an image; all have the same shape and device."""
+        if self.count == 0:
+            self.mean = self.scatter = torch.zeros_like(image)
         mean, scatter = self.mean.to(image.device), self.scatter.to(image.device)
         self.count += 1
         deviation = image - mean

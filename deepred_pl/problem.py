@@ -183,24 +183,26 @@ class InverseProblem(nn.Module):
         Args:
             measured: A x, of y's shape.
         """
-        if len(self._clipped_at) == 0:
+        at = self._clipped_at
+        if len(at) == 0:
             return self.y
         low, high = self.clipped_to
         y = self.y.flatten()  # (N,)
-        clean = measured.flatten()[self._clipped_at].float()  # (clipped,)
-        bright = y[self._clipped_at] >= high
+        clean = measured.flatten().index_select(0, at).float()  # (clipped,)
+        bright = y.index_select(0, at) >= high
         if self.noise is None:
             mean = torch.where(bright, clean.clamp(min=high), clean.clamp(max=low))
         else:
             variance = self.noise.variance(clean)
             if variance.ndim > 1:  # (1, C, 1, 1), one for each channel
-                variance = variance.flatten()[self._clipped_at // math.prod(self.y.shape[2:])]
+                channel = at // math.prod(self.y.shape[2:])
+                variance = variance.flatten().index_select(0, channel)
             sigma = variance.clamp(min=LEAST_VARIANCE).sqrt()
             # Of Python's numbers torch makes the default type, which may be float64.
             sign = (2.0 * bright - 1).to(clean.dtype)
             beyond = sign * (clean - torch.where(bright, high, low).to(clean.dtype)) / sigma
             mean = clean + sign * sigma * _inverse_mills(beyond)
-        return y.index_copy(0, self._clipped_at, mean).view_as(self.y)
+        return y.index_copy(0, at, mean).view_as(self.y)
 
     def data_term(self, out: Tensor) -> Tensor:
         """D(A out, y) in squared-error units, 0-dim; `out` is (1, C, H, W).

@@ -40,19 +40,20 @@ def padded(x):
 
 @channels_last
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [1, 3, 8])
-@pytest.mark.parametrize("size", [(2, 2), (2, 5), (3, 2), (4, 7), (33, 47)])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(2, 2), (2, 5), (4, 7), (33, 47)])
 def test_padding_is_torchs(memory_format, dtype, channels, size):
     x = tensor(1, channels, *size, dtype=dtype).contiguous(memory_format=memory_format)
     assert torch.equal(reflection_pad(x), padded(x))
     tolerance = {"atol": 0.05, "rtol": 0.02} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(gradient(reflection_pad, x), gradient(padded, x), **tolerance)
-    assert torch.autograd.gradcheck(reflection_pad, x[..., :5, :5].double().requires_grad_())
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(reflection_pad, x[..., :4, :4].requires_grad_())
 
 
 @channels_last
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("low", "high"), SIZES)
 def test_upsampling_is_torchs(memory_format, dtype, channels, low, high):
     def torchs(x):
@@ -64,8 +65,9 @@ def test_upsampling_is_torchs(memory_format, dtype, channels, low, high):
     torch.testing.assert_close(
         gradient(lambda x: upsample(x, high), x), gradient(torchs, x), **tolerance
     )
-    few = x[..., :3, :3].double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: upsample(x, high), few)
+    if dtype == torch.float64:
+        few = x[..., :3, :3].requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: upsample(x, high), few, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

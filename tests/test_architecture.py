@@ -16,7 +16,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items(
 WITHOUT_LIGHTNING = [
     *("networks", "admm", "operators", "noise", "denoisers", "images", "tiles", "background"),
     *("fidelity", "fast_conv", "problem", "losses", "metrics", "moments", "sources", "files"),
-    *("checks", "memory", "optim", "report"),
+    *("checks", "graphs", "memory", "optim", "report", "resize"),
 ]
 
 

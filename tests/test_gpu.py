@@ -5,9 +5,9 @@ import torch
 
 from deepred_pl import DeepRED, REDUpdate
 from deepred_pl.background import Background
-from deepred_pl.callbacks import Preflight
+from deepred_pl.callbacks import CollapseGuard, CudaGraph, LastCheckpoint, Preflight
 from deepred_pl.denoisers import NonLocalMeans, TotalVariation
-from tests.helpers import TinyNet, noisy_problem, picture
+from tests.helpers import RUN, TinyNet, assert_same_state, noisy_problem, picture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -45,3 +45,64 @@ def test_a_fit_runs_on_the_gpu_as_on_the_cpu(make_trainer, monkeypatch, denoiser
         make_trainer(max_steps=8, accelerator=where, devices=1, callbacks=callbacks).fit(model)
         restored[where] = model.restored.cpu()
     torch.testing.assert_close(restored["gpu"], restored["cpu"], atol=0.05, rtol=0)
+
+
+def fitted(make_trainer, steps=50, ckpt_path=None, **settings):
+    """A fit of DeepRED on the GPU, with all that a run of the command line has."""
+    precision, deterministic = settings.pop("precision", "32-true"), settings.pop("deterministic")
+    model = DeepRED(network=TinyNet, problem=noisy_problem(3, 33, 47), **settings)
+    callbacks = [CudaGraph(), CollapseGuard(), REDUpdate(NonLocalMeans(3)), LastCheckpoint()]
+    trainer = make_trainer(
+        max_steps=steps,
+        accelerator="gpu",
+        devices=1,
+        callbacks=callbacks,
+        precision=precision,
+        deterministic=deterministic,
+        enable_checkpointing=True,
+    )
+    try:
+        trainer.fit(model, ckpt_path=ckpt_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return model.cpu()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_graph_gives_the_same_fit(make_trainer, precision):
+    settings = {"precision": precision, "deterministic": True}
+    replayed = fitted(make_trainer, **settings)
+    assert_same_state(replayed, fitted(make_trainer, graph=False, **settings))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_deterministic_fit_is_repeated_and_resumed_exactly(make_trainer, tmp_path, graph):
+    settings = {"precision": "bf16-mixed", "deterministic": True, "graph": graph}
+    whole = fitted(make_trainer, **settings)
+    assert_same_state(whole, fitted(make_trainer, **settings))
+    fitted(make_trainer, steps=27, **settings)
+    last = tmp_path / RUN.replace("0", "2") / "checkpoints" / "last.ckpt"
+    assert_same_state(whole, fitted(make_trainer, ckpt_path=last, **settings))
+
+
+def test_the_steps_between_two_rounds_do_not_wait_for_the_gpu():
+    problem = noisy_problem(3, 33, 47).cuda()
+    model = DeepRED(network=TinyNet, weighting="discrepancy", problem=problem)
+    model.driven = True
+    optimizer = model.configure_optimizers()
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.training_step()
+        loss.backward()
+        optimizer.step()
+
+    step()  # the first prepares
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            step()
+            model.update_weighting()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,8 @@ DENOISERS = {
     "tv": TotalVariation,
     **BM3DS,
 }
+if torch.cuda.is_available():
+    DENOISERS["nlm, triton"] = partial(NonLocalMeans, 3)
 
 
 def test_denoisers(race, device, side):

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from deepred_pl import DeepRED, REDUpdate
-from deepred_pl.callbacks import CollapseGuard, Monitor
+from deepred_pl.callbacks import CollapseGuard, CudaGraph, Monitor
 from deepred_pl.denoisers import NonLocalMeans
 from deepred_pl.lightning import NAME, Callback, Trainer, loggers
 from deepred_pl.networks import SkipNet
-from tests.benchmarks.bench_theta_step import bare_step
+from tests.benchmarks.bench_theta_step import PRECISIONS, bare_step
 from tests.benchmarks.conftest import BM3DS, deep_image_prior, problem, synchronize
 
 LOG_EVERY = 10  # steps; the command line logs every 50
@@ -32,7 +32,7 @@ class Clock(Callback):
         self.seconds = time.perf_counter() - self.start
 
 
-def fit(model, steps, *callbacks, logger=False):
+def fit(model, steps, *callbacks, logger=False, precision="32"):
     """Fit, and give the seconds of the steps."""
     warnings.filterwarnings("ignore")
     logging.getLogger(NAME).setLevel(logging.ERROR)
@@ -42,6 +42,7 @@ def fit(model, steps, *callbacks, logger=False):
         max_steps=steps,
         accelerator="gpu" if model.z.is_cuda else "cpu",
         devices=1,
+        precision=precision,
         callbacks=[clock, *callbacks],
         logger=logger,
         log_every_n_steps=LOG_EVERY,
@@ -69,6 +70,22 @@ def test_lightnings_cost(race, device, side, width, steps, tmp_path):
         return fit(model, steps, CollapseGuard(), Monitor(), logger=logger)
 
     race({"bare loop": bare_loop, "fit": our_fit})
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("width", [128, 32])
+def test_the_graphs_gain(race, device, side, width, precision):
+    """The fit of DeepRED with NLM whose network is called, and run as a CUDA graph."""
+    if device.type != "cuda":
+        pytest.skip("only for GPUs")
+
+    def deepred(graph):
+        network = partial(SkipNet, width=width)
+        model = DeepRED(network=network, graph=graph, problem=problem(side, device)).to(device)
+        update = REDUpdate(NonLocalMeans(3), every_n_steps=10)
+        return fit(model, 200, CudaGraph(), CollapseGuard(), update, precision=precision)
+
+    race({"called": partial(deepred, False), "graph": partial(deepred, True)})
 
 
 DENOISERS = {"nlm": partial(NonLocalMeans, 3), **BM3DS}

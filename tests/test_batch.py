@@ -669,3 +669,18 @@ def test_the_number_of_threads_is_omps(batch, crops, monkeypatch):
     monkeypatch.setattr(workers, "_cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert "1 in parallel, 1 CPU thread each" in batch("--images", crops / "crop0.png")[1]
+
+
+@pytest.mark.parametrize("before", [None, "2,5"])
+def test_a_process_is_started_with_one_gpu_visible(monkeypatch, before):
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with workers._visible(None):
+        assert os.environ.get(name) == before
+    with workers._visible("5"):
+        started = workers.get_context("spawn").Pool(1)
+    assert os.environ.get(name) == before
+    with started:
+        assert started.apply(os.getenv, (name,)) == "5"

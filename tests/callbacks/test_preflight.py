@@ -123,3 +123,14 @@ def test_a_fit_that_cannot_fit_into_memory_is_refused(make_trainer, monkeypatch)
 )
 def test_durations(seconds, told):
     assert preflight._duration(seconds) == told
+
+
+def test_on_a_gpu_the_allocator_says_what_a_step_took(monkeypatch):
+    allocated = {"now": 100, "most": 900}
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(most=100)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["most"])
+    step = partial(allocated.update, most=340)
+    assert preflight._most_allocated(step, torch.device("cuda")) == 240

@@ -252,3 +252,10 @@ def test_declipping_needs_a_noise_level():
         Declipped(TotalVariation())
     with pytest.raises(ValueError, match="got Learned without one"):
         Declipped(Learned(module=torch.nn.Identity()))
+
+
+def test_bm3d_on_a_gpu_is_refused_before_the_fit_where_triton_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm3d_triton", None)
+    with pytest.raises(ValueError, match=r"cannot be imported.*or set backend='bm3d'"):
+        BM3D(backend="triton").check(picture())
+    BM3D(backend="auto").check(picture())  # an image on the CPU needs neither

@@ -268,7 +268,7 @@ class RestorationCLI(LightningCLI):
         """
         settings = self._get(self.config_init, "trainer")
         bare = settings.get("barebones")
-        own = [KeepMemory(), CudaGraph(), Preflight(), *([] if bare else [Monitor()])]
+        own = [KeepMemory(), Preflight(), CudaGraph(), *([] if bare else [Monitor()])]
         given = settings.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         bars = [c for c in given if isinstance(c, callbacks.ProgressBar)]

@@ -6,7 +6,7 @@ A term is any callable `term(out, model) -> Tensor`, 0-dim, for T_θ(z) = out, (
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,7 @@ class Restoration(Protocol):
 
 
 class Term(ABC):
-    """Base class of terms, which lets the command line find them by their short names.
-
-    Attributes:
-        runs_network: Whether it runs the network itself.
-    """
-
-    runs_network: ClassVar[bool] = True  # unless a subclass says that it does not
+    """Base class of terms, which lets the command line find them by their short names."""
 
     def check(self, model: Restoration) -> None:  # noqa: B027  most apply everywhere
         """Refuse a model and problem to which the term does not apply; called before the fit.
@@ -64,8 +58,6 @@ class TotalVariationPenalty(Term):
     Raises:
         ValueError: weight is not positive.
     """
-
-    runs_network = False
 
     def __init__(self, weight: float = 0.01) -> None:
         check_positive("weight", weight, "leave the term out instead")

@@ -1,12 +1,18 @@
 """What only a GPU can show; skipped without one."""
 
+import os
+
 import pytest
 import torch
 
-from deepred_pl import DeepRED, REDUpdate
+# cuBLAS reads it once, at its first call in the process; Lightning sets it for deterministic fits.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from deepred_pl import DeepRED, REDUpdate, graphs
 from deepred_pl.background import Background
 from deepred_pl.callbacks import CollapseGuard, CudaGraph, LastCheckpoint, Preflight
 from deepred_pl.denoisers import NonLocalMeans, TotalVariation
+from deepred_pl.lightning import Callback
 from tests.helpers import RUN, TinyNet, assert_same_state, noisy_problem, picture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -47,11 +53,19 @@ def test_a_fit_runs_on_the_gpu_as_on_the_cpu(make_trainer, monkeypatch, denoiser
     torch.testing.assert_close(restored["gpu"], restored["cpu"], atol=0.05, rtol=0)
 
 
+class Captured(Callback):
+    """Whether the network's passes were captured."""
+
+    def on_train_start(self, trainer, model):
+        self.at_first = model.network in graphs._captured
+
+
 def fitted(make_trainer, steps=50, ckpt_path=None, **settings):
     """A fit of DeepRED on the GPU, with all that a run of the command line has."""
     precision, deterministic = settings.pop("precision", "32-true"), settings.pop("deterministic")
     model = DeepRED(network=TinyNet, problem=noisy_problem(3, 33, 47), **settings)
-    callbacks = [CudaGraph(), CollapseGuard(), REDUpdate(NonLocalMeans(3)), LastCheckpoint()]
+    update, captured = REDUpdate(NonLocalMeans(3)), Captured()
+    callbacks = [CudaGraph(), CollapseGuard(), update, LastCheckpoint(), captured]
     trainer = make_trainer(
         max_steps=steps,
         accelerator="gpu",
@@ -65,6 +79,7 @@ def fitted(make_trainer, steps=50, ckpt_path=None, **settings):
         trainer.fit(model, ckpt_path=ckpt_path)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert captured.at_first == model.graph
     return model.cpu()
 
 

@@ -153,6 +153,9 @@ class RestorationCallback(Callback):
         """Its contribution to the curves that `Monitor` logs."""
         return {}
 
+    def settle(self) -> None:
+        """Judge what it has put off; called before a checkpoint is saved."""
+
     def roll_back(self, state: dict[str, Any]) -> None:
         """Return to `state`, an earlier `state_dict()`, after the restoration was rolled back."""
         self.load_state_dict(state)

@@ -124,6 +124,8 @@ class LastCheckpoint(callbacks.Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
+        for callback in restoration_callbacks(trainer):
+            callback.settle()
         path = last_checkpoint(run_directory(trainer))
         models = [m for m in trainer.lightning_module.modules() if isinstance(m, DeepImagePrior)]
         if not all(math.isfinite(stability(model)) for model in models):

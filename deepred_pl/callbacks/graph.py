@@ -3,8 +3,8 @@
 import threading
 
 from deepred_pl import graphs
+from deepred_pl.background import has_abandoned_job
 from deepred_pl.lightning import Callback, LightningModule, Trainer, rank_zero_info
-from deepred_pl.losses import Term
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.torch_state import own_random_numbers
 
@@ -13,12 +13,13 @@ class CudaGraph(Callback):
     """Launches the network's some 300 kernels of a θ-step at once, on an NVIDIA GPU.
 
     For images of up to about 512×512 pixels a GPU is faster than the calls that launch its kernels.
-    The first steps take a second or two longer, and the fit's memory is kept until it ends. The
-    fit is the same.
+    The first steps take a second or two longer, and the memory of a step is kept until the fit
+    ends. A network of your own must launch the same operations in every step, and has no hooks in
+    the graph; otherwise set the module's `graph` to False.
 
-    It applies to a restoration that is trained directly, in the program's main thread. On a CPU,
-    with the module's `graph` off or `compile` on, and with a regularizer that runs the network
-    itself (`SURE`), the network is called as usual; also if it cannot be captured, with a message.
+    It applies to a restoration that is trained directly, in the program's main thread, while no
+    denoiser of another fit runs. On a CPU, or with `compile`, the network is called as usual; also
+    if it cannot be captured, with a message.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,7 +36,9 @@ class CudaGraph(Callback):
                 graphs.capture(network, model.z)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
-            rank_zero_info(f"The network runs without a CUDA graph, in which it cannot: {reason}")
+            rank_zero_info(
+                "The network cannot be captured as a CUDA graph, and is called as usual: " + reason
+            )
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -48,9 +51,6 @@ class CudaGraph(Callback):
 
 
 def _applies(model: DeepImagePrior) -> bool:
-    term = model.regularizer
-    runs_once = term is None or (isinstance(term, Term) and not term.runs_network)
-    # A capture makes the work of other threads on the GPU fail.
-    alone = threading.current_thread() is threading.main_thread()
-    on_gpu = model.z.device.type == graphs.DEVICE
-    return on_gpu and model.graph and not model.compiled and runs_once and alone
+    # A capture fails if other threads work on the GPU, or makes their work fail.
+    alone = threading.current_thread() is threading.main_thread() and not has_abandoned_job()
+    return model.z.device.type == graphs.DEVICE and model.graph and not model.compiled and alone

@@ -30,9 +30,9 @@ class CollapseGuard(RestorationCallback):
     from its last good state, with the input noise and the learning rate of the present step. A loss
     that persists is not a collapse: the usual PSNR follows it.
 
-    A check is judged at the next one, when its PSNR has long arrived from a GPU, or at the end of
-    the fit; until then its state is a candidate. Two copies of network, optimizer and images are
-    kept.
+    A check is judged at the next one, when its PSNR has long arrived from a GPU, before
+    `LastCheckpoint` saves, or at the end of the fit. Two copies of network, optimizer and images
+    are kept: the last good state, and that of the latest check.
 
     It must precede `REDUpdate` among the callbacks: the round of the step that rolls back starts
     from the state that was restored.
@@ -67,6 +67,7 @@ class CollapseGuard(RestorationCallback):
         self._usual = math.nan  # PSNR(out, average) at the recent checks, in dB
         self._failures = 0  # checks in a row that found NaN
         self._level: _OnHost | float | None = None  # PSNR of the latest check, not judged yet
+        self._fresh = True  # whether `average` still remembered its start at that check
         self._good, self._candidate = _State(), _State()
 
     def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
@@ -75,7 +76,8 @@ class CollapseGuard(RestorationCallback):
         if any(c.period and position(c) < position(self) for c in self.siblings(trainer)):
             raise ValueError(
                 "expected CollapseGuard before REDUpdate among the trainer's callbacks, got it "
-                "after; x would be computed from a collapsed output: change their order"
+                "after; after a roll-back x would be computed from the collapsed output: change "
+                "their order"
             )
 
     def summary(self) -> dict[str, Any]:
@@ -86,11 +88,12 @@ class CollapseGuard(RestorationCallback):
     def state_dict(self) -> dict[str, Any]:
         level = None if self._level is None else float(self._level)
         counts = {"rollbacks": self.rollbacks, "failures": self._failures}
-        return {**counts, "usual": self._usual, "level": level}
+        return {**counts, "usual": self._usual, "level": level, "fresh": self._fresh}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rollbacks, self._usual = state_dict["rollbacks"], state_dict["usual"]
         self._failures, self._level = state_dict["failures"], state_dict.get("level")
+        self._fresh = state_dict.get("fresh", False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -128,10 +131,14 @@ class CollapseGuard(RestorationCallback):
 
     # The guard
 
+    def settle(self) -> None:
+        self._judge(self.model)
+
     def _look(self, model: DeepImagePrior, trainer: Trainer) -> None:
         """Judge the latest check; unless that rolls the fit back, make another one."""
         if self._judge(model):
             self._level = _OnHost(stability(model))
+            self._fresh = model.step * (1 - model.average_decay) < FORGOTTEN
             self._candidate.take(self, trainer)
 
     def _judge(self, model: DeepImagePrior) -> bool:
@@ -150,8 +157,7 @@ class CollapseGuard(RestorationCallback):
             self._roll_back_all(model, "produced NaN")
             return False
         self._failures = 0
-        fresh = model.step * (1 - model.average_decay) < FORGOTTEN
-        lost = 0.0 if fresh or math.isnan(self._usual) else self._usual - level
+        lost = 0.0 if self._fresh or math.isnan(self._usual) else self._usual - level
         self._usual = level if lost == 0 else self._usual - RECENT * lost
         if lost > self.drop and level < HARMLESS:
             self._roll_back_all(model, f"lost {lost:.1f} dB against its recent output")

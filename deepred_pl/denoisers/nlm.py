@@ -1,6 +1,7 @@
 """Non-local means."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from deepred_pl.checks import check_at_least, check_choice
+from deepred_pl.checks import RestorationWarning, check_at_least, check_choice
 from deepred_pl.denoisers.denoiser import GreyLevelDenoiser, each_channel, through_numpy
 
 Backend = Literal["auto", "skimage", "torch"]
@@ -33,8 +34,8 @@ class NonLocalMeans(GreyLevelDenoiser):
         patch_distance: Search distance for patches, in pixels.
         fast: Weight all pixels of a patch equally, with integral images.
         backend: "skimage", on the CPU; "torch", the same on the image's device, in fast mode;
-            "auto": for images on a GPU in fast mode one Triton kernel, or torch without Triton,
-            otherwise skimage, which is faster on a CPU.
+            "auto": for images on a GPU in fast mode one Triton kernel, or torch if that does not
+            run, otherwise skimage, which is faster on a CPU.
 
     Raises:
         ValueError: sigma outside (0, 255], a size below 1, or an unknown or impossible backend.
@@ -82,10 +83,17 @@ class NonLocalMeans(GreyLevelDenoiser):
 
 @cache
 def _on_gpu() -> Callable[[Tensor, int, int, float, float], Tensor]:
-    """`nl_means` as a Triton kernel, or in torch where Triton is missing."""
+    """`nl_means` as a Triton kernel, or in torch where that does not run."""
     try:
         from deepred_pl.denoisers import nlm_triton
-    except ImportError:
+
+        nlm_triton.nl_means(torch.zeros(1, 1, 8, 8, device="cuda"), 3, 1, 0.1, 0.1)
+    except Exception as error:  # no Triton, no C compiler, an old GPU
+        warnings.warn(
+            f"NonLocalMeans runs in torch, several times slower than its Triton kernel: {error}",
+            RestorationWarning,
+            stacklevel=2,
+        )
         return nl_means
     return nlm_triton.nl_means
 

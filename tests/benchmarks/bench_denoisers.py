@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from deepred_pl.denoisers import NonLocalMeans, TotalVariation
+from deepred_pl.denoisers import NonLocalMeans, TotalVariation, nlm
 from tests.benchmarks.conftest import BM3DS, problem
 
 DENOISERS = {
@@ -14,6 +14,7 @@ DENOISERS = {
     **BM3DS,
 }
 if torch.cuda.is_available():
+    assert nlm._on_gpu() is not nlm.nl_means, "the Triton kernel does not run here"
     DENOISERS["nlm, triton"] = partial(NonLocalMeans, 3)
 
 

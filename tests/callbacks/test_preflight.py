@@ -126,11 +126,15 @@ def test_durations(seconds, told):
 
 
 def test_on_a_gpu_the_allocator_says_what_a_step_took(monkeypatch):
-    allocated = {"now": 100, "most": 900}
+    allocated = {"now": 100, "most": 0}
     monkeypatch.setattr(
         torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(most=100)
     )
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["most"])
-    step = partial(allocated.update, most=340)
+    needed = iter([900, 340])  # the first step also allocates what is kept for all
+
+    def step():
+        allocated["most"] = next(needed)
+
     assert preflight._most_allocated(step, torch.device("cuda")) == 240

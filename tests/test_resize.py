@@ -96,8 +96,7 @@ def test_both_keep_channels_last_and_the_type_also_under_autocast(function, dtyp
         assert format_and_type(gradient(function, x)) == (True, dtype)
 
 
-@pytest.mark.parametrize("size", [(32, 40), (17, 23)])
-def test_the_compiled_gradient_adds_up_in_a_fixed_order(size):
+def test_the_compiled_gradient_adds_up_in_a_fixed_order():
     called = {"forward": set(), "backward": set()}
 
     def keep(part):
@@ -114,7 +113,7 @@ def test_the_compiled_gradient_adds_up_in_a_fixed_order(size):
     )
     torch._dynamo.reset()
     network = TinyNet(3).to(memory_format=torch.channels_last)
-    z = torch.rand(1, *size, 32).movedim(-1, 1)
+    z = torch.rand(1, 32, 23, 32).movedim(-1, 1)  # one side doubles exactly
     with torch.autocast("cpu", torch.bfloat16):
         out = torch.compile(network, backend=backend, fullgraph=True)(z)
     out.square().mean().backward()

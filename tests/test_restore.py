@@ -36,8 +36,10 @@ def stored(dtype, channels=3):
     return array[..., 0] if channels == 1 else array
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [(np.uint8, 1), (np.uint8, 3), (np.uint16, 2), (np.float32, 3), (np.float64, 1)],
+)
 def test_an_array_comes_back_as_it_went(dtype, channels):
     image = stored(dtype, channels)
     restored = restore(image, overrides=CLEAN)
@@ -49,8 +51,17 @@ def test_an_array_comes_back_as_it_went(dtype, channels):
     assert 0.002 * peak < change < 0.01 * peak
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(33, 47), (3, 33, 47), (1, 3, 33, 47), (1, 1, 33, 47)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.uint8, (33, 47)),
+        (torch.uint8, (1, 3, 33, 47)),
+        (torch.float32, (3, 33, 47)),
+        (torch.float32, (33, 47)),
+        (torch.float64, (1, 1, 33, 47)),
+        (torch.bfloat16, (1, 3, 33, 47)),
+    ],
+)
 def test_a_tensor_comes_back_as_it_went(shape, dtype):
     image = picture(1 if len(shape) == 2 else shape[-3], 33, 47).reshape(shape)
     image = image.to(dtype) if dtype.is_floating_point else (image * 255).to(dtype)

@@ -31,7 +31,8 @@ def gradient(function, x):
     """The gradient for a random direction."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = function(x)
-    return torch.autograd.grad(out, x, tensor(*out.shape, dtype=out.dtype))[0]
+    direction = tensor(*out.shape, dtype=out.dtype).contiguous(memory_format=torch.channels_last)
+    return torch.autograd.grad(out, x, direction)[0]
 
 
 def padded(x):

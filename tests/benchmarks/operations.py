@@ -2,8 +2,8 @@
 
     python tests/benchmarks/operations.py --side 512
 
-counts ten steps of DeepRED with the guard and the x- and u-updates, in bfloat16, on the CPU but
-without its faster convolutions: on a GPU every operation is at least one kernel. Not counted are
+counts ten steps of DeepRED with the guard and the x- and u-updates, in bfloat16, on the CPU but by
+a GPU's convolutions, padding and upsampling: there every operation is at least one kernel. Not counted are
 views, the denoiser, and what operations do within themselves, such as changes of memory layout; a
 GPU's autocast gives some operations float32 that have bfloat16 here.
 """
@@ -15,13 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepred_pl import DeepRED, InverseProblem, REDUpdate, fast_conv
+from deepred_pl import DeepRED, InverseProblem, REDUpdate, fast_conv, resize
 from deepred_pl.callbacks import CollapseGuard
 from deepred_pl.lightning import Callback, Trainer
 from deepred_pl.networks import SkipNet
 from deepred_pl.noise import GaussianNoise
 
-FIRST, STEPS = 10, 10
+FIRST, STEPS = 60, 10
 
 
 class Count(TorchDispatchMode):
@@ -65,7 +65,7 @@ def main():
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--width", type=int, default=128)
     arguments = parser.parse_args()
-    fast_conv.pays_off = lambda x: False
+    fast_conv.pays_off = resize._on_cpu = lambda x: False
     y = torch.rand(1, 3, arguments.side, arguments.side)
     model = DeepRED(
         network=partial(SkipNet, width=arguments.width),

@@ -15,6 +15,7 @@ from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import Namespace
 
 import deepred_pl.denoisers  # noqa: F401  makes their short names known
@@ -267,6 +268,7 @@ class RestorationCLI(LightningCLI):
         Settings that turn one of them off, and a progress bar of the user's, are respected.
         """
         settings = self._get(self.config_init, "trainer")
+        _check_gpu(settings.get("accelerator"))
         bare = settings.get("barebones")
         own = [KeepMemory(), Preflight(), CudaGraph(), *([] if bare else [Monitor()])]
         given = settings.get("callbacks") or []
@@ -325,6 +327,20 @@ class RestorationCLI(LightningCLI):
                 f"{trainer.max_steps}; increase --trainer.max_steps, or write the checkpoint's "
                 "image with `deepred predict`"
             )
+
+
+def _check_gpu(accelerator: Any) -> None:
+    if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+        return
+    if accelerator == "gpu" and torch.backends.mps.is_available():
+        return
+    why = f"torch {torch.__version__} sees none"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is not built for one"
+    raise ValueError(
+        f"expected an NVIDIA GPU for trainer.accelerator={accelerator!r}, but {why}; install its "
+        "driver and a CUDA build of torch, or leave trainer/gpu out"
+    )
 
 
 def _command_to_resume(checkpoint: Path) -> str:

@@ -716,3 +716,12 @@ def test_a_traceback_can_be_asked_for(deepred, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(FileNotFoundError):
         deepred("--config", QUICKSTART, data__measurement="nowhere.png")
+
+
+@pytest.mark.parametrize(("built", "why"), [(None, "is not built for one"), ("13.0", "sees none")])
+def test_a_gpu_that_is_not_there_gets_one_clear_line(refused, monkeypatch, built, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    message = refused("--config", QUICKSTART, trainer__accelerator="gpu")
+    assert why in message and "leave trainer/gpu out" in message

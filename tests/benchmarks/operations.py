@@ -3,9 +3,9 @@
     python tests/benchmarks/operations.py --side 512
 
 counts ten steps of DeepRED with the guard and the x- and u-updates, in bfloat16, on the CPU but by
-a GPU's convolutions, padding and upsampling: there every operation is at least one kernel. Not counted are
-views, the denoiser, and what operations do within themselves, such as changes of memory layout; a
-GPU's autocast gives some operations float32 that have bfloat16 here.
+a GPU's convolutions, padding and upsampling: there every operation is at least one kernel. Not
+counted are views, the denoiser, and what operations do within themselves, such as changes of memory
+layout; a GPU's autocast gives some operations float32 that have bfloat16 here.
 """
 
 import argparse

@@ -53,7 +53,11 @@ def test_precisions_round_the_network_and_nothing_else(make_trainer, precision):
     assert floats and set(floats) == {torch.float32}
     assert model.restored.isfinite().all()
     assert torch.equal(model.out, exact.out) == (precision == "32-true")
-    assert (model.out - exact.out).abs().mean() < 0.02
+    # Of the first step, which no update precedes: Adam's follow the signs of gradients, however small.
+    model, exact = made(), made()
+    fit(make_trainer, exact, steps=1)
+    fit(make_trainer, model, steps=1, precision=precision)
+    assert (model.out - exact.out).abs().mean() < 0.003
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])

@@ -53,7 +53,7 @@ def test_precisions_round_the_network_and_nothing_else(make_trainer, precision):
     assert floats and set(floats) == {torch.float32}
     assert model.restored.isfinite().all()
     assert torch.equal(model.out, exact.out) == (precision == "32-true")
-    # Of the first step, which no update precedes: Adam's follow the signs of gradients, however small.
+    # Of the first step, before any update: Adam follows the signs of gradients, however small.
     model, exact = made(), made()
     fit(make_trainer, exact, steps=1)
     fit(make_trainer, model, steps=1, precision=precision)

@@ -10,12 +10,12 @@ from deepred_pl.torch_state import own_random_numbers
 
 
 class CudaGraph(Callback):
-    """Launches the network's some 300 kernels of a θ-step at once, on an NVIDIA GPU.
+    """Launches all kernels of the network at once, forward and backward, on an NVIDIA GPU.
 
-    For images of up to about 512×512 pixels a GPU is faster than the calls that launch its kernels.
-    The first steps take a second or two longer, and the memory of a step is kept until the fit
-    ends. A network of your own must launch the same operations in every step, and has no hooks in
-    the graph; otherwise set the module's `graph` to False.
+    For images of up to about 512×512 pixels a GPU should be faster than the calls that launch its
+    kernels one by one. The passes are captured before the first step, and their memory is kept
+    until the fit ends. A network of your own must launch the same operations in every step, and has
+    no hooks in the graph; otherwise set the module's `graph` to False.
 
     It applies to a restoration that is trained directly, in the program's main thread, while no
     denoiser of another fit runs. On a CPU, or with `compile`, the network is called as usual; also

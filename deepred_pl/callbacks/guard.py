@@ -1,7 +1,6 @@
 """Roll back fits that collapse."""
 
 import math
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -218,18 +217,11 @@ class _State:
         self._siblings = [(c, c.state_dict()) for c in guard.siblings(trainer)]
 
     def _copy(self, tensors: dict[Any, Tensor]) -> None:
-        if {k: _kind(t) for k, t in tensors.items()} != {
-            k: _kind(t) for k, t in self._copies.items()
-        }:
+        # One call copies all if they have one device and one type, as with the default optimizer.
+        if _strides(tensors) == _strides(self._copies):
+            torch._foreach_copy_([self._copies[key] for key in tensors], [*tensors.values()])
+        else:  # the optimizer's state is new, or x has another layout
             self._copies = {key: tensor.clone() for key, tensor in tensors.items()}
-            return
-        groups = defaultdict[Any, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-        for key, tensor in tensors.items():
-            copies, originals = groups[tensor.device, tensor.dtype]  # of which one call copies all
-            copies.append(self._copies[key])
-            originals.append(tensor)
-        for copies, originals in groups.values():
-            torch._foreach_copy_(copies, originals, non_blocking=True)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -251,5 +243,5 @@ def _changing(model: DeepImagePrior) -> dict[Any, Tensor]:
     return {name: tensor for name, tensor in tensors if not name.startswith(CONSTANT)}
 
 
-def _kind(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _strides(tensors: dict[Any, Tensor]) -> dict[Any, tuple[int, ...]]:
+    return {key: tensor.stride() for key, tensor in tensors.items()}

@@ -149,8 +149,8 @@ def step_memory(model: DeepImagePrior) -> int:
         side = max(PART, getattr(model.network, "smallest_side", 1))
         z = z[..., :side, :side].contiguous(memory_format=torch.channels_last)
         scale = model.z.numel() / z.numel()
-    most = _most_allocated(partial(_step, model, model.network.forward, z), z.device)
-    return int(scale * most) + 3 * parameters  # forward itself is not compiled
+    step = partial(_step, model, model.network.forward, z)  # forward itself is not compiled
+    return int(scale * _most_allocated(step, z.device)) + 3 * parameters
 
 
 def _most_allocated(step: Callable[[], None], device: torch.device) -> int:

@@ -18,9 +18,10 @@ from torch import Tensor
 from deepred_pl.callbacks import CollapseGuard, CudaGraph, Preflight, REDUpdate
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
-from deepred_pl.data import RestorationDataModule, read_source
+from deepred_pl.data import RestorationDataModule
 from deepred_pl.estimate import level_of_removed, local_level, noise_level, unclipped
-from deepred_pl.images import WHITE, rounded_up
+from deepred_pl.image_format import WHITE
+from deepred_pl.images import rounded_up
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
 from deepred_pl.noise import LEAST_ESTIMATE, GaussianNoise, sigma_of
@@ -294,7 +295,7 @@ def _choose_range(data: RestorationDataModule, given: Collection[str], choice: C
     """Choose which stored values are black and white, and the geometry of a sinogram."""
     if data.measurement is None:
         return
-    image, stored = read_source(data.measurement, [0, 1], data.page, missing=True)
+    image, stored = data.read([0, 1], missing=True)
     image = torch.nan_to_num(image)
     largest = float(image.max())
     unbounded = stored.dtype == "float32" and largest > MEANS

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from deepred_pl import plausibility
+from deepred_pl.axes import Page, check_axes, count_pages
 from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.estimate import noise_level
-from deepred_pl.images import ImageFormat, IntensityRange, read_image, to_tensor
+from deepred_pl.image_format import ImageFormat
+from deepred_pl.images import IntensityRange, layout_of, page_of, read_image, to_tensor
 from deepred_pl.lightning import LightningDataModule, rank_zero_info
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
@@ -59,8 +62,13 @@ class RestorationDataModule(LightningDataModule):
             range. The restored image is stored in the same range, and may leave it where the
             measurement does, and with "minmax" and "percentile" also where the operator averages
             light, as a blur does.
-        page: Page of a TIFF file with several pages, from 0; it applies to the measurement if there
-            is one, otherwise to the ground truth.
+        axes: The axes of the image's file or array, as OME names them: Y, X, C for channels, and T
+            (time), Z (slice) or others, along which one image, a page, is chosen; such as "CYX",
+            "YXC" or "TZCYX". None are those of a TIFF's metadata, or of an array (H, W) or
+            (H, W, C). The restored image has those of one page.
+        page: Page of a file with several, from 0, in the order in which they are stored; also of
+            the ground truth if it is a file with several. "all" takes them as channels of one
+            image, which one network restores together.
         crop: Keep the central crop × crop pixels of the ground truth and of a mask before the
             degradation is simulated, to try something on a small image. Not with a measurement.
         region: Restore only this part of the image, [top, left, height, width] in its pixels; the
@@ -92,7 +100,8 @@ class RestorationDataModule(LightningDataModule):
         degrade: Degrade = "operator",
         clip: bool = True,
         intensity_range: IntensityRange = "dtype",
-        page: int | None = None,
+        axes: str | None = None,
+        page: Page = None,
         crop: int | None = None,
         region: tuple[int, int, int, int] | None = None,
         hold_out: float = 0.0,
@@ -112,6 +121,7 @@ class RestorationDataModule(LightningDataModule):
         self.degrade = degrade
         self.clip = clip
         self.intensity_range = intensity_range
+        self.axes = axes
         self.page = page
         self.crop = crop
         self.region = region
@@ -168,9 +178,10 @@ class RestorationDataModule(LightningDataModule):
                 "is a measurement; set region to [top, left, height, width] for a part of it"
             )
         self._check_range(operator)
-        y, stored = read_source(self.measurement, self.intensity_range, self.page, missing=True)
+        y, stored = self.read(self.intensity_range, missing=True)
         self._stored = stored
-        plausibility.check_layout(y, self._source)
+        if not stored.axes:
+            plausibility.check_layout(y, self._source)
         operator.image_shape(tuple(y.shape))  # refuses a mask, kernel or angles that do not fit
         if self.intensity_range == "dtype":
             plausibility.check_span(y, stored, self._needs_zero(operator) is not None)
@@ -199,9 +210,51 @@ class RestorationDataModule(LightningDataModule):
             truth_range = (stored.low, stored.high)  # type: ignore[assignment]
         truth = None
         if self.ground_truth is not None:
-            truth = self._admissible(read_source(self.ground_truth, truth_range)[0], operator)
+            truth = self._admissible(self._read_truth(truth_range), operator)
         limits = _limits(y, operator, stored, self.intensity_range)
         return InverseProblem(y, operator, self.noise, truth, self.metric_on, limits)
+
+    def read(
+        self, intensity_range: IntensityRange, missing: bool = False
+    ) -> tuple[Tensor, ImageFormat]:
+        """Read the measurement, or else the ground truth, as `images.read_image`."""
+        source = self.ground_truth if self.measurement is None else self.measurement
+        assert source is not None
+        if not isinstance(source, np.ndarray):
+            image, stored = read_image(source, intensity_range, self.page, missing, self.axes)
+            if stored.alpha is not None and not _is_transparency(stored.alpha):
+                plausibility.warn(
+                    f"the last channel of {source} was taken for transparency, as the file says, "
+                    "and is not restored, but most of its values are neither 0 nor opaque. If it "
+                    "is a channel of the image, save it as an NPY array (H, W, C)"
+                )
+            return image, stored
+        if self.axes is not None:
+            axes = check_axes(self.axes, source.shape, "the image")
+            source, described = page_of(source, axes, self.page)
+            image, stored = to_tensor(source, intensity_range, missing=missing)
+            return image, replace(
+                stored, axes=described.axes, shape=described.shape, page=described.page
+            )
+        has_alpha = source.ndim == 3 and source.shape[-1] in (2, 4)  # grey or RGB and opacity
+        if has_alpha and (source[..., -1] == _opaque(source)).all():
+            image, stored = to_tensor(source[..., :-1], intensity_range, missing=missing)
+            return image, replace(stored, alpha=source[..., -1].astype(stored.dtype))
+        return to_tensor(source, intensity_range, missing=missing)
+
+    def _read_truth(self, intensity_range: IntensityRange) -> Tensor:
+        """The ground truth of a measurement, or its page if it has several."""
+        assert self.ground_truth is not None
+        axes, page = self.axes, None
+        if Path(self.ground_truth).is_file():
+            try:
+                letters, shape, _ = layout_of(self.ground_truth, axes)
+            except ValueError:  # its axes are not those of the measurement
+                axes = None
+                letters, shape, _ = layout_of(self.ground_truth)
+            axes = axes if letters else None
+            page = self.page if count_pages(letters, shape) > 1 else None
+        return read_image(self.ground_truth, intensity_range, page, axes=axes)[0]
 
     @property
     def _source(self) -> str:
@@ -222,6 +275,7 @@ class RestorationDataModule(LightningDataModule):
             stored.dtype,
             f"black and white at {', '.join(ranges[:4])}{', …' * (len(ranges) > 4)}",
         ]
+        parts += [stored.page] if stored.page else []
         if stored.alpha is not None:
             parts.append("with transparency")
         text = f"{self._source}: {', '.join(parts)}; operator {self.problem.operator}"
@@ -233,11 +287,10 @@ class RestorationDataModule(LightningDataModule):
     def _simulated(self, operator: Operator) -> tuple[Tensor, Operator, Tensor]:
         """A simulated measurement, the operator that made it, and the ground truth."""
         assert self.ground_truth is not None
-        original, self.image_format = read_source(
-            self.ground_truth, self.intensity_range, self.page
-        )
+        original, self.image_format = self.read(self.intensity_range)
         self._stored = self.image_format
-        plausibility.check_layout(original, self._source)
+        if not self.image_format.axes:
+            plausibility.check_layout(original, self._source)
         if self.crop is not None:
             middle = Region.middle(original.shape[-2], original.shape[-1], self.crop)
             original, self.image_format = middle.of(original), _part(self.image_format, middle)
@@ -353,29 +406,6 @@ def _enlarged(stored: ImageFormat, factor: int) -> ImageFormat:
         return stored
     x, y, unit = stored.resolution
     return replace(stored, resolution=(factor * x, factor * y, unit))
-
-
-def read_source(
-    source: str | os.PathLike | np.ndarray,
-    intensity_range: IntensityRange,
-    page: int | None = None,
-    missing: bool = False,
-) -> tuple[Tensor, ImageFormat]:
-    """Read an image file as `images.read_image`, or convert an array as `images.to_tensor`."""
-    if not isinstance(source, np.ndarray):
-        image, stored = read_image(source, intensity_range, page, missing)
-        if stored.alpha is not None and not _is_transparency(stored.alpha):
-            plausibility.warn(
-                f"the last channel of {source} was taken for transparency, as the file says, and "
-                "is not restored, but most of its values are neither 0 nor opaque. If it is a "
-                "channel of the image, save it as an NPY array (H, W, C)"
-            )
-        return image, stored
-    has_alpha = source.ndim == 3 and source.shape[-1] in (2, 4)  # grey or RGB and an opaque channel
-    if has_alpha and (source[..., -1] == _opaque(source)).all():
-        image, stored = to_tensor(source[..., :-1], intensity_range, missing=missing)
-        return image, replace(stored, alpha=source[..., -1].astype(stored.dtype))
-    return to_tensor(source, intensity_range, missing=missing)
 
 
 def _is_transparency(alpha: np.ndarray) -> bool:

@@ -29,6 +29,7 @@ Fidelity = Literal["likelihood", "backprojection"]
 WEIGHTED_VARIANCE = 0.00133
 GROWTH = 0.3
 VARIANCE_OFFSET = 2.0  # squared grey levels: with even less noise, E hardly changes
+COLOURS = 3
 DARKEST = 0.1  # of the mean variance: signal-dependent noise counts as at least that
 
 EPSILON_RANGE = 1e-6, 1e3  # in units of ‖A‖²
@@ -124,10 +125,14 @@ def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
 
     ε solves E(ε) = 0.00133 · √C · (s² + 2)^0.3 for C channels, with s = 255 σ̄ / ‖A‖ the noise in
     grey levels of the image, within 10⁻⁶ to 10³ times ‖A‖²; if only a share of the values was
-    measured, E is that share of it. With fewer channels the network learns the weighted noise
-    sooner, with stronger noise later. Chosen on 128×128 crops, of one and three channels, of
-    scikit-image's astronaut and camera, blurred by a mean of 9×9, at σ = 0.5, √2, 5 and 10, with
-    λ = μ = 0.7 and non-local means of σ_f = 4.
+    measured, E is that share of it. With one channel the network learns the weighted noise sooner
+    than with the three of a colour image, and with stronger noise later. For more than three, such
+    as frames or bands, C is taken as 1: with √C two stacks of 12 frames lost up to 2.4 dB in the
+    second half of 1200 steps (`tests/benchmarks/results/stacks.md`).
+
+    Chosen on 128×128 crops, of one and three channels, of scikit-image's astronaut and camera,
+    blurred by a mean of 9×9, at σ = 0.5, √2, 5 and 10, with λ = μ = 0.7 and non-local means of
+    σ_f = 4.
 
     Returns:
         ε, and a factor for λ and μ. The factor is 1 unless E stays below that value even at the
@@ -144,7 +149,8 @@ def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
         )
     largest = _largest_eigenvalue(problem)
     noise = 255**2 * float(variance) / largest
-    target = WEIGHTED_VARIANCE * math.sqrt(problem.image_shape[1])
+    channels = problem.image_shape[1]
+    target = WEIGHTED_VARIANCE * math.sqrt(channels if channels <= COLOURS else 1)
     target *= (noise + VARIANCE_OFFSET) ** GROWTH * float(_probe(problem).abs().mean())
     low, high = (math.log(bound * largest) for bound in EPSILON_RANGE)
     for _ in range(HALVINGS):

@@ -4,17 +4,19 @@ import json
 import os
 import tempfile
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 ROOM = 2**16  # bytes that a run needs at least
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file atomically: under its name it is complete or absent.
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file to be written atomically: under its name it is complete or absent.
 
     Raises:
         OSError: It cannot be written.
@@ -24,11 +26,21 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     try:
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # never through an existing symlink
-            file.write(data)
+            yield file
         move(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(data)
 
 
 def move(complete: Path, path: Path) -> None:

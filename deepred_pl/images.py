@@ -3,85 +3,61 @@
 import io
 import math
 import os
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import imagecodecs
 import numpy as np
-import tifffile
 import torch
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import putchunk
 from torch import Tensor
 
-from deepred_pl.files import write_bytes
+from deepred_pl.axes import (
+    CHANNELS,
+    COLOURS,
+    Page,
+    as_stored,
+    axes_of_image,
+    channels_last,
+    check_axes,
+    check_page,
+    count_pages,
+    guessed_axes,
+    of_page,
+    page_index,
+    page_text,
+)
+from deepred_pl.files import replacing, write_bytes
+from deepred_pl.image_format import WHITE, ImageFormat
 from deepred_pl.memory import check_memory
+from deepred_pl.pictures import (
+    PNG_DEPTH_AT,
+    encode_png,
+    orientation_of,
+    pixels_of,
+    profile_for,
+    refuse_bombs,
+    upright,
+)
 from deepred_pl.sources import find_image
+from deepred_pl.tiffs import SINGLE, STARTS, read_tiff, tiff_layout, write_tiff
 
 IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float] | Sequence[list[float]]
 
-WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # the stored value of 1 under "dtype"
 PERCENTILES = {"minmax": (0, 100), "percentile": (0.1, 99.9)}  # the stored values of 0 and 1
 # Formats that Pillow may detect; it also knows PostScript, which is a program.
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
 NPY_START = b"\x93NUMPY"
-PLAIN_TIFF = (1, 2)  # photometric interpretations: black is zero, RGB
-TIFF_DEPTHS = (1, 8, 16, 32, 64)  # bits; others would be unpacked but not scaled
-YCBCR, JPEG = 6, (6, 7)  # tifffile decodes YCbCr to RGB only with these compressions
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_UNITS = {1: "none", 2: "inch", 3: "centimeter"}
-ICC_TAG, ORIENTATION_TAG = 34675, 274
-NODATA_TAG = 42113  # of GDAL: the value of missing pixels, as text
-# A PNG file's signature and IHDR chunk end at byte 33; byte 24 is the bit depth.
-PNG_HEADER, PNG_DEPTH_AT = 33, 24
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """How an image is stored in its file.
-
-    Attributes:
-        dtype: The type of the stored values: "uint8", "uint16", "int16", ... or "float32".
-        alpha: The alpha channel, (H, W) of that dtype, or None.
-        low: The stored value of 0, or one for each channel.
-        high: The stored value of 1; by default 255, 65535, or 1 for floats.
-        icc_profile: The colour profile, if the file has one for its grey or RGB values.
-        resolution: Of a TIFF, pixels per unit along x and y, and the unit: "inch", "centimeter",
-            another one that ImageJ or OME name, such as "um", or "none" if only their ratio is
-            known. None if the file does not have it.
-        tiff: Whether it came from a TIFF file, and is to be one again.
-    """
-
-    dtype: str = "uint8"
-    alpha: np.ndarray | None = None
-    low: float | tuple[float, ...] = 0.0
-    high: float | tuple[float, ...] = math.nan
-    icc_profile: bytes | None = None
-    resolution: tuple[float, float, str] | None = None
-    tiff: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.high, float) and math.isnan(self.high):
-            high = WHITE.get(self.dtype) or float(np.iinfo(self.dtype).max)
-            object.__setattr__(self, "high", high)
-
-    def suffix(self, channels: int) -> str:
-        """The file suffix for images of this format: ".tif" for TIFFs and what PNG cannot store."""
-        return ".png" if self.fits_png(channels) and not self.tiff else ".tif"
-
-    def fits_png(self, channels: int) -> bool:
-        """Whether a PNG can store images of this format."""
-        return self.dtype in ("uint8", "uint16") and channels in (1, 3)
 
 
 def read_image(
     path: str | os.PathLike,
     intensity_range: IntensityRange = "dtype",
-    page: int | None = None,
+    page: Page = None,
     missing: bool = False,
+    axes: str | None = None,
 ) -> tuple[Tensor, ImageFormat]:
     """Read a PNG, JPEG, TIFF or NPY image.
 
@@ -90,8 +66,11 @@ def read_image(
     Args:
         path: The file, or "sample:NAME" or "set:SET/IMAGE" (`deepred_pl.sources`).
         intensity_range: Which stored values become 0 and 1, as in `to_tensor`.
-        page: Page of a TIFF file with several pages, from 0.
+        page: Page of a TIFF or NPY file with several, from 0 (`deepred_pl.axes`), or "all" as
+            channels of one image.
         missing: Allow missing values, as in `to_tensor`; also those of a TIFF's nodata tag.
+        axes: The axes of a TIFF or NPY file, such as "CYX"; None are those that the file names, or
+            that its shape leaves no doubt about.
 
     Returns:
         The image, float32 (1, C, H, W), and its format.
@@ -105,7 +84,7 @@ def read_image(
     if isinstance(source, np.ndarray):
         return to_tensor(source, intensity_range, str(path), missing)
     try:
-        array, has_alpha, metadata = _decode(source, page)
+        array, has_alpha, metadata = _decode(source, page, axes)
     except Exception as error:  # decoders raise anything on a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -122,7 +101,7 @@ def read_image(
         alpha=None if alpha is None else alpha.astype(values.dtype),
         low=values.low,
         high=values.high,
-        icc_profile=_profile_for(image.shape[1], metadata.icc_profile),
+        icc_profile=profile_for(image.shape[1], metadata.icc_profile),
     )
 
 
@@ -219,6 +198,8 @@ def write_image(
 ) -> None:
     """Write an image (1, C, H, W) in [0, 1] atomically as PNG or TIFF, by the suffix of `path`.
 
+    A TIFF has the axes that `image_format` has for one page.
+
     Raises:
         OSError: It cannot be written.
         ValueError: A file of that suffix cannot store it.
@@ -233,16 +214,112 @@ def write_image(
             f"expected a name ending in {best} for {channels} channels of {image_format.dtype}, "
             f"got {path}; rename it"
         )
-    alpha = image_format.alpha
-    if alpha is not None and alpha.shape == array.shape[:2]:
-        array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
-    array = array[..., 0] if array.shape[-1] == 1 else array
-    profile = _profile_for(channels, image_format.icc_profile)
+    array = with_alpha(array, image_format)
+    has_alpha = array.shape[-1] > channels
+    profile = profile_for(channels, image_format.icc_profile)
     if suffix == ".png":
-        encoded = _encode_png(array, profile)
+        write_bytes(path, encode_png(array[..., 0] if array.shape[-1] == 1 else array, profile))
     else:
-        encoded = _encode_tiff(array, channels, profile, image_format.resolution)
-    write_bytes(path, encoded)
+        axes, stored = stored_page(array, image_format)
+        with replacing(path) as file:
+            write_tiff(file, stored, axes, replace(image_format, icc_profile=profile), has_alpha)
+
+
+def with_alpha(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
+    """An array (H, W, C) with the alpha channel of its format, if there is one of its size."""
+    alpha = image_format.alpha
+    if alpha is None or alpha.shape != array.shape[:2]:
+        return array
+    return np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
+
+
+def stored_page(array: np.ndarray, image_format: ImageFormat) -> tuple[str, np.ndarray]:
+    """An array (H, W, C) with the axes of its format, and these axes."""
+    axes, sizes = image_format.axes, image_format.shape
+    fits = axes and channels_last(np.empty(sizes, bool), axes).shape[-1] == array.shape[-1]
+    if fits:
+        return axes, as_stored(array, axes, sizes)
+    return ("YX", array[..., 0]) if array.shape[-1] == 1 else ("YXS", array)
+
+
+# Stacks
+
+
+def layout_of(path: str | os.PathLike, axes: str | None = None) -> tuple[str, tuple[int, ...], int]:
+    """The axes and the shape of an image file, from its header, and its number of series.
+
+    Axes are those of TIFF and NPY files; of others they are "" and the shape is (). A TIFF may have
+    several series of images of unlike sizes; these are the first one's.
+
+    Args:
+        path: A file.
+        axes: As in `read_image`.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: The axes do not fit, or are not certain.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(len(NPY_START))
+    if start == NPY_START:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        return _npy_axes(shape, axes, Path(path).name), shape, 1
+    if start.startswith(STARTS):
+        return tiff_layout(Path(path), axes)
+    return "", (), 1
+
+
+def write_stack(
+    path: str | os.PathLike,
+    source: str | os.PathLike,
+    restored: Mapping[int, Path],
+    axes: str | None = None,
+) -> None:
+    """Write a copy of a stack with restored pages in place of its own, atomically as TIFF.
+
+    It has the axes, the type and the metadata of the stack. Where there is no restored page, its
+    own is copied if the restored ones have its size and kind of values, or else it is 0.
+
+    Args:
+        path: The TIFF file.
+        source: The stack.
+        restored: Image files by their pages, at least one.
+        axes: The axes of the stack, as in `read_image`.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: The memory is too small for it.
+    """
+    letters, shape, _ = layout_of(source, axes)
+    page, file = next(iter(restored.items()))
+    first, has_alpha, image_format = _decode(file, None, None)
+    first = np.atleast_3d(first)
+    count = count_pages(letters, shape)
+    check_memory(2 * count * first.nbytes, "writing the stack", "restore a part of its pages")
+    pages = np.zeros((count, *first.shape), first.dtype)  # (pages, H, W, C)
+    for page in range(count):
+        if page in restored:
+            pages[page] = np.atleast_3d(_decode(restored[page], None, None)[0])
+        else:
+            own = np.atleast_3d(_decode(Path(source), page, axes)[0])
+            if own.shape == first.shape and own.dtype.kind == first.dtype.kind:
+                pages[page] = own
+    of_source = _decode(Path(source), page, axes)[2]
+    channels = first.shape[-1] - has_alpha
+    image_format = replace(
+        of_source,
+        resolution=image_format.resolution or of_source.resolution,
+        icc_profile=profile_for(channels, of_source.icc_profile),
+    )
+    of_pages = letters
+    for axis in of_page(letters):
+        of_pages = of_pages.replace(axis, "")
+    sizes = dict(zip(letters, shape, strict=True))
+    if math.prod(sizes.get(axis, 1) for axis in CHANNELS) != first.shape[-1]:
+        letters, sizes["S"] = f"{of_pages}YXS", first.shape[-1]
+    array = as_stored(pages, letters, [sizes[axis] for axis in letters], of_pages)
+    with replacing(path) as output:
+        write_tiff(output, array, letters, image_format, has_alpha)
 
 
 def _stored_range(
@@ -324,21 +401,23 @@ def _span(known: Sequence[np.ndarray]) -> str:
     return "[{:g}, {:g}]".format(*_extremes(known))
 
 
-def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
+def _decode(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool, ImageFormat]:
     """The stored values, (H, W) or (H, W, C), whether alpha comes last, and the metadata."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError("the file is empty")
-    check_memory(size, "reading it", "save a part of it")
     with path.open("rb") as file:
         start = file.read(len(NPY_START))
-    if start == NPY_START and not page:
-        return _decode_npy(path), False, ImageFormat()
+    if start == NPY_START:
+        return _decode_npy(path, page, axes)
+    if start.startswith(STARTS):
+        return read_tiff(path, page, axes)
+    if page not in (None, 0, "all"):
+        raise ValueError(f"it has no page {page}, only TIFF and NPY files have; leave page out")
+    if axes is not None and axes.upper() not in SINGLE:
+        raise ValueError(f"it has not the axes {axes}, only TIFF and NPY files; leave axes out")
+    check_memory(size, "reading it", "save a part of it")
     data = path.read_bytes()
-    if data.startswith(TIFF_STARTS):
-        return _decode_tiff(data, page)
-    if page:
-        raise ValueError(f"it has no page {page}, only TIFF files have pages; leave page out")
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -347,175 +426,41 @@ def _decode(path: Path, page: int | None) -> tuple[np.ndarray, bool, ImageFormat
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format != "MPO":  # a camera's MPO begins with the photo
             raise ValueError(f"it has {frames} frames; save one of them")
-        _refuse_bombs(picture.height, picture.width, len(picture.getbands()))
+        refuse_bombs(picture.height, picture.width, len(picture.getbands()))
         if picture.format == "PNG" and data[PNG_DEPTH_AT] == 16:
             array = imagecodecs.png_decode(data)  # Pillow would round 16-bit colour to 8 bits
-            array = _upright(array, _orientation(picture))
+            array = upright(array, orientation_of(picture))
             has_alpha = array.ndim == 3 and array.shape[-1] in (2, 4)
         else:
-            array, has_alpha = _pixels(picture)
+            array, has_alpha = pixels_of(picture)
         return array, has_alpha, ImageFormat(icc_profile=picture.info.get("icc_profile"))
 
 
-def _decode_npy(path: Path) -> np.ndarray:
+def _decode_npy(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool, ImageFormat]:
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # only the header is read
-    if array.ndim > 1:
-        height, width, *channels = array.shape
-        _refuse_bombs(height, width, math.prod(channels), array.dtype.itemsize)
-    return np.array(array)
+    letters = _npy_axes(array.shape, axes, path.name)
+    array, image_format = page_of(array, letters, page)
+    height, width, *channels = array.shape
+    refuse_bombs(height, width, math.prod(channels), array.dtype.itemsize)
+    return np.array(array), False, image_format
 
 
-def _decode_tiff(data: bytes, number: int | None) -> tuple[np.ndarray, bool, ImageFormat]:
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = len(file.pages)
-        if number is None and pages > 1:
-            raise ValueError(f"it has {pages} pages; set data.page to one of 0 to {pages - 1}")
-        number = number or 0
-        if not 0 <= number < pages:
-            raise ValueError(f"it has no page {number}; set data.page to one of 0 to {pages - 1}")
-        page = file.pages[number].aspage()
-        if page.imagedepth != 1:
-            raise ValueError(f"it is a volume of depth {page.imagedepth}; save one slice")
-        bands, bytes_each = page.samplesperpixel, np.dtype(page.dtype or np.uint8).itemsize
-        _refuse_bombs(page.imagelength, page.imagewidth, bands, bytes_each)
-        if page.bitspersample not in TIFF_DEPTHS:
-            raise ValueError(
-                f"{page.bitspersample} bits per value are not supported; save it with 8 or 16 bits"
-            )
-        orientation = page.tags.valueof(ORIENTATION_TAG, 1)
-        decoded = page.photometric == YCBCR and page.compression in JPEG
-        if page.photometric in PLAIN_TIFF or decoded:
-            array = page.asarray()
-            if page.axes.startswith("S"):  # separate planes: (C, H, W) -> (H, W, C)
-                array = np.moveaxis(array, 0, -1)
-            array = _upright(array, orientation)
-            has_alpha = bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
-            has_alpha = has_alpha and array.ndim == 3
-        elif page.dtype in (np.uint8, np.bool_):  # palettes, CMYK, YCbCr, inverted grey
-            with Image.open(io.BytesIO(data), formats=("TIFF",)) as picture:
-                picture.seek(number)
-                array, has_alpha = _pixels(picture)
-        else:
-            raise ValueError("its colour layout is not supported; save it as RGB")
-        unit = (file.imagej_metadata or {}).get("unit") or TIFF_UNITS.get(page.resolutionunit)
-        pixels = _ome_resolution(file.ome_metadata) or (*page.get_resolution(), unit or "none")
-        resolution = _resolution(*pixels, orientation)
-        icc_profile = page.tags.valueof(ICC_TAG)
-        array = _without_nodata(array, page.tags.valueof(NODATA_TAG))
-    return array, has_alpha, ImageFormat(icc_profile=icc_profile, resolution=resolution, tiff=True)
+def _npy_axes(shape: tuple[int, ...], axes: str | None, name: str) -> str:
+    return guessed_axes(shape, name) if axes is None else check_axes(axes, shape, name)
 
 
-def _without_nodata(array: np.ndarray, tag: object) -> np.ndarray:
-    """The array, masked where it has the value of GDAL's nodata tag, if there is one."""
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            value = np.array(float(str(tag).strip("\0 "))).astype(array.dtype)
-        fits = array.dtype.kind == "f" or float(value) == float(str(tag).strip("\0 "))
-    except ValueError:  # no number, such as "none"
-        return array
-    return np.ma.masked_where(array == value, array) if fits else array
+def page_of(array: np.ndarray, axes: str, page: Page) -> tuple[np.ndarray, ImageFormat]:
+    """A page of an array with these axes, (H, W) or (H, W, C), and its axes as a format.
 
-
-def _ome_resolution(xml: str | None) -> tuple[float, float, str] | None:
-    """Pixels per unit along x and y, and the unit, of an OME-TIFF that has them."""
-    try:
-        image = tifffile.xml2dict(xml or "")["OME"]["Image"]
-        pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
-        unit = str(pixels.get("PhysicalSizeXUnit", "um")).replace("µ", "u").replace("μ", "u")
-        return 1 / pixels["PhysicalSizeX"], 1 / pixels["PhysicalSizeY"], unit
-    except Exception:  # not there, or damaged: an image is read without its metadata, too
-        return None
-
-
-def _refuse_bombs(height: int, width: int, bands: int, bytes_each: int = 1) -> None:
-    """Refuse an image that is too large by its header, before it is decoded.
-
-    The limit is Pillow's own, which a program may set.
+    Raises:
+        ValueError: There is no such page, or there are several and none is chosen.
     """
-    pixels, limit = height * width, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels * max(1, bands // 4) > 2 * limit:
-        raise ValueError(
-            f"its header promises {height}×{width} pixels in {bands} channels, which may be a "
-            f"decompression bomb; to read more than {2 * limit} pixels set "
-            "PIL.Image.MAX_IMAGE_PIXELS"
-        )
-    # As decoded, and as float32; and float64 of one channel with temporaries.
-    needed = pixels * (bands * (bytes_each + 4) + 16)
-    check_memory(needed, "reading it", "save a part of it")
-
-
-def _pixels(picture: Image.Image) -> tuple[np.ndarray, bool]:
-    """A picture's 8-bit grey or RGB values, upright, and whether alpha comes last."""
-    picture.load()  # applies a TIFF's orientation, and removes the tag
-    if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise ValueError(f"its mode {picture.mode} is not supported; save it with 8 or 16 bits")
-    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
-    transparent = picture.has_transparency_data
-    array = np.asarray(picture.convert(mode + "A" if transparent else mode))
-    return _upright(array, _orientation(picture)), transparent
-
-
-def _orientation(picture: Image.Image) -> int:
-    return picture.getexif().get(ORIENTATION_TAG, 1)
-
-
-def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotate and mirror (H, W, ...) by the orientation of EXIF and TIFF, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    return array
-
-
-def _resolution(x: float, y: float, unit: str, orientation: int) -> tuple[float, float, str] | None:
-    """The resolution of the upright image; None for placeholder values."""
-    if not (0 < x < math.inf and 0 < y < math.inf) or x == y == 1:
-        return None
-    x, y = (y, x) if orientation > 4 else (x, y)
-    return float(x), float(y), unit
-
-
-def _profile_for(channels: int, profile: bytes | None) -> bytes | None:
-    """The profile if it is for this number of channels: one for CMYK would be wrong for RGB."""
-    space = {1: b"GRAY", 3: b"RGB "}.get(channels)
-    return profile if profile and profile[16:20] == space else None
-
-
-def _encode_png(array: np.ndarray, profile: bytes | None) -> bytes:
-    png = bytes(imagecodecs.png_encode(array))  # Pillow does not write 16-bit colour
-    if profile is None:
-        return png
-    chunk = io.BytesIO()
-    putchunk(chunk, b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
-    return png[:PNG_HEADER] + chunk.getvalue() + png[PNG_HEADER:]
-
-
-def _encode_tiff(
-    array: np.ndarray,
-    channels: int,
-    profile: bytes | None,
-    resolution: tuple[float, float, str] | None,
-) -> bytes:
-    samples = 1 if array.ndim == 2 else array.shape[-1]
-    colours = 3 if channels == 3 else 1
-    extra = ["unspecified"] * (channels - colours) + ["unassalpha"] * (samples - channels)
-    unit = resolution[2] if resolution else "none"
-    known_unit = unit in TIFF_UNITS.values()
-    buffer = io.BytesIO()
-    tifffile.imwrite(
-        buffer,
-        array,
-        photometric="rgb" if colours == 3 else "minisblack",
-        planarconfig="contig" if samples > 1 else None,
-        extrasamples=extra or None,
-        resolution=resolution and resolution[:2],
-        resolutionunit=unit if known_unit else "none",
-        # Other units are where ImageJ looks for them.
-        description=None if known_unit else f"ImageJ=1.11a\nunit={unit}\n",
-        metadata=None,
-        iccprofile=profile,
-    )
-    return buffer.getvalue()
+    count = count_pages(axes, array.shape)
+    check_page(page, count, axes)
+    own = axes_of_image(axes, page)
+    chosen = array[page_index(axes, array.shape, page)]
+    if own == "YX" or (own == "YXC" and chosen.shape[-1] <= COLOURS):
+        described = ImageFormat(page=page_text(axes, page, count))
+    else:
+        described = ImageFormat(axes=own, shape=chosen.shape, page=page_text(axes, page, count))
+    return channels_last(chosen, own), described

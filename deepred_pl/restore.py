@@ -20,7 +20,8 @@ from deepred_pl.checks import RestorationWarning, check_factory
 from deepred_pl.choose import Choice, as_options, before_choice, choose, set_up, task_of
 from deepred_pl.cli import RestorationCLI, reason
 from deepred_pl.denoisers import Denoiser
-from deepred_pl.images import ImageFormat, to_array
+from deepred_pl.image_format import ImageFormat
+from deepred_pl.images import stored_page, to_array, with_alpha
 from deepred_pl.lightning import Callback, SaveConfigCallback, rank_zero_warn
 from deepred_pl.model import DeepRED
 from deepred_pl.noise import NoiseModel
@@ -52,9 +53,10 @@ def restore(
     program, such as inference mode or autocast, do not apply.
 
     Args:
-        image: The measurement: an array (H, W) or (H, W, C), or a tensor (H, W), (C, H, W) or
-            (1, C, H, W); uint8, uint16, or floats in [0, 1]. NaN and masked values are missing, and
-            filled. An opaque last channel of two or four is kept.
+        image: The measurement: an array (H, W) or (H, W, C), or with the axes that the override
+            "data.axes" names, such as "CYX"; or a tensor (H, W), (C, H, W) or (1, C, H, W); uint8,
+            uint16, or floats in [0, 1]. NaN and masked values are missing, and filled. An opaque
+            last channel of two or four is kept.
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
             which later ones override earlier ones, such as ["denoising", "methods/quick"]. None is
             the one for the operator, whose settings and noise are chosen for this image.
@@ -115,6 +117,8 @@ def restore(
             except ArgumentError as error:
                 raise ValueError(reason(error)) from error
             data = cli.datamodule
+            if data.axes is not None and not isinstance(image, np.ndarray):
+                raise ValueError("a tensor's axes are known: data.axes is for arrays, leave it out")
             if data.measurement is not None or data.ground_truth is not None:
                 raise ValueError("restore() gets the measurement itself: leave data's files out")
             data.measurement = _channels_last(image)
@@ -174,9 +178,9 @@ def restore(
         result = results[0] if tile is None else combine(data.problem, restored, results)
         if text := diagnosis(result):
             rank_zero_warn(text, category=RestorationWarning)
-        array, alpha = to_array(restored, data.image_format), data.image_format.alpha
-        if alpha is not None and alpha.shape == array.shape[:2]:
-            array = np.concatenate([array, alpha[..., None].astype(array.dtype)], axis=-1)
+        array = with_alpha(to_array(restored, data.image_format), data.image_format)
+        if data.axes is not None:
+            array = stored_page(array, data.image_format)[1]
         if report:
             about = {"assumed": choice.assumed, "chosen": choice.settings, "result": result}
             return _like(image, array), about
@@ -247,7 +251,7 @@ def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
 def _like(image: np.ndarray | Tensor, restored: np.ndarray) -> Any:
     """The restored array (H, W, C) in the kind, layout, dtype and device of `image`."""
     if not isinstance(image, Tensor):
-        restored = restored[..., 0] if image.ndim == 2 else restored
+        restored = restored[..., 0] if image.ndim < restored.ndim else restored
         return restored.astype(image.dtype) if image.dtype.kind == "f" else restored
     tensor = torch.from_numpy(restored).movedim(-1, 0).contiguous()  # (C, H, W)
     if image.ndim != 3:

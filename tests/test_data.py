@@ -280,7 +280,7 @@ def test_a_simulated_run_keeps_the_format_of_its_ground_truth(tmp_path):
     data = RestorationDataModule(tmp_path / "truth.tif", noise=GaussianNoise(25))
     data.setup()
     stored = data.image_format
-    assert (stored.dtype, stored.high, stored.tiff) == ("uint16", 65535, True)
+    assert (stored.dtype, stored.high, stored.kind) == ("uint16", 65535, "tiff")
     assert "uint16, black and white at 0 to 65535" in data.reading
 
 

@@ -64,7 +64,7 @@ def test_eight_bits_are_read_as_stored_and_written_back(tmp_path, shape, suffix)
     Image.fromarray(array).save(path)
     image, image_format = read_image(path)
     torch.testing.assert_close(image[0].double(), expected(array), atol=1e-7, rtol=0)
-    assert image_format == ImageFormat("uint8", None, tiff=suffix == "tif")
+    assert image_format == ImageFormat("uint8", kind="tiff" if suffix == "tif" else "")
     write_image(tmp_path / "back.png", image, image_format)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back.png")), array)
 
@@ -118,10 +118,10 @@ def test_floats_come_back_as_floats(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_number_of_channels_fits_a_tiff(tmp_path, channels):
-    array = RNG.random((5, 7, channels), dtype=np.float32)
+    array = RNG.random((6, 7, channels), dtype=np.float32)
     np.save(tmp_path / "image.npy", array)
     image, image_format = read_image(tmp_path / "image.npy")
-    assert image.shape == (1, channels, 5, 7)
+    assert image.shape == (1, channels, 6, 7)
     write_image(tmp_path / f"back{image_format.suffix(channels)}", image, image_format)
     with tifffile.TiffFile(tmp_path / "back.tif") as file:
         assert len(file.pages) == 1
@@ -180,11 +180,13 @@ def test_depths_between_are_refused(tmp_path, bits):
         read_image(tmp_path / "odd.tif")
 
 
-def test_volumes_are_refused(tmp_path):
-    volume = values(np.uint8, 16, 16, 16)
+def test_slices_of_a_volume_are_pages(tmp_path):
+    volume = values(np.uint8, 16, 32, 48)
     tifffile.imwrite(tmp_path / "volume.tif", volume, volumetric=True, tile=(16, 16, 16))
-    with pytest.raises(ValueError, match="a volume of depth 16"):
+    with pytest.raises(ValueError, match="it has 16 pages"):
         read_image(tmp_path / "volume.tif")
+    image, image_format = read_image(tmp_path / "volume.tif", page=5)
+    np.testing.assert_array_equal(to_array(image, image_format)[..., 0], volume[5])
 
 
 def test_what_only_pillow_knows_is_not_opened(tmp_path):
@@ -565,17 +567,14 @@ def test_what_a_png_cannot_hold_is_refused(tmp_path, image_format, channels):
 def test_many_channels_come_back(tmp_path, channels, layout, dtype):
     shape = (6, 7, channels)
     array = RNG.random(shape, np.float32) if dtype == "float32" else values(dtype, *shape)
-    tifffile.imwrite(
-        tmp_path / "image.tif",
-        np.moveaxis(array, -1, 0) if layout == "separate" else array,
-        planarconfig=layout,
-        photometric="minisblack",
-    )
+    stored = np.moveaxis(array, -1, 0) if layout == "separate" else array
+    tifffile.imwrite(tmp_path / "image.tif", stored, planarconfig=layout, photometric="minisblack")
     image, image_format = read_image(tmp_path / "image.tif")
     assert image.shape == (1, channels, 6, 7) and image_format.alpha is None
     assert image_format.suffix(channels) == ".tif"
+    np.testing.assert_array_equal(to_array(image, image_format), array)
     write_image(tmp_path / "back.tif", image, image_format)
-    np.testing.assert_array_equal(tifffile.imread(tmp_path / "back.tif"), array)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "back.tif"), stored)
 
 
 def test_alpha_beside_many_channels_is_kept(tmp_path):
@@ -804,7 +803,10 @@ def test_a_tiff_stays_a_tiff_with_its_pixel_size(tmp_path, kind):
     write_image(tmp_path / "out.tif", image, stored)
     with tifffile.TiffFile(tmp_path / "out.tif") as file:
         np.testing.assert_array_equal(file.asarray(), array)
-        unit = (file.imagej_metadata or {}).get("unit")
-        want = {"imagej": ((9.2, 9.2), "um"), "ome": ((2, 4), "um"), "inch": ((300, 300), None)}
-        assert file.pages[0].get_resolution() == pytest.approx(want[kind][0])
-        assert unit == want[kind][1]
+        want = {"imagej": (9.2, 9.2), "ome": (2, 4), "inch": (300, 300)}[kind]
+        assert file.pages[0].get_resolution() == pytest.approx(want)
+        assert (file.imagej_metadata or {}).get("unit") == {"imagej": "um"}.get(kind)
+        assert file.pages[0].resolutionunit == (2 if kind == "inch" else 1)
+        if kind == "ome":
+            pixels = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]["Pixels"]
+            assert {name: pixels[name] for name in size} == size

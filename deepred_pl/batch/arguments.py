@@ -33,9 +33,10 @@ Restore images. Say how they were degraded; noise and settings are determined fr
   deepred restore small.png --scale 4
   deepred restore scratched.png --mask mask.png
   deepred restore sinogram.npy --angles 0:180:60
-  deepred restore stack/ --out restored --sigma 12 --effort 5m
+  deepred restore stack.tif --pages 0:10            a file with several images, one by one
+  deepred restore folder/ --out restored --sigma 12 --effort 5m
 
-The result of a single image is written next to it. Without a folder as --out, nothing else remains.
+The result of a single file is written next to it. Without a folder as --out, nothing else remains.
 """
 BATCH = """\
 Restore many images, one fit each, with the configurations of `deepred fit`.
@@ -58,6 +59,13 @@ MASK = "image of the same size, white where a pixel is known; the others are fil
 ANGLES = """\
 the image is a sinogram (detectors, angles): START:STOP:COUNT in degrees, without STOP; or a list
 0,3,6; or a text or NPY file of them"""
+AXES = """\
+the axes of TIFF or NPY files, such as CYX, YXC or TZCYX (default: as the file names them): C for
+channels, which are restored together; T, Z and others for pages"""
+PAGES = "which pages of files with several: START:STOP without STOP, or 0,3,5 (default: all)"
+TOGETHER = """\
+restore all pages of a file together, as channels of one image: for frames and slices that differ
+little, which one network restores better and sooner than one by one"""
 OVERWRITE = "replace results, and restart fits whose settings have changed"
 OUT = "where the results NAME.png, the run directories and the tables go"
 SIGMA = "standard deviation of the noise in grey levels of 8 bits (default: estimated)"
@@ -162,6 +170,9 @@ def of_batch(args: Sequence[str]) -> argparse.Namespace:
 def _add_running(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how fits run."""
     add = parser.add_argument
+    add("--axes", metavar="AXES", help=AXES)
+    add("--pages", metavar="PAGES", help=PAGES)
+    add("--together", action="store_true", help=TOGETHER)
     add("--restarts", type=_count, default=1, metavar="R", help=RESTARTS)
     add("--tile", type=_count, metavar="PIXELS", help=TILES)
     add("--overlap", type=int, metavar="PIXELS", help=OVERLAP)
@@ -196,7 +207,19 @@ def name_of_setting(option: str) -> str:
 
 
 def _check(arguments: argparse.Namespace, owned: dict[str, str]) -> None:
-    """Refuse incompatible arguments."""
+    """Refuse incompatible arguments, and make settings of --axes and --together."""
+    names = [name_of_setting(option) for option in arguments.options]
+    which = {"--pages": arguments.pages, "--together": arguments.together or None}
+    choosing = [name for name, value in which.items() if value is not None]
+    choosing += ["--data.page"] * ("data.page" in names)
+    if len(choosing) > 1:
+        raise ValueError(f"{' and '.join(choosing)} cannot be combined; leave one out")
+    if arguments.axes is not None:
+        if "data.axes" in names:
+            raise ValueError("--axes and --data.axes state the same; leave one out")
+        arguments.options = (*arguments.options, f"--data.axes={arguments.axes}")
+    if arguments.together:
+        arguments.options = (*arguments.options, "--data.page=all")
     for option in arguments.options:
         name = name_of_setting(option)
         for mine, instead in {**OWNED, **owned}.items():

@@ -20,8 +20,9 @@ from rich.console import Console
 from deepred_pl.batch.arguments import name_of_setting, of_batch, of_restore
 from deepred_pl.batch.bar import Bar, label
 from deepred_pl.batch.jobs import Effort, Job, finish
-from deepred_pl.batch.plan import Batch, Source, find_images, left_out, plan
+from deepred_pl.batch.plan import Batch, Source, find_images, left_out, paged, plan
 from deepred_pl.batch.reports import Report, lines_of, report_of
+from deepred_pl.batch.stacks import assembled, stacks_of
 from deepred_pl.batch.tables import rows_of, summary, write_csv
 from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
@@ -87,12 +88,14 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def run(arguments: argparse.Namespace) -> int:
     """Restore the images; return the number of images that failed, with --shard of fits."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    given = arguments.images
-    sources = find_images(given)
-    if passed_over := left_out(given):
+    files = find_images(arguments.images)
+    if passed_over := left_out(arguments.images):
         console.print(f"Skipped files of other types: {passed_over}")
     single = arguments.out is None
-    out = _single_run(sources, arguments) if single else arguments.out.resolve()
+    out = _single_run(files, arguments) if single else arguments.out.resolve()
+    stated = dict(option[2:].split("=", 1) for option in arguments.options)
+    axes = stated.get("data.axes")
+    sources = files if "data.page" in stated else paged(files, axes, arguments.pages)
     batch = Batch(
         sources=sources,
         role=arguments.role,
@@ -107,27 +110,38 @@ def run(arguments: argparse.Namespace) -> int:
         effort=_effort(arguments, len(sources)),
     )
     jobs = plan(batch)
+    stacks = stacks_of(sources, jobs)
     if arguments.effort is not None:
-        _refuse_existing(jobs, sources, None if single else out, arguments.overwrite)
+        left = {source.name for source, job in zip(sources, jobs, strict=True) if not job.result}
+        left -= {stack.source.name for stack in stacks if stack.begun}
+        of_left = [file for file in files if file.name in left]
+        _refuse_existing(of_left, None if single else out, arguments.overwrite)
     check_writable(out, "--out")
     _refuse_changes(jobs, arguments.overwrite)
     where = Where(arguments.ray, arguments.workers, arguments.threads, arguments.gpus)
     if arguments.shard is not None:
         return _run_shard(jobs, where, arguments.shard, console)
-    failures = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
-    rows = rows_of(jobs, failures, out)
+    failed_fits = _follow(jobs, [fit for job in jobs for fit in job.fits], where, console)
+    rows = rows_of(jobs, failed_fits, out)
     failed = sum(job.result is None for job in jobs)
-    reports = [report for job in jobs if (report := report_of(job)) is not None]
+    in_stacks = {job.directory for stack in stacks for job in stack.pages.values()}
+    reports = [
+        report
+        for job in jobs
+        if job.directory not in in_stacks and (report := report_of(job)) is not None
+    ]
+    errors = {out / row["directory"]: row["error"] for row in rows}
+    reports += [report for stack in stacks if (report := assembled(stack, axes, errors))]
     if single:
-        reports = [_copied_next_to(sources[0], report) for report in reports]
-        _remove(out, jobs[0], console)
+        reports = [_copied_next_to(files[0], report) for report in reports]
+        _remove(out, jobs, console)
     elif arguments.effort is not None:
         for report in reports:
             _copy_into(out, report, console)
     if arguments.json:
-        errors = [{n: row[n] for n in ("image", "error")} for row in rows if row["error"]]
-        print(json.dumps([*reports, *errors], indent=2))
-    elif len(jobs) == 1 and arguments.effort is not None:
+        failures = [{n: row[n] for n in ("image", "error")} for row in rows if row["error"]]
+        print(json.dumps([*reports, *failures], indent=2))
+    elif len(files) == 1 and arguments.effort is not None:
         for text in (line for report in reports for line in lines_of(report)):
             console.print(text)
     else:
@@ -150,7 +164,11 @@ def _effort(arguments: argparse.Namespace, images: int) -> Effort | None:
 def _print_warnings(reports: Sequence[Report], out: Path, console: Console) -> None:
     """Print each image's warnings, and some of the diagnoses."""
     diagnoses = []
+    pages = [page for report in reports for page in report.get("pages", [report])]
     for report in reports:
+        if failed := ", ".join(map(str, report.get("failed", ()))):
+            console.print(f"{report['image']}: not restored in {report['restored']}: page {failed}")
+    for report in pages:
         name = Path(report["directory"]).relative_to(out).as_posix()
         for text in report["warnings"]:
             console.print(f"{name}: {text}")
@@ -171,11 +189,11 @@ def _run_shard(jobs: Sequence[Job], where: Where, shard: tuple[int, int], consol
     return len(failures)
 
 
-def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Path:
-    """The temporary run directory of a single image, whose result is moved next to it."""
-    path = Path(sources[0].path)
+def _single_run(files: Sequence[Source], arguments: argparse.Namespace) -> Path:
+    """The temporary run directory of a single file, whose result is moved next to it."""
+    path = Path(files[0].path)
     of_set = any(name.startswith(SET) for name in arguments.images)  # not a place for results
-    several = len(sources) > 1 or arguments.restarts > 1
+    several = len(files) > 1 or arguments.restarts > 1
     if several or of_set or arguments.shard is not None:
         raise ValueError(
             "results of several images, restarts or parts go into a folder: expected --out DIR, "
@@ -184,19 +202,22 @@ def _single_run(sources: Sequence[Source], arguments: argparse.Namespace) -> Pat
     return path.with_name(f"{path.stem}.restored.run")
 
 
-def _refuse_existing(
-    jobs: Sequence[Job], sources: Sequence[Source], out: Path | None, overwrite: bool
-) -> None:
-    """Refuse to replace files by results: by those in a folder, or next to a single image."""
+def _refuse_existing(files: Sequence[Source], out: Path | None, overwrite: bool) -> None:
+    """Refuse to replace files by results: by those in a folder, or next to a single file.
+
+    Args:
+        files: Those that have no result yet.
+        out: The folder; None is next to the file.
+        overwrite: Replace them.
+    """
+    paths = [Path(file.path) for file in files]
     if out is None:
         kinds = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
-        results = [_next_to(Path(sources[0].path), *kind) for kind in kinds]
+        results = [_next_to(path, *kind) for path in paths for kind in kinds]
     else:
-        paths = [Path(source.path) for source in sources]
         if out in (folder for p in paths for folder in (p.parent.resolve(), p.resolve().parent)):
             raise ValueError(f"--out {out} has the images, and gets NAME.png; use another folder")
-        left = [job.about["image"] for job in jobs if job.result is None]
-        results = [out / f"{name}{suffix}" for name in left for suffix in (".png", ".tif")]
+        results = [out / f"{file.name}{suffix}" for file in files for suffix in (".png", ".tif")]
     for path in results:
         if path.exists() and not overwrite:
             raise ValueError(
@@ -229,13 +250,14 @@ def _copy(report: Report, kind: str, path: Path) -> None:
     report[kind] = str(path)
 
 
-def _remove(out: Path, job: Job, console: Console) -> None:
-    """Remove the temporary run directory, unless the fit can be resumed."""
-    begun = any(last_checkpoint(fit.directory).exists() for fit in job.fits)
-    if begun and not (job.directory / "result.json").exists():
-        console.print(f"partial results are in {out}; repeat the command to resume")
-    else:
+def _remove(out: Path, jobs: Sequence[Job], console: Console) -> None:
+    """Remove the temporary run directory, unless a fit can be resumed or a page is missing."""
+    done = [job for job in jobs if job.result is not None]
+    begun = any(last_checkpoint(fit.directory).exists() for job in jobs for fit in job.fits)
+    if len(done) == len(jobs) or not (begun or done):
         shutil.rmtree(out)
+    else:
+        console.print(f"partial results are in {out}; repeat the command to resume")
 
 
 def _refuse_changes(jobs: Sequence[Job], overwrite: bool) -> None:

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from deepred_pl.axes import count_pages
 from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job, inserted
 from deepred_pl.choose import is_denoising, seconds_of, set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
+from deepred_pl.images import layout_of
+from deepred_pl.problem import InverseProblem
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
 
@@ -38,12 +41,21 @@ class Source:
         path: The file, or "sample:NAME".
         size: Bytes of the file.
         digest: SHA-256 of the file, if it is one.
+        page: The page that is the image, if the file has several.
+        pages: How many the file has.
     """
 
     name: str
     path: str
     size: int = 0
     digest: str | None = None
+    page: int | None = None
+    pages: int = 1
+
+    @property
+    def label(self) -> str:
+        """The image's name in messages and tables."""
+        return self.name if self.page is None else f"{self.name} page {self.page}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,51 @@ def find_images(given: Sequence[str]) -> list[Source]:
             )
         named[name] = path
     return [_source(name, path) for name, path in named.items()]
+
+
+def paged(sources: Sequence[Source], axes: str | None, chosen: str | None) -> list[Source]:
+    """The pages of files with several, as images of their own, and the other files.
+
+    Args:
+        sources: Files.
+        axes: Their axes, if they are stated.
+        chosen: Which pages: START:STOP without STOP, or numbers such as 0,3,5; None is all.
+
+    Raises:
+        ValueError: A file does not have the chosen pages, or none has several.
+    """
+    images = []
+    for source in sources:
+        try:
+            letters, shape, _ = layout_of(source.path, axes)
+            count = count_pages(letters, shape)
+        except (OSError, ValueError, RuntimeError):  # its fit reports it
+            count = 1
+        if count > 1:
+            numbers = range(count) if chosen is None else _numbers(chosen, count, source.path)
+            images += [replace(source, page=page, pages=count) for page in numbers]
+        else:
+            images.append(source)
+    if chosen is not None and all(image.page is None for image in images):
+        raise ValueError(f"expected a file with several pages, got none to take pages {chosen} of")
+    return images
+
+
+def _numbers(text: str, count: int, path: str) -> Sequence[int]:
+    """Page numbers such as 0:10, 5:, or 0,3,5."""
+    start, colon, stop = text.partition(":")
+    try:
+        if colon:
+            numbers: Sequence[int] = range(int(start or 0), int(stop or count))
+        else:
+            numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        numbers = ()
+    if not numbers or not 0 <= numbers[0] <= numbers[-1] < count:
+        raise ValueError(
+            f"expected pages such as 0:10 or 0,3,5, from 0 to {count - 1} of {path}, got {text}"
+        )
+    return numbers
 
 
 def left_out(given: Sequence[str]) -> str:
@@ -151,9 +208,13 @@ def plan(batch: Batch) -> list[Job]:
         settings = settings_of(first)
         _check(batch, first, settings["data"])
         methods.append((label, options, settings))
-    jobs = []
+    jobs, tilings = [], dict[str, Tiling | None]()
     for source in batch.sources:
-        tiling = _tiling(batch, source, methods[0][1])
+        tiling = tilings.get(source.path)
+        if source.path not in tilings and (found := _read(batch, source, methods[0][1])):
+            tiling = _tiling(batch, source, *found)
+            if source.page is not None:  # all pages are cut alike
+                tilings[source.path] = tiling
         jobs += [_job(batch, source, tiling, *method) for method in methods]
     return jobs
 
@@ -163,8 +224,9 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
     truth = str(data.get("ground_truth", "{name}"))
     one_for_all = "{name}" not in truth and len(batch.sources) > 1
     twice = batch.role == "data.ground_truth" and "ground_truth" in data
-    for name in ("measurement", "region", "ground_truth"):
-        if name in data and (name != "ground_truth" or one_for_all or twice):
+    paged = ["page"] if any(source.page is not None for source in batch.sources) else []
+    for name in ("measurement", "region", "ground_truth", *paged):
+        if data.get(name) is not None and (name != "ground_truth" or one_for_all or twice):
             raise ValueError(
                 f"the configuration has data.{name}={data[name]}, but each image of a batch has "
                 "its own; leave it out, or use {name} in it"
@@ -205,7 +267,8 @@ def _method(name: str) -> str:
 def _of_image(batch: Batch, source: Source, options: Sequence[str]) -> list[str]:
     """The options of an image's fits."""
     named = [option.replace("{name}", source.name) for option in options]
-    return [*named, f"--{batch.role}={source.path}"]
+    page = [] if source.page is None else [f"--data.page={source.page}"]
+    return [*named, f"--{batch.role}={source.path}", *page]
 
 
 def _job(
@@ -219,9 +282,11 @@ def _job(
     """The job of an image with one method."""
     options = _of_image(batch, source, options)
     directory = batch.out / source.name / label
+    if source.page is not None:
+        directory /= f"page_{source.page:0{len(str(source.pages - 1))}}"
     several = batch.restarts > 1
     about = {
-        "image": source.name,
+        "image": source.label,
         "method": label,
         "restart": "mean" if several else None,
         "role": batch.role,
@@ -260,16 +325,24 @@ def _job(
     return Job(directory, tuple(options), about, restarts)
 
 
-def _tiling(batch: Batch, source: Source, options: Sequence[str]) -> Tiling | None:
-    """How an image is cut; None if it is not, or cannot be read, which its fit reports."""
+def _read(
+    batch: Batch, source: Source, options: Sequence[str]
+) -> tuple[RestorationCLI, InverseProblem] | None:
+    """A fit of an image that may be cut, and its problem; None if its own fit reports an error."""
     if batch.tile is None and batch.effort is None:
         return None
     try:
         options = _first_options(batch, _of_image(batch, source, options))
         cli = RestorationCLI([*options, *ON_ANY_MACHINE], run=False)
-        problem = set_up(cli.datamodule)
+        return cli, set_up(cli.datamodule)
     except EXPECTED:
         return None
+
+
+def _tiling(
+    batch: Batch, source: Source, cli: RestorationCLI, problem: InverseProblem
+) -> Tiling | None:
+    """How an image is cut; None if it is not."""
     if min(problem.image_shape[-2:]) < _smallest_side(cli):
         return None  # one fit, which reports it, instead of one for each tile
     tile = batch.tile

@@ -11,6 +11,7 @@ from deepred_pl.report import TOO_SHORT, USE_LIKELIHOOD, diagnosis
 
 Report = dict[str, Any]
 
+MOST_WARNINGS = 5  # of a stack
 WARNING = re.compile(rf": {RestorationWarning.__name__}: (.*)")  # in a fit's log
 
 
@@ -59,6 +60,8 @@ def _warnings(job: Job) -> list[str]:
 
 def lines_of(report: Report) -> list[str]:
     """The report in lines that a person reads."""
+    if "pages" in report:
+        return _lines_of_stack(report)
     result, chosen = report["result"], report["chosen"]
     lines = [f"Read     {report['read']}"]
     for name, text in report["assumed"].items():
@@ -82,6 +85,33 @@ def lines_of(report: Report) -> list[str]:
     lines += [f"Warning  {text}" for text in (*report["warnings"], report["diagnosis"]) if text]
     lines += [f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
     return lines
+
+
+def _lines_of_stack(report: Report) -> list[str]:
+    """The report of a stack: what its pages have in common, and what they do not."""
+    pages = report["pages"]
+    results = [page["result"] for page in pages]
+    lines = [f"Read     {pages[0]['read']}"]
+    for name, text in pages[0]["assumed"].items():
+        others = "" if all(page["assumed"].get(name) == text for page in pages) else "; others vary"
+        how = _how_to_change(name, pages[0]["chosen"].get(name))
+        lines.append(f"Assumed  {text}{others} ({how})")
+    steps, seconds = (sum(result[name] for result in results) for name in ("steps", "seconds"))
+    lines.append(f"Fits     {len(pages)} pages, {steps} steps in {seconds:.0f} s")
+    ratios = [r for result in results if (r := result.get("residual_to_sigma")) is not None]
+    if ratios:
+        span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"Result   the residuals are {span} times the noise (1 is best)")
+    warnings: dict[str, list[str]] = {}
+    for page in pages:
+        for text in filter(None, (*page["warnings"], page["diagnosis"])):
+            warnings.setdefault(text, []).append(page["image"])
+    for text, images in list(warnings.items())[:MOST_WARNINGS]:
+        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
+        lines.append(f"Warning  {images[0]}{more}: {text}")
+    for number, reason in report["failed"].items():
+        lines.append(f"Failed   page {number}, which is not restored in the result: {reason}")
+    return [*lines, f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
 
 
 def _how_to_change(name: str, value: Any) -> str:

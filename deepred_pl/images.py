@@ -225,6 +225,19 @@ def write_image(
             write_tiff(file, stored, axes, replace(image_format, icc_profile=profile), has_alpha)
 
 
+def displayed(image: Tensor) -> Tensor:
+    """The part of an image (1, C, H, W) that is shown, (1, 1 or 3, H, W).
+
+    The first three channels of up to four; else the middle one, because neighbouring bands and
+    frames would differ too little, and several frames show several moments.
+    """
+    channels = image.shape[1]
+    if channels in (3, COLOURS):
+        return image[:, :3]
+    middle = (channels - 1) // 2
+    return image[:, middle : middle + 1]
+
+
 def with_alpha(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
     """An array (H, W, C) with the alpha channel of its format, if there is one of its size."""
     alpha = image_format.alpha

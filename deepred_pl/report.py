@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from deepred_pl.files import write_bytes
-from deepred_pl.images import write_image
+from deepred_pl.images import displayed, write_image
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.noise import corrected, parameters
 from deepred_pl.operators import Observed
@@ -233,8 +233,7 @@ def compare(problem: InverseProblem, restored: Tensor) -> Tensor:
 
 
 def _panel(caption: str, image: Tensor, scale: int) -> Tensor:
-    channels = image.shape[1]
-    colour = image[:, :3] if channels >= 3 else image[:, :1].expand(-1, 3, -1, -1)
+    colour = displayed(image).expand(-1, 3, -1, -1)
     colour = F.interpolate(colour, scale_factor=scale, mode="nearest")
     margin, header = 4, 24  # pixels
     framed = F.pad(colour, (margin, margin, header, margin), value=1.0)

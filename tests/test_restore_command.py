@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
+import yaml
 from PIL import Image
 from skimage.data import shepp_logan_phantom
 from skimage.transform import radon, resize
 
 from deepred_pl.batch import workers
 from deepred_pl.batch.arguments import of_restore
+from deepred_pl.batch.jobs import Job, ready
 from deepred_pl.batch.main import restore
 from deepred_pl.batch.reports import lines_of
 from deepred_pl.cli import RestorationCLI
@@ -351,3 +354,148 @@ def test_what_does_not_fit_the_image_is_one_line_of_it(command, args, said):
     status, _, message = command(*args, settings=TINY)
     assert status == 1 and re.search(rf"photo: .*{said}", message)
     assert names() == ["other.png", "photo.png"]
+
+
+def save_stack(name, pages, dtype="uint16", **metadata):
+    """An ImageJ hyperstack of times, of noisy images (pages, 36, 44)."""
+    white = {"uint16": 4095, "float32": 1}[dtype]
+    noisy = pages + np.random.default_rng(0).normal(0, 0.05, pages.shape)
+    stored = (noisy.clip(0, 1) * white).astype(dtype)
+    metadata = {"axes": "TYX", "unit": "um", "finterval": 0.5, **metadata}
+    tifffile.imwrite(name, stored, imagej=True, metadata=metadata, resolution=(4, 4))
+    return stored
+
+
+@pytest.fixture
+def frames():
+    image = picture(1, 36, 48)[0, 0].numpy()
+    return np.stack([image[:, t : t + 44] for t in range(3)])
+
+
+def test_pages_of_a_stack_are_restored_into_one_file(command, refused, frames):
+    stored = save_stack("stack.tif", frames)
+    status, _, said = command("stack.tif", "--pages", "1:")
+    assert status == 0
+    assert names() == ["stack.comparison.png", "stack.restored.tif", "stack.tif"]
+    with tifffile.TiffFile("stack.restored.tif") as file:
+        restored, series = file.asarray(), file.series[0]
+        assert (series.axes, series.shape, series.dtype) == ("TYX", (3, 36, 44), "uint16")
+        assert file.imagej_metadata["unit"] == "um" and file.imagej_metadata["finterval"] == 0.5
+    np.testing.assert_array_equal(restored[0], stored[0])
+    for page in (1, 2):  # each is that page's, less its noise
+        errors = [np.abs(restored[page] / 4095 - frame).mean() for frame in frames]
+        assert np.argmin(errors) == page
+        assert 0 < errors[page] < np.abs(stored[page] / 4095 - frames[page]).mean()
+    assert "stack.tif: 36×44 pixels, 1 channel, uint16" in said
+    assert "axes TYX, page 1 (from 0) of 3" in said
+    assert re.search(r"Fits +2 pages, 16 steps in \d+ s", said)
+    assert "exists already" in refused("stack.tif")
+
+
+def test_a_bad_page_fails_alone_and_is_named(command, frames):
+    bad = save_stack("stack.tif", frames, "float32")
+    bad[1] = np.nan
+    tifffile.imwrite("stack.tif", bad, imagej=True, metadata={"axes": "TYX"})
+    status, _, said = command("stack.tif")
+    assert status == 1
+    assert re.search(r"2 of 3: stack page 1: failed: expected finite values", said)
+    assert re.search(r"Failed +page 1, which is not restored in the result: expected finite", said)
+    assert "partial results are in" in said
+    restored = tifffile.imread("stack.restored.tif")
+    assert np.isnan(restored[1]).all() and np.isfinite(restored[[0, 2]]).all()
+    before = Path("stack.restored.run/stack/page_0/result.json").stat().st_mtime_ns
+    assert command("stack.tif")[0] == 1  # it tries the bad page again, and keeps the others
+    assert Path("stack.restored.run/stack/page_0/result.json").stat().st_mtime_ns == before
+
+
+def test_a_stopped_stack_is_resumed(command, frames, monkeypatch):
+    save_stack("stack.tif", frames)
+    fitted = []
+
+    def stopping(jobs, *args):
+        for outcome in run_here(jobs, *args):
+            fitted.append(outcome and outcome[0].about["image"])
+            if fitted == ["stack page 0"]:
+                raise KeyboardInterrupt
+            yield outcome
+
+    monkeypatch.setattr(workers, "on_this_machine", stopping)
+    status, _, said = command("stack.tif")
+    assert status == 130 and "repeat the command to resume" in said
+    assert not Path("stack.restored.tif").exists()
+    status, out, _ = command("stack.tif", "--json")
+    assert status == 0
+    assert [name for name in fitted if name] == ["stack page 0", "stack page 1", "stack page 2"]
+    [report] = json.loads(out)
+    assert [page["image"] for page in report["pages"]] == [f"stack page {i}" for i in range(3)]
+    assert report["failed"] == {} and report["restored"].endswith("stack.restored.tif")
+    assert len(tifffile.imread("stack.restored.tif")) == 3
+
+
+def test_pages_are_restored_together_as_channels(command, frames):
+    save_stack("stack.tif", frames)
+    report = chosen(command, "stack.tif", "--together")
+    assert "36×44 pixels, 3 channels" in report["read"]
+    assert "axes TYX, all pages as channels" in report["read"]
+    with tifffile.TiffFile("stack.restored.tif") as file:
+        assert (file.series[0].axes, file.series[0].shape) == ("TYX", (3, 36, 44))
+        for restored, frame in zip(file.asarray(), frames, strict=True):
+            errors = [np.abs(restored / 4095 - other).mean() for other in frames]
+            assert errors[np.argmin(errors)] == np.abs(restored / 4095 - frame).mean()
+
+
+def test_stacks_in_a_folder_become_files_of_their_names(command, frames):
+    Path("in").mkdir()
+    save_stack("in/stack.tif", frames)
+    save("in/photo.png", picture(1, 36, 44), 12)
+    status, _, said = command("in", "--out", "out", "--pages", "0,2", "--sigma", 12)
+    assert status == 0 and "3 of 3 restored" in said
+    assert {"stack.tif", "photo.png"} <= {*names("out")}
+    assert names("out/stack") == ["comparison.png", "page_0", "page_2", "restored.tif"]
+    table = Path("out/results.csv").read_text()
+    assert "stack page 2" in table and "stack/page_2" in table
+    before = Path("out/stack.tif").read_bytes()
+    assert command("in", "--out", "out", "--pages", "0,2", "--sigma", 12)[0] == 0
+    assert Path("out/stack.tif").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["photo.png", "--pages", "0"], "expected a file with several pages, got none"),
+        (["stack.tif", "--pages", "0:4"], "from 0 to 2 of .*stack.tif, got 0:4"),
+        (["stack.tif", "--pages", "x"], "such as 0:10 or 0,3,5, .* got x"),
+        (["stack.tif", "--pages", "0", "--together"], "--pages and --together cannot"),
+        (["stack.tif", "--pages", "0", "--data.page", "1"], "--pages and --data.page cannot"),
+        (["stack.tif", "--axes", "TYX", "--data.axes", "TYX"], "state the same"),
+        (["stack.tif", "--axes", "TY"], "one letter for each axis of stack.tif"),
+    ],
+)
+def test_mistakes_about_pages_are_refused(refused, frames, arguments, said):
+    save_stack("stack.tif", frames)
+    save("photo.png", picture(1, 36, 44), 12)
+    assert re.search(said, refused(*arguments))
+
+
+def test_pages_of_a_chain_start_from_the_network_before(command, frames):
+    save_stack("stack.tif", np.concatenate([frames, frames[:2]]))
+    settings = ["--out", "out", "--sigma", 12, "--trainer.max_steps=4"]
+    assert command("stack.tif", "--chain", 3, *settings, settings=TINY)[0] == 0
+    for page in range(5):
+        before = f"out/stack/page_{page - 1}" if page % 3 else None
+        config = yaml.safe_load(Path(f"out/stack/page_{page}/config.yaml").read_text())
+        started_from = config["model"]["init_args"]["init_from"]
+        assert started_from == (before and str(Path(before).resolve()))
+    changed = command("stack.tif", *settings, settings=TINY)[2]
+    assert "chain was 3, and is now None" in changed
+
+
+def test_fits_of_a_chain_wait_for_one_another(tmp_path):
+    paths = [tmp_path / str(i) for i in range(4)]
+    fits = [
+        Job(path, (), {}, after=after)
+        for path, after in zip(paths, [None, paths[0], None, paths[2]], strict=True)
+    ]
+    assert ready(fits, []) == [fits[0], fits[2]]
+    assert ready(fits[1:], [fits[0]]) == [fits[2]]
+    assert ready([fits[1], fits[3]], [fits[2]]) == [fits[1]]  # fits[0] has ended, well or not

@@ -63,6 +63,9 @@ AXES = """\
 the axes of TIFF or NPY files, such as CYX, YXC or TZCYX (default: as the file names them): C for
 channels, which are restored together; T, Z and others for pages"""
 PAGES = "which pages of files with several: START:STOP without STOP, or 0,3,5 (default: all)"
+CHAIN = """\
+start each page from the network of the page before, in chains of N pages, which run in parallel:
+for frames and slices that differ little, which then need fewer steps"""
 TOGETHER = """\
 restore all pages of a file together, as channels of one image: for frames and slices that differ
 little, which one network restores better and sooner than one by one"""
@@ -121,7 +124,11 @@ def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
     if parsed.out is not None and parsed.out.suffix.lower() in SUFFIXES:
         raise ValueError(f"--out is a folder, in which results are NAME.png; got {parsed.out}")
     parsed.role, parsed.method, parsed.began = "data.measurement", [], began
-    seconds_of(parsed.effort)  # refuses others
+    if seconds_of(parsed.effort) is not None and parsed.chain > 1:  # refuses other efforts, too
+        raise ValueError(
+            "the networks of a --chain must be equal, but with a time as --effort they depend on "
+            f"it; use fast, default or best, got {parsed.effort}"
+        )
     if parsed.json and parsed.shard is not None:
         raise ValueError("--shard makes no report; use --json without it")
     config, degraded = _task(parsed)
@@ -172,6 +179,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--axes", metavar="AXES", help=AXES)
     add("--pages", metavar="PAGES", help=PAGES)
+    add("--chain", type=_count, default=1, metavar="N", help=CHAIN)
     add("--together", action="store_true", help=TOGETHER)
     add("--restarts", type=_count, default=1, metavar="R", help=RESTARTS)
     add("--tile", type=_count, metavar="PIXELS", help=TILES)
@@ -231,6 +239,8 @@ def _check(arguments: argparse.Namespace, owned: dict[str, str]) -> None:
         raise ValueError("--workers is for this machine; a cluster runs as many as its cores allow")
     if arguments.shard is not None and arguments.overwrite:
         raise ValueError("--overwrite would delete other shards' results; use it without --shard")
+    if arguments.shard is not None and arguments.chain > 1:
+        raise ValueError("--shard would cut the chains of --chain; use one of them")
     if arguments.tile is None and arguments.overlap is not None:
         raise ValueError("--overlap applies to tiles; set --tile too")
     if arguments.overlap is not None and not 0 <= arguments.overlap < arguments.tile:

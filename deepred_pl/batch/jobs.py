@@ -5,7 +5,7 @@ import math
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -75,6 +75,8 @@ class Job:
             averaged. A job without parts is a fit.
         tiling: How the image is cut, if the parts are tiles.
         effort: How its fit chooses the settings that the options leave open; None if it does not.
+        after: The run directory of the fit that has to end before this one, which starts from its
+            network if it succeeded; None if there is none.
     """
 
     directory: Path
@@ -83,6 +85,7 @@ class Job:
     parts: tuple["Job", ...] = ()
     tiling: Tiling | None = None
     effort: Effort | None = None
+    after: Path | None = None
 
     @property
     def first_options(self) -> list[str]:
@@ -218,7 +221,7 @@ def _fit(job: Job, end: float | None) -> None:
     (job.directory / "config.yaml").unlink(missing_ok=True)  # Lightning does not replace it
     checkpoint = last_checkpoint(job.directory)
     try:
-        cli = RestorationCLI(_with_choice(job, end), run=False)
+        cli = RestorationCLI([*_with_choice(job, end), *_first_network(job)], run=False)
         cli.trainer.callbacks.append(ProgressFile())
         for writer in cli.trainer.callbacks:
             if isinstance(writer, Writer):
@@ -249,6 +252,18 @@ def _with_choice(job: Job, end: float | None) -> list[str]:
         choice = choose(assemble, job.effort.given, job.effort.name, seconds)
         write_json(job.directory / "choice.json", asdict(choice))
     return inserted(job.options, as_options(choice.settings))
+
+
+def _first_network(job: Job) -> list[str]:
+    """The option of a fit that starts from the network of another."""
+    done = job.after is not None and last_checkpoint(job.after).is_file()
+    return [f"--model.init_from={job.after}"] if done else []
+
+
+def ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
+    """The fits that need not wait for another one to end."""
+    unfinished = {job.directory for job in (*waiting, *running)}
+    return [job for job in waiting if job.after not in unfinished]
 
 
 def inserted(options: Sequence[str], chosen: Sequence[str]) -> list[str]:

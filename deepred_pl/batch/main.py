@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         restarts=arguments.restarts,
         tile=arguments.tile,
         overlap=arguments.overlap,
+        chain=arguments.chain,
         here=arguments.ray in (None, "local"),
         effort=_effort(arguments, len(sources)),
     )
@@ -307,7 +308,8 @@ def _follow(
     with Bar(len(fits), left, console) as bar, ExitStack() as stack:
         outcomes: Iterable[Outcome | None] = ()
         if left:  # closed in any case, which ends the processes
-            running = start(left, where, len(job_of), console.print)
+            most = sum(fit.after is None for job in jobs for fit in job.fits)
+            running = start(left, where, most, console.print)
             outcomes = stack.enter_context(closing(running))
         for outcome in outcomes:
             if outcome is not None:

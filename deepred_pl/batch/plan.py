@@ -57,6 +57,12 @@ class Source:
         """The image's name in messages and tables."""
         return self.name if self.page is None else f"{self.name} page {self.page}"
 
+    def directory(self, method: str) -> Path:
+        """Its run directory for a method, in that of the batch."""
+        digits = len(str(self.pages - 1))
+        page = "" if self.page is None else f"page_{self.page:0{digits}}"
+        return Path(self.name) / method / page
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,6 +78,8 @@ class Batch:
         restarts: Fits per image, which differ in `model.seed`.
         tile: Side of the tiles in pixels, or None.
         overlap: Pixels that tiles share; None as in `InverseProblem.split`.
+        chain: How many pages of a file follow each other, each starting from the network of the one
+            before; 1 if none does.
         here: Whether the fits run on this machine.
         effort: How each fit chooses the settings that the options leave open, or None.
     """
@@ -85,6 +93,7 @@ class Batch:
     restarts: int
     tile: int | None
     overlap: int | None
+    chain: int
     here: bool
     effort: Effort | None = None
 
@@ -123,8 +132,10 @@ def paged(sources: Sequence[Source], axes: str | None, chosen: str | None) -> li
         try:
             letters, shape, _ = layout_of(source.path, axes)
             count = count_pages(letters, shape)
-        except (OSError, ValueError, RuntimeError):  # its fit reports it
-            count = 1
+        except (OSError, ValueError, RuntimeError):
+            if axes is not None and len(sources) == 1:  # the stated ones do not fit
+                raise
+            count = 1  # its fit reports it
         if count > 1:
             numbers = range(count) if chosen is None else _numbers(chosen, count, source.path)
             images += [replace(source, page=page, pages=count) for page in numbers]
@@ -208,15 +219,26 @@ def plan(batch: Batch) -> list[Job]:
         settings = settings_of(first)
         _check(batch, first, settings["data"])
         methods.append((label, options, settings))
-    jobs, tilings = [], dict[str, Tiling | None]()
-    for source in batch.sources:
+    jobs, tilings, befores = [], dict[str, Tiling | None](), _befores(batch)
+    for source, before in zip(batch.sources, befores, strict=True):
         tiling = tilings.get(source.path)
         if source.path not in tilings and (found := _read(batch, source, methods[0][1])):
             tiling = _tiling(batch, source, *found)
             if source.page is not None:  # all pages are cut alike
                 tilings[source.path] = tiling
-        jobs += [_job(batch, source, tiling, *method) for method in methods]
+        jobs += [_job(batch, source, before, tiling, *method) for method in methods]
     return jobs
+
+
+def _befores(batch: Batch) -> list[Source | None]:
+    """For each image the page before it in its chain, or None."""
+    befores: list[Source | None] = []
+    place = 0
+    for i, source in enumerate(batch.sources):
+        follows = i > 0 and source.path == batch.sources[i - 1].path
+        place = place + 1 if follows else 0
+        befores.append(batch.sources[i - 1] if place % batch.chain else None)
+    return befores
 
 
 def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
@@ -274,16 +296,15 @@ def _of_image(batch: Batch, source: Source, options: Sequence[str]) -> list[str]
 def _job(
     batch: Batch,
     source: Source,
+    before: Source | None,
     tiling: Tiling | None,
     label: str,
     options: Sequence[str],
     settings: dict[str, Any],
 ) -> Job:
-    """The job of an image with one method."""
+    """The job of an image with one method, in a chain after that of the page `before`."""
     options = _of_image(batch, source, options)
-    directory = batch.out / source.name / label
-    if source.page is not None:
-        directory /= f"page_{source.page:0{len(str(source.pages - 1))}}"
+    directory = batch.out / source.directory(label)
     several = batch.restarts > 1
     about = {
         "image": source.label,
@@ -294,22 +315,29 @@ def _job(
         "bytes": source.size,
         "tile": batch.tile,
         "overlap": None if tiling is None else tiling.overlap,
+        "chain": batch.chain if batch.chain > 1 else None,
         "effort": None if batch.effort is None else batch.effort.name,
         "settings": settings,
     }
     fits = batch.restarts * (len(tiling.regions) if tiling else 1)
     effort = None if batch.effort is None else replace(batch.effort, fits=fits)
 
-    def one(directory: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
+    def after(inside: Path) -> Path | None:
+        if before is None:
+            return None
+        return batch.out / before.directory(label) / inside.relative_to(directory)
+
+    def one(inside: Path, options: Sequence[str], about: dict[str, Any]) -> Job:
         """A fit, or its tiles."""
         if tiling is None or len(tiling.regions) < 2:
-            return Job(directory, (*options, _logger(directory)), about, effort=effort)
+            own = (*options, _logger(inside))
+            return Job(inside, own, about, effort=effort, after=after(inside))
         parts = []
         for region in tiling.regions:
-            inside = directory / f"tile_{region.top}_{region.left}"
-            own = (f"--data.region={list(region)}", AS_FLOATS, _logger(inside))
-            parts.append(Job(inside, (*options, *own), about, effort=effort))
-        return Job(directory, tuple(options), about, tuple(parts), tiling)
+            part = inside / f"tile_{region.top}_{region.left}"
+            own = (*options, f"--data.region={list(region)}", AS_FLOATS, _logger(part))
+            parts.append(Job(part, own, about, effort=effort, after=after(part)))
+        return Job(inside, tuple(options), about, tuple(parts), tiling)
 
     if not several:
         return one(directory, options, about)

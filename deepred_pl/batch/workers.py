@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deepred_pl.batch.jobs import Job, fit
+from deepred_pl.batch.jobs import Job, fit, ready
 from deepred_pl.callbacks.preflight import step_memory
 from deepred_pl.choose import set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, reason, report_in_thread
@@ -52,22 +52,20 @@ class Where:
     gpus: float | None = None
 
 
-def start(
-    fits: Sequence[Job], where: Where, batch_size: int, report: Callable[[str], None]
-) -> Outcomes:
+def start(fits: Sequence[Job], where: Where, most: int, report: Callable[[str], None]) -> Outcomes:
     """Run fits, and `report` how many run in parallel; yields those that ended, and None meanwhile.
 
-    On this machine the threads per fit depend on the number of fits of the batch, `batch_size`, not
-    on those that are left, because the last bits of the results depend on them.
+    On this machine the threads per fit depend on `most`, how many of the whole batch could run at
+    once, not on those that are left, because the last bits of the results depend on them.
     """
     accelerator = fits[0].about["settings"]["trainer"]["accelerator"]
     if where.ray not in (None, "local"):
         return on_ray(fits, where, accelerator)
     on_gpu = accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     cores, gpus = _cores(), torch.cuda.device_count() if on_gpu else 0
-    parallel = where.workers or min(batch_size, gpus or cores)
+    parallel = where.workers or min(most, gpus or cores)
     threads = where.threads or _stated_threads() or max(1, cores // parallel)
-    workers = where.workers or min(gpus or max(1, cores // threads), len(fits))
+    workers = where.workers or min(gpus or max(1, cores // threads), len(fits), most)
     if where.workers is None and workers > 1 and not gpus:
         workers = min(workers, _that_fit_into_memory(fits))
     of_each = f"{threads} CPU thread{'s' * (threads > 1)} each"
@@ -92,14 +90,15 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
     another process, and fails when that happens for the third time.
     """
     context = get_context("spawn")  # a forked process cannot use CUDA, or torch's threads
-    waiting, killed = deque(jobs), Counter[Path]()
+    waiting, killed = list(jobs), Counter[Path]()
     idle: list[Connection] = []
     busy: dict[Connection, Job] = {}
     processes: list[BaseProcess] = []
     gpus, gpu_of = _gpus(), dict[Connection, str | None]()
     try:
         while waiting or busy:
-            while waiting and len(busy) < workers:
+            while len(busy) < workers and (startable := ready(waiting, busy.values())):
+                job = startable[0]
                 if not idle:
                     ours, theirs = context.Pipe()
                     taken = Counter(gpu_of[c] for c in busy)
@@ -112,12 +111,12 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                     idle.append(ours)
                 connection = idle.pop()
                 try:
-                    effort = waiting[0].effort
-                    end = None if effort is None else effort.end(workers)
-                    connection.send((waiting[0], threads, end))
+                    end = None if job.effort is None else job.effort.end(workers)
+                    connection.send((job, threads, end))
                 except OSError:  # it was killed while idle
                     continue
-                busy[connection] = waiting.popleft()
+                waiting.remove(job)
+                busy[connection] = job
             ended = wait(list(busy), timeout=TICK)
             for connection in [c for c in busy if c in ended]:
                 job = busy.pop(connection)
@@ -126,7 +125,7 @@ def on_this_machine(jobs: Sequence[Job], workers: int, threads: int) -> Outcomes
                 except (EOFError, OSError):
                     killed[job.directory] += 1
                     if killed[job.directory] <= RETRIES:
-                        waiting.appendleft(job)
+                        waiting.insert(0, job)
                         continue
                     error = "its process was killed repeatedly, perhaps for lack of memory"
                 else:
@@ -254,8 +253,11 @@ def on_ray(jobs: Sequence[Job], where: Where, accelerator: str) -> Outcomes:
                 "has; change threads or gpus"
             )
         task = ray.remote(_fit_in).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
-        pending = {task.remote(os.getcwd(), job, threads, where.workers): job for job in jobs}
-        while pending:
+        waiting, pending = list(jobs), dict[Any, Job]()
+        while waiting or pending:
+            for job in ready(waiting, pending.values()):
+                waiting.remove(job)
+                pending[task.remote(os.getcwd(), job, threads, where.workers)] = job
             ended, _ = ray.wait(list(pending), timeout=TICK)
             for reference in ended:
                 job = pending.pop(reference)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepred_pl.callbacks.base import RestorationCallback, tensorboard_writers
 from deepred_pl.checks import check_at_least
+from deepred_pl.images import displayed
 from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.model import DeepImagePrior, DeepRED
 
@@ -25,9 +26,9 @@ class Panels(RestorationCallback):
 
     The measurement at the start; every n θ-steps and at the end `out`, `average` and, of a
     `DeepRED`, x and u (grey where u is 0, full range at its largest absolute value); if the ground
-    truth is known also the error of the restored image, |restored − truth| × 5. Of images with
-    neither 1 nor 3 channels, the first three (or the first) are shown. Large images are reduced so
-    that the images of a run take less than 15 MB. Without a TensorBoard logger it does nothing.
+    truth is known also the error of the restored image, |restored − truth| × 5. Of an image with
+    neither 1 nor 3 channels a part is shown (`images.displayed`). Large images are reduced so that
+    the images of a run take less than 15 MB. Without a TensorBoard logger it does nothing.
 
     Args:
         every_n_steps: θ-steps between two displays, at least a hundredth of the trainer's
@@ -101,7 +102,7 @@ def panels(model: DeepImagePrior) -> dict[str, Tensor]:
 
 def _within(image: Tensor, size: int) -> Tensor:
     """The image with 1 or 3 channels, (1, 1 or 3, H, W), reduced to at most `size` values."""
-    image = image[:, :3] if image.shape[1] >= 3 else image[:, :1]
+    image = displayed(image)
     scale = math.sqrt(size / image.numel())
     if scale >= 1:
         return image

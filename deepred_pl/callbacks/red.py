@@ -266,7 +266,7 @@ class REDUpdate(RestorationCallback):
             rank_zero_warn(
                 f"The denoiser assumes a sigma of {assumed:.3g}, but that of the noise is "
                 f"{sigma:.3g}. In Plug-and-Play both should be similar: set red.denoiser.sigma "
-                "(red.denoiser.denoiser.sigma for Declipped) or data.noise.sigma.",
+                "(red.denoiser.denoiser.sigma if it wraps another) or data.noise.sigma.",
                 category=RestorationWarning,
             )
 

@@ -5,6 +5,7 @@ Any callable from (1, C, H, W) to (1, C, H, W) serves as a denoiser; these are r
 
 from deepred_pl.denoisers.bm3d import BM3D
 from deepred_pl.denoisers.classical import Bilateral, Median, Wavelet
+from deepred_pl.denoisers.components import PrincipalComponents
 from deepred_pl.denoisers.declipped import Declipped
 from deepred_pl.denoisers.denoiser import Denoiser
 from deepred_pl.denoisers.learned import Learned
@@ -19,6 +20,7 @@ __all__ = [
     "Learned",
     "Median",
     "NonLocalMeans",
+    "PrincipalComponents",
     "TotalVariation",
     "Wavelet",
 ]

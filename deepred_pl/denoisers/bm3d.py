@@ -64,13 +64,13 @@ class BM3D(GreyLevelDenoiser):
         self.backend = backend
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._on_gpu(x):
+        if self.on_gpu(x):
             return self._denoise_on_gpu(x)
         return through_numpy(self._denoise, x)
 
     def check(self, x: Tensor) -> None:
         """Refuse images that the backend cannot process; x is (1, C, H, W)."""
-        if not self._on_gpu(x):
+        if not self.on_gpu(x):
             return
         try:
             import bm3d_triton  # noqa: F401  it fails without Triton
@@ -84,7 +84,8 @@ class BM3D(GreyLevelDenoiser):
                 "install the extra gpu (pip install '.[gpu]'), or set backend='bm3d'"
             )
 
-    def _on_gpu(self, x: Tensor) -> bool:
+    def on_gpu(self, x: Tensor) -> bool:
+        """Whether it processes x on a GPU."""
         if self.backend == "auto":
             return x.is_cuda and find_spec("bm3d_triton") is not None
         return self.backend == "triton"

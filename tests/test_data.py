@@ -297,3 +297,26 @@ def test_values_are_held_out_of_the_region_that_is_restored(tmp_path):
     assert not (data.problem.y * held).any()
     part = torch.from_numpy(photo[10:50, 8:56] / 255).movedim(-1, 0)[None].float()
     assert torch.allclose(data.problem.as_image(), part)  # the picture has no holes
+
+
+def test_the_ground_truth_of_a_stack_may_be_a_stack(tmp_path):
+    clean = torch.rand(3, 2, 35, 41, generator=torch.Generator().manual_seed(0)).numpy()
+    noisy = (clean + 0.05 * np.random.default_rng(0).normal(size=clean.shape)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "y.tif", noisy, imagej=True, metadata={"axes": "TCYX"})
+    np.save(tmp_path / "truth.npy", clean)
+    np.save(tmp_path / "last.npy", np.moveaxis(clean[1], 0, -1))
+    files = {"measurement": tmp_path / "y.tif", "ground_truth": tmp_path / "truth.npy"}
+    options = {"axes": "TCYX", "page": 1, "noise": GaussianNoise(12.75)}
+    data = set_up(**files, **options)
+    np.testing.assert_array_equal(data.problem.y[0].numpy(), noisy[1])
+    np.testing.assert_array_equal(data.problem.ground_truth[0].numpy(), clean[1])
+    assert "2 channels" in data.reading and "axes TCYX, page 1 (from 0) of 3" in data.reading
+    one = set_up(**files | {"ground_truth": tmp_path / "last.npy"}, **options)  # of this page
+    np.testing.assert_array_equal(one.problem.ground_truth[0].numpy(), clean[1])
+    together = set_up(**files, **options | {"page": "all"})
+    np.testing.assert_array_equal(together.problem.y[0].numpy(), noisy.reshape(6, 35, 41))
+    np.testing.assert_array_equal(
+        together.problem.ground_truth[0].numpy(), clean.reshape(6, 35, 41)
+    )
+    simulated = set_up(ground_truth=tmp_path / "truth.npy", axes="TCYX", page=2)
+    np.testing.assert_array_equal(simulated.problem.ground_truth[0].numpy(), clean[2])

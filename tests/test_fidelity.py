@@ -573,3 +573,17 @@ def test_epsilon_does_not_depend_on_the_default_device():
     with torch.device("meta"):
         epsilon = automatic_epsilon(problem)
     assert epsilon == automatic_epsilon(problem)
+
+
+@pytest.mark.parametrize("frames", [4, 12])
+def test_many_channels_have_the_epsilon_of_one(frames):
+    y = Blur.gaussian(9, 1.6)(picture(1, 48, 64)).clamp(0, 1)
+
+    def epsilon(channels):
+        repeated = y.expand(1, channels, 48, 64)
+        return automatic_epsilon(
+            InverseProblem(repeated, Blur.gaussian(9, 1.6), GaussianNoise(10))
+        )[0]
+
+    assert epsilon(frames) == pytest.approx(epsilon(1), rel=0.1)  # by other random probes
+    assert epsilon(3) < 0.8 * epsilon(1)

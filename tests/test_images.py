@@ -13,6 +13,7 @@ from PIL import Image, ImageCms
 
 from deepred_pl.images import (
     ImageFormat,
+    displayed,
     read_image,
     to_array,
     to_tensor,
@@ -810,3 +811,12 @@ def test_a_tiff_stays_a_tiff_with_its_pixel_size(tmp_path, kind):
         if kind == "ome":
             pixels = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]["Pixels"]
             assert {name: pixels[name] for name in size} == size
+
+
+@pytest.mark.parametrize(
+    ("channels", "shown"),
+    [(1, [0]), (2, [0]), (3, [0, 1, 2]), (4, [0, 1, 2]), (5, [2]), (31, [15])],
+)
+def test_what_is_shown_of_channels(channels, shown):
+    image = torch.rand(1, channels, 5, 7)
+    assert torch.equal(displayed(image), image[:, shown])

@@ -11,7 +11,6 @@ from deepred_pl.report import TOO_SHORT, USE_LIKELIHOOD, diagnosis
 
 Report = dict[str, Any]
 
-MOST_WARNINGS = 5  # of a stack
 WARNING = re.compile(rf": {RestorationWarning.__name__}: (.*)")  # in a fit's log
 
 
@@ -102,13 +101,13 @@ def _lines_of_stack(report: Report) -> list[str]:
     if ratios:
         span = f"{min(ratios):.2f} to {max(ratios):.2f}"
         lines.append(f"Result   the residuals are {span} times the noise (1 is best)")
-    warnings: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}  # warnings that differ by their numbers only
     for page in pages:
         for text in filter(None, (*page["warnings"], page["diagnosis"])):
-            warnings.setdefault(text, []).append(page["image"])
-    for text, images in list(warnings.items())[:MOST_WARNINGS]:
-        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
-        lines.append(f"Warning  {images[0]}{more}: {text}")
+            alike.setdefault(re.sub(r"[\d.]+", "", text), []).append(f"{page['image']}: {text}")
+    for texts in alike.values():
+        more = f" (and {len(texts) - 1} more pages)" if len(texts) > 1 else ""
+        lines.append(f"Warning  {texts[0]}{more}")
     for number, reason in report["failed"].items():
         lines.append(f"Failed   page {number}, which is not restored in the result: {reason}")
     return [*lines, f"Image    {report['restored']}", f"Compare  {report['comparison']}"]

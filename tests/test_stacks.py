@@ -8,6 +8,7 @@ import tifffile
 import torch
 
 from deepred_pl.axes import as_stored, axes_of_image, channels_last, guessed_axes, page_index
+from deepred_pl.batch.plan import find_images, paged
 from deepred_pl.images import layout_of, read_image, to_array, write_image, write_stack
 from deepred_pl.restore import restore
 
@@ -266,3 +267,16 @@ def test_restore_keeps_the_axes_of_an_array():
     np.testing.assert_array_equal(np.moveaxis(last, -1, 0), restored)
     with pytest.raises(ValueError, match="a tensor's axes are known"):
         restore(torch.from_numpy(cube), ["denoising", "methods/quick"], settings)
+
+
+def test_of_several_series_the_first_is_restored(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        file.write(random("uint8", 3, 33, 47), photometric="minisblack")
+        small = random("uint8", 10, 12)
+        file.write(small)
+    notes = []
+    pages = paged(find_images([str(tmp_path / "in.tif")]), None, None, notes.append)
+    assert [(page.page, page.pages) for page in pages] == [(0, 3), (1, 3), (2, 3)]
+    assert len(notes) == 1 and "only the first of 2 series" in notes[0]
+    image, image_format = read_image(tmp_path / "in.tif", page=3)  # of the second
+    np.testing.assert_array_equal(to_array(image, image_format)[..., 0], small)

@@ -28,7 +28,7 @@ from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
 from deepred_pl.choose import before_choice
 from deepred_pl.cli import EXPECTED, reason
-from deepred_pl.files import check_writable, last_checkpoint, write_bytes
+from deepred_pl.files import check_writable, last_checkpoint, replacing, write_bytes
 from deepred_pl.lightning import quiet
 from deepred_pl.sources import SET
 
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = _single_run(files, arguments) if single else arguments.out.resolve()
     stated = dict(option[2:].split("=", 1) for option in arguments.options)
     axes = stated.get("data.axes")
-    sources = files if "data.page" in stated else paged(files, axes, arguments.pages)
+    sources = files if "data.page" in stated else paged(files, axes, arguments.pages, console.print)
     batch = Batch(
         sources=sources,
         role=arguments.role,
@@ -247,7 +247,8 @@ def _copy_into(out: Path, report: Report, console: Console) -> None:
 
 
 def _copy(report: Report, kind: str, path: Path) -> None:
-    write_bytes(path, Path(report[kind]).read_bytes())
+    with replacing(path) as copy, Path(report[kind]).open("rb") as original:
+        shutil.copyfileobj(original, copy)
     report[kind] = str(path)
 
 

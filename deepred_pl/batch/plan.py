@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -116,13 +116,16 @@ def find_images(given: Sequence[str]) -> list[Source]:
     return [_source(name, path) for name, path in named.items()]
 
 
-def paged(sources: Sequence[Source], axes: str | None, chosen: str | None) -> list[Source]:
+def paged(
+    sources: Sequence[Source], axes: str | None, chosen: str | None, note: Callable[[str], None]
+) -> list[Source]:
     """The pages of files with several, as images of their own, and the other files.
 
     Args:
         sources: Files.
         axes: Their axes, if they are stated.
         chosen: Which pages: START:STOP without STOP, or numbers such as 0,3,5; None is all.
+        note: Called with what a user should know.
 
     Raises:
         ValueError: A file does not have the chosen pages, or none has several.
@@ -130,8 +133,10 @@ def paged(sources: Sequence[Source], axes: str | None, chosen: str | None) -> li
     images = []
     for source in sources:
         try:
-            letters, shape, _ = layout_of(source.path, axes)
+            letters, shape, series = layout_of(source.path, axes)
             count = count_pages(letters, shape)
+            if count > 1 and series > 1:
+                note(f"{source.path}: only the first of {series} series of images is restored")
         except (OSError, ValueError, RuntimeError):
             if axes is not None and len(sources) == 1:  # the stated ones do not fit
                 raise

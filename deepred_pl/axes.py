@@ -15,7 +15,7 @@ Page = int | Literal["all"] | None  # None is the only one; "all" are channels o
 
 CHANNELS = "CS"
 OF_A_PAGE = "YX" + CHANNELS
-COLOURS = 4  # channels at most of an array that is certainly not a stack
+MOST_COLOURS = 4  # channels of a usual image
 
 
 def of_page(axes: str) -> str:
@@ -53,12 +53,13 @@ def guessed_axes(shape: Sequence[int], name: str) -> str:
     *others, last = shape
     if len(shape) == 2:
         return "YX"
-    square = len(shape) == 3 and others[0] == others[1] != last
-    if len(shape) == 3 and (last <= COLOURS or last < min(others) or square):
-        return "YXC"
+    if len(shape) == 3:
+        share = 2 if others[0] == others[1] else 4  # at most, of the sides
+        if last <= MOST_COLOURS or share * last <= min(others):
+            return "YXC"
     if len(shape) == 3 and shape[0] == 1:
         return "CYX"
-    if len(shape) == 4 and last <= COLOURS < min(others[1:]):
+    if len(shape) == 4 and last <= MOST_COLOURS < min(others[1:]):
         return "TYXC"
     raise ValueError(
         f"expected an image, (height, width) or (height, width, channels), got {tuple(shape)} in "
@@ -80,8 +81,8 @@ def check_page(page: Page, count: int, axes: str) -> None:
     """
     if page is None and count > 1:
         raise ValueError(
-            f"it has {count} pages (axes {axes}); set data.page to one of 0 to {count - 1}, or to "
-            '"all" if they are channels of one image; `deepred restore` restores all one by one'
+            f'it has {count} pages; set data.page to one of 0 to {count - 1}, or to "all" if they '
+            f"are channels of one image (axes {axes}); `deepred restore` restores all one by one"
         )
     if page != "all" and not 0 <= (page or 0) < count:
         raise ValueError(f"it has no page {page}; set data.page to one of 0 to {count - 1}")
@@ -111,23 +112,24 @@ def page_index(axes: str, shape: Sequence[int], page: Page) -> tuple[int | slice
 
 def channels_last(array: np.ndarray, axes: str) -> np.ndarray:
     """An image with these axes as (H, W), or (H, W, C) with all but Y and X in one axis."""
-    channels = [axis for axis in axes if axis not in "YX"]
-    array = np.transpose(array, [axes.index(axis) for axis in ("Y", "X", *channels)])
-    return array.reshape(*array.shape[:2], -1) if channels else array
+    array = np.transpose(array, _channels_last(axes))
+    return array.reshape(*array.shape[:2], -1) if array.ndim > 2 else array
 
 
-def as_stored(array: np.ndarray, axes: str, shape: Sequence[int], of_pages: str = "") -> np.ndarray:
-    """An image, or several, as an array with these axes; undoes `channels_last`.
+def as_stored(image: np.ndarray, axes: str, shape: Sequence[int]) -> np.ndarray:
+    """An image (H, W, C) as an array with these axes; undoes `channels_last`.
 
     Args:
-        array: (H, W, C), or (pages, H, W, C); H and W may be new.
+        image: The image; H and W may be new.
         axes: The axes of the result.
         shape: The sizes of its other axes.
-        of_pages: The axes along which the pages are.
     """
-    sizes = dict(zip(axes, shape, strict=True))
-    sizes |= {"Y": array.shape[-3], "X": array.shape[-2]}
-    channels = [axis for axis in axes if axis not in of_pages + "YX"]
-    order = [*of_pages, "Y", "X", *channels]
-    stored = array.reshape([sizes[axis] for axis in order])
-    return np.transpose(stored, [order.index(axis) for axis in axes])
+    order = _channels_last(axes)
+    sizes = [*image.shape[:2], *(shape[i] for i in order[2:])]
+    return np.transpose(image.reshape(sizes), np.argsort(order))
+
+
+def _channels_last(axes: str) -> list[int]:
+    """The places of Y, X, and the others; by places, because a letter may come twice."""
+    others = [i for i, axis in enumerate(axes) if axis not in "YX"]
+    return [axes.index("Y"), axes.index("X"), *others]

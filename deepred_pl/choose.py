@@ -196,9 +196,13 @@ def choose(
         "init_args": {"total_steps": steps, "warmup_steps": min(WARMUP_STEPS, steps // 10)},
     }
     _choose_held_out(problem, given, choice)
-    return Choice(
-        {k: v for k, v in choice.settings.items() if not _is_given(k, given)}, choice.assumed
-    )
+    return _left_open(choice, given)
+
+
+def _left_open(choice: Choice, given: Collection[str]) -> Choice:
+    """A choice without the settings that were set explicitly."""
+    settings = {k: v for k, v in choice.settings.items() if not _is_given(k, given)}
+    return Choice(settings, choice.assumed)
 
 
 def _steps_until(
@@ -289,6 +293,13 @@ class _Stopwatch(Callback):
 
 def _network(width: int) -> dict[str, Any]:
     return {"model.network": {"class_path": "SkipNet", "init_args": {"width": width}}}
+
+
+def choose_for_stack(data: RestorationDataModule, given: Collection[str]) -> Choice:
+    """Choose what must be the same for all pages of a file: by the one that `data` has."""
+    choice = Choice()
+    _choose_range(data, given, choice)
+    return _left_open(choice, given)
 
 
 def _choose_range(data: RestorationDataModule, given: Collection[str], choice: Choice) -> None:

@@ -29,7 +29,7 @@ Fidelity = Literal["likelihood", "backprojection"]
 WEIGHTED_VARIANCE = 0.00133
 GROWTH = 0.3
 VARIANCE_OFFSET = 2.0  # squared grey levels: with even less noise, E hardly changes
-COLOURS = 3
+RGB = 3  # channels
 DARKEST = 0.1  # of the mean variance: signal-dependent noise counts as at least that
 
 EPSILON_RANGE = 1e-6, 1e3  # in units of ‖A‖²
@@ -150,7 +150,7 @@ def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
     largest = _largest_eigenvalue(problem)
     noise = 255**2 * float(variance) / largest
     channels = problem.image_shape[1]
-    target = WEIGHTED_VARIANCE * math.sqrt(channels if channels <= COLOURS else 1)
+    target = WEIGHTED_VARIANCE * math.sqrt(channels if channels <= RGB else 1)
     target *= (noise + VARIANCE_OFFSET) ** GROWTH * float(_probe(problem).abs().mean())
     low, high = (math.log(bound * largest) for bound in EPSILON_RANGE)
     for _ in range(HALVINGS):

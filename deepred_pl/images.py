@@ -3,7 +3,8 @@
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from deepred_pl.axes import (
     CHANNELS,
-    COLOURS,
+    MOST_COLOURS,
     Page,
     as_stored,
     axes_of_image,
@@ -42,7 +43,7 @@ from deepred_pl.pictures import (
     upright,
 )
 from deepred_pl.sources import find_image
-from deepred_pl.tiffs import SINGLE, STARTS, read_tiff, tiff_layout, write_tiff
+from deepred_pl.tiffs import SINGLE, STARTS, Stored, tiff_layout, tiff_pages, write_tiff
 
 IntensityRange = Literal["dtype", "minmax", "percentile"] | Sequence[float] | Sequence[list[float]]
 
@@ -232,7 +233,7 @@ def displayed(image: Tensor) -> Tensor:
     frames would differ too little, and several frames show several moments.
     """
     channels = image.shape[1]
-    if channels in (3, COLOURS):
+    if channels in (3, MOST_COLOURS):
         return image[:, :3]
     middle = (channels - 1) // 2
     return image[:, middle : middle + 1]
@@ -248,10 +249,10 @@ def with_alpha(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
 
 def stored_page(array: np.ndarray, image_format: ImageFormat) -> tuple[str, np.ndarray]:
     """An array (H, W, C) with the axes of its format, and these axes."""
-    axes, sizes = image_format.axes, image_format.shape
-    fits = axes and channels_last(np.empty(sizes, bool), axes).shape[-1] == array.shape[-1]
-    if fits:
-        return axes, as_stored(array, axes, sizes)
+    axes, shape = image_format.axes, image_format.shape
+    channels = math.prod(n for axis, n in zip(axes, shape, strict=True) if axis not in "YX")
+    if axes and channels == array.shape[-1]:
+        return axes, as_stored(array, axes, shape)
     return ("YX", array[..., 0]) if array.shape[-1] == 1 else ("YXS", array)
 
 
@@ -269,17 +270,43 @@ def layout_of(path: str | os.PathLike, axes: str | None = None) -> tuple[str, tu
         axes: As in `read_image`.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: The axes do not fit, or are not certain.
+        OSError: There is no such file.
+        ValueError: It cannot be read, or its axes do not fit or are not certain.
     """
     with Path(path).open("rb") as file:
         start = file.read(len(NPY_START))
-    if start == NPY_START:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        return _npy_axes(shape, axes, Path(path).name), shape, 1
-    if start.startswith(STARTS):
-        return tiff_layout(Path(path), axes)
+    try:
+        if start == NPY_START:
+            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+            return _npy_axes(shape, axes, Path(path).name), shape, 1
+        if start.startswith(STARTS):
+            return tiff_layout(Path(path), axes)
+    except ValueError:
+        raise
+    except Exception as error:  # decoders raise anything on a broken file
+        raise ValueError(f"expected an image, cannot read {path}: {error}") from error
     return "", (), 1
+
+
+def brightest_page(path: str | os.PathLike, axes: str | None = None) -> int:
+    """The page of a file with the largest value, as `read_image` counts pages.
+
+    Pages that cannot be read are left out.
+
+    Args:
+        path: A file.
+        axes: As in `read_image`.
+    """
+    letters, shape, _ = layout_of(path, axes)
+    brightest, largest = 0, -math.inf
+    with _pages(Path(path), axes) as read:
+        for page in range(count_pages(letters, shape)):
+            with suppress(Exception):  # its fit reports it
+                values = np.ma.filled(read(page)[0].astype(np.float64), -math.inf)
+                value = values.max(initial=-math.inf, where=np.isfinite(values))
+                if value > largest:
+                    brightest, largest = page, float(value)
+    return brightest
 
 
 def write_stack(
@@ -287,52 +314,76 @@ def write_stack(
     source: str | os.PathLike,
     restored: Mapping[int, Path],
     axes: str | None = None,
+    keep_others: bool = True,
 ) -> None:
-    """Write a copy of a stack with restored pages in place of its own, atomically as TIFF.
-
-    It has the axes, the type and the metadata of the stack. Where there is no restored page, its
-    own is copied if the restored ones have its size and kind of values, or else it is 0.
+    """Write a stack with the axes and metadata of another from restored pages, atomically as TIFF.
 
     Args:
         path: The TIFF file.
-        source: The stack.
+        source: The stack that was restored.
         restored: Image files by their pages, at least one.
         axes: The axes of the stack, as in `read_image`.
+        keep_others: Copy other pages from the stack, if they have the size and kind of values of
+            the restored ones and can be read; or else they are 0.
 
     Raises:
         OSError: It cannot be written.
         ValueError: The memory is too small for it.
     """
     letters, shape, _ = layout_of(source, axes)
-    page, file = next(iter(restored.items()))
-    first, has_alpha, image_format = _decode(file, None, None)
-    first = np.atleast_3d(first)
+    a_page = next(iter(restored))
+    values, has_alpha, of_first = _decode(restored[a_page], None, None)
+    first = np.atleast_3d(values)
     count = count_pages(letters, shape)
-    check_memory(2 * count * first.nbytes, "writing the stack", "restore a part of its pages")
-    pages = np.zeros((count, *first.shape), first.dtype)  # (pages, H, W, C)
-    for page in range(count):
-        if page in restored:
-            pages[page] = np.atleast_3d(_decode(restored[page], None, None)[0])
-        else:
-            own = np.atleast_3d(_decode(Path(source), page, axes)[0])
-            if own.shape == first.shape and own.dtype.kind == first.dtype.kind:
-                pages[page] = own
-    of_source = _decode(Path(source), page, axes)[2]
+    check_memory(2 * count * first.nbytes, "writing the stack", "restore it on a larger machine")
+    own = of_page(letters)
+    sizes = list(zip(letters, shape, strict=True))
+    if math.prod(n for axis, n in sizes if axis in CHANNELS) != first.shape[-1]:
+        sizes = [(axis, n) for axis, n in sizes if axis not in own]
+        sizes += [("Y", 0), ("X", 0), ("S", first.shape[-1])]
+        letters, own = "".join(axis for axis, _ in sizes), "YXS"
+    new = {"Y": first.shape[0], "X": first.shape[1]}
+    shape = tuple(new.get(axis, n) for axis, n in sizes)
+    own_shape = [n for axis, n in zip(letters, shape, strict=True) if axis in own]
+    stack = np.zeros(shape, first.dtype)
+    with _pages(Path(source), axes) as read:
+        of_source = read(a_page)[2]
+        for page in range(count):
+            if page in restored:
+                values = np.atleast_3d(_decode(restored[page], None, None)[0])
+            else:
+                values = _own_page(read, page, first) if keep_others else np.zeros_like(first)
+            stack[page_index(letters, shape, page)] = as_stored(values, own, own_shape)
     channels = first.shape[-1] - has_alpha
     image_format = replace(
         of_source,
-        resolution=image_format.resolution or of_source.resolution,
+        resolution=of_first.resolution or of_source.resolution,
         icc_profile=profile_for(channels, of_source.icc_profile),
     )
-    of_pages = letters
-    for axis in of_page(letters):
-        of_pages = of_pages.replace(axis, "")
-    sizes = dict(zip(letters, shape, strict=True))
-    if math.prod(sizes.get(axis, 1) for axis in CHANNELS) != first.shape[-1]:
-        letters, sizes["S"] = f"{of_pages}YXS", first.shape[-1]
-    array = as_stored(pages, letters, [sizes[axis] for axis in letters], of_pages)
     with replacing(path) as output:
-        write_tiff(output, array, letters, image_format, has_alpha)
+        write_tiff(output, stack, letters, image_format, has_alpha)
+
+
+def _own_page(read: Callable[[Page], Stored], page: int, like: np.ndarray) -> np.ndarray:
+    """A page of a stack, (H, W, C), or 0 if it is not like another or cannot be read."""
+    with suppress(Exception):  # which may be why it is not restored
+        values = np.atleast_3d(read(page)[0])
+        values = values.astype(np.uint8) * 255 if values.dtype == bool else values
+        if values.shape == like.shape and values.dtype.kind == like.dtype.kind:
+            return np.ma.getdata(values)
+    return np.zeros_like(like)
+
+
+@contextmanager
+def _pages(path: Path, axes: str | None) -> Iterator[Callable[[Page], Stored]]:
+    """Open a file once, to read its pages by a function."""
+    with path.open("rb") as file:
+        is_tiff = file.read(4) in STARTS
+    if is_tiff:
+        with tiff_pages(path, axes) as read:
+            yield read
+    else:
+        yield lambda page: _decode(path, page, axes)
 
 
 def _stored_range(
@@ -414,7 +465,7 @@ def _span(known: Sequence[np.ndarray]) -> str:
     return "[{:g}, {:g}]".format(*_extremes(known))
 
 
-def _decode(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool, ImageFormat]:
+def _decode(path: Path, page: Page, axes: str | None) -> Stored:
     """The stored values, (H, W) or (H, W, C), whether alpha comes last, and the metadata."""
     size = path.stat().st_size
     if size == 0:
@@ -424,11 +475,12 @@ def _decode(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool,
     if start == NPY_START:
         return _decode_npy(path, page, axes)
     if start.startswith(STARTS):
-        return read_tiff(path, page, axes)
+        with tiff_pages(path, axes) as read:
+            return read(page)
     if page not in (None, 0, "all"):
-        raise ValueError(f"it has no page {page}, only TIFF and NPY files have; leave page out")
+        raise ValueError(f"it has no page {page}: pages are in TIFF and NPY files only")
     if axes is not None and axes.upper() not in SINGLE:
-        raise ValueError(f"it has not the axes {axes}, only TIFF and NPY files; leave axes out")
+        raise ValueError("axes are stated for TIFF and NPY files only; leave data.axes out")
     check_memory(size, "reading it", "save a part of it")
     data = path.read_bytes()
     try:
@@ -449,7 +501,7 @@ def _decode(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool,
         return array, has_alpha, ImageFormat(icc_profile=picture.info.get("icc_profile"))
 
 
-def _decode_npy(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool, ImageFormat]:
+def _decode_npy(path: Path, page: Page, axes: str | None) -> Stored:
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # only the header is read
     letters = _npy_axes(array.shape, axes, path.name)
     array, image_format = page_of(array, letters, page)
@@ -472,7 +524,7 @@ def page_of(array: np.ndarray, axes: str, page: Page) -> tuple[np.ndarray, Image
     check_page(page, count, axes)
     own = axes_of_image(axes, page)
     chosen = array[page_index(axes, array.shape, page)]
-    if own == "YX" or (own == "YXC" and chosen.shape[-1] <= COLOURS):
+    if own == "YX" or (own == "YXC" and chosen.shape[-1] <= MOST_COLOURS):
         described = ImageFormat(page=page_text(axes, page, count))
     else:
         described = ImageFormat(axes=own, shape=chosen.shape, page=page_text(axes, page, count))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepred_pl.axes import MOST_COLOURS
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.estimate import local_level, noise_level, unclipped
 from deepred_pl.images import ImageFormat, rounded_up
@@ -20,7 +21,6 @@ from deepred_pl.noise import NoiseModel, corrected, parameters
 from deepred_pl.operators import Mask, Operator, Radon
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
 
-MOST_COLOURS = 4  # channels of a usual image
 EMPTY, DARK = 1 / 16, 1 / 4  # largest value in units of white: 12 and 14 bits in a file of 16
 # The measured noise in units of the stated one.
 TOO_STRONG, STRONG = 1 / 3, 0.6

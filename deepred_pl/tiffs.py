@@ -2,8 +2,9 @@
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,8 @@ import tifffile
 from PIL import Image
 
 from deepred_pl.axes import (
+    CHANNELS,
+    MOST_COLOURS,
     Page,
     axes_of_image,
     channels_last,
@@ -21,9 +24,11 @@ from deepred_pl.axes import (
     page_index,
     page_text,
 )
-from deepred_pl.image_format import ImageFormat
+from deepred_pl.image_format import ImageFormat, Kind
 from deepred_pl.memory import check_memory
 from deepred_pl.pictures import pixels_of, refuse_bombs, upright
+
+Stored = tuple[np.ndarray, bool, ImageFormat]
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PLAIN = (1, 2)  # photometric interpretations: black is zero, RGB
@@ -52,69 +57,83 @@ def tiff_layout(path: Path, axes: str | None) -> tuple[str, tuple[int, ...], int
         return _axes_of(series, axes, path.name), tuple(series.shape), len(file.series)
 
 
-def read_tiff(path: Path, page: Page, axes: str | None) -> tuple[np.ndarray, bool, ImageFormat]:
-    """The stored values of a page, (H, W) or (H, W, C), whether alpha comes last, and the metadata.
+@contextmanager
+def tiff_pages(path: Path, axes: str | None) -> Iterator[Callable[[Page], Stored]]:
+    """Open a file, and read its pages by a function.
+
+    The function returns the stored values of a page, (H, W) or (H, W, C), whether alpha comes last,
+    and the metadata. It raises ValueError, or what a decoder raises, if a page cannot be read.
 
     Args:
-        path: The file.
-        page: The page, from 0, counted through all series of images; None if there is only one;
-            "all" of the first series as channels.
+        path: The file. Its pages are counted through all series of images; None is the only one,
+            and "all" are those of the first series as channels.
         axes: Axes of the first series that replace those of its metadata.
-
-    Raises:
-        ValueError: It cannot be read; the message says why.
     """
     with _opened(path) as file:
-        series, letters, number = _find(file, page, axes, path.name)
-        if any(one is None for one in series.pages):
-            raise ValueError("a part of its pages is in another file; save all in one file")
-        index, own = page_index(letters, series.shape, number), axes_of_image(letters, number)
-        numbers = _tiff_pages(series, index)
-        page_or_frame = series.pages[0 if numbers is None else int(numbers.flat[0])]
-        assert page_or_frame is not None
-        first = page_or_frame.aspage()
-        all_sizes = dict(zip(letters, series.shape, strict=True))
-        sizes = {axis: all_sizes[axis] for axis in own}
-        bands = math.prod(sizes.values()) // max(1, sizes["Y"] * sizes["X"])
-        bytes_each = np.dtype(first.dtype or np.uint8).itemsize
-        refuse_bombs(sizes["Y"], sizes["X"], bands, bytes_each)
-        if first.bitspersample not in DEPTHS:
-            raise ValueError(
-                f"{first.bitspersample} bits per value are not supported; save it with 8 or 16 bits"
-            )
-        orientation = first.tags.valueof(ORIENTATION_TAG, 1)
-        decoded = first.photometric == YCBCR and first.compression in JPEG
-        if first.photometric in PLAIN or decoded:
-            array = channels_last(_stored(series, index, numbers), own)
-            array = upright(array, orientation)
-            has_alpha = bool(first.extrasamples) and first.extrasamples[-1] in (1, 2)
-            has_alpha = has_alpha and own.replace("S", "") == "YX" != own
-        elif first.dtype in (np.uint8, np.bool_):  # palettes, CMYK, YCbCr, inverted grey
-            # Of a path, Pillow may map the file, and then ignores its orientation.
-            with Image.open(io.BytesIO(path.read_bytes()), formats=("TIFF",)) as picture:
-                picture.seek(first.index)
-                array, has_alpha = pixels_of(picture)
-            own = "YX" if array.ndim == 2 else "YXS"
-        else:
-            raise ValueError("its colour layout is not supported; save it as RGB")
-        imagej = file.imagej_metadata or {}
-        unit = imagej.get("unit") or UNITS.get(first.resolutionunit)
-        pixels = _ome_resolution(file.ome_metadata) or (*first.get_resolution(), unit or "none")
-        kind = "imagej" if file.is_imagej else "ome" if file.is_ome else "tiff"
-        plain, count = own in ("YX", "YXS"), count_pages(letters, series.shape)
-        return (
-            _without_nodata(array, first.tags.valueof(NODATA_TAG)),
-            has_alpha,
-            ImageFormat(
-                icc_profile=first.tags.valueof(ICC_TAG),
-                resolution=_resolution(pixels, orientation),
-                kind=kind,  # type: ignore[arg-type]
-                axes="" if plain else own,
-                shape=() if plain else tuple(sizes.values()),
-                page=page_text(letters, number, count),
-                metadata=_kept(imagej, file.ome_metadata),
-            ),
+        yield partial(_read, file, path, axes)
+
+
+def _read(file: tifffile.TiffFile, path: Path, axes: str | None, page: Page) -> Stored:
+    series, letters, number = _find(file, page, axes, path.name)
+    index, own = page_index(letters, series.shape, number), axes_of_image(letters, number)
+    numbers = _tiff_pages(series, index)
+    chosen = [series.pages[int(i)] for i in ([0] if numbers is None else numbers.flat)]
+    pages = [one.aspage() for one in chosen if one is not None]
+    if len(pages) < len(chosen):
+        raise ValueError("a part of it is in another file; save all in one file")
+    first = pages[0]
+    shape = tuple(n for n, i in zip(series.shape, index, strict=True) if isinstance(i, slice))
+    height, width = shape[own.index("Y")], shape[own.index("X")]
+    bytes_each = np.dtype(first.dtype or np.uint8).itemsize
+    refuse_bombs(height, width, math.prod(shape) // max(1, height * width), bytes_each)
+    if first.bitspersample not in DEPTHS:
+        raise ValueError(
+            f"{first.bitspersample} bits per value are not supported; save it with 8 or 16 bits"
         )
+    orientation = first.tags.valueof(ORIENTATION_TAG, 1)
+    decoded = first.photometric == YCBCR and first.compression in JPEG
+    alpha_last = bool(first.extrasamples) and first.extrasamples[-1] in (1, 2)
+    if first.photometric in PLAIN or decoded:
+        if numbers is None:
+            array = _part(file, series, path)[index]
+        else:
+            stored = np.stack([one.asarray() for one in pages])
+            inside = index[len(index) - (stored.ndim - 1) :]
+            array = stored.reshape(*numbers.shape, *stored.shape[1:])[(..., *inside)]
+        array = upright(channels_last(array, own), orientation)
+        has_alpha = alpha_last and own in ("YXS", "SYX")
+        if alpha_last and page == "all" and not has_alpha:
+            raise ValueError("pages with transparency cannot be channels; save it without")
+    elif len(pages) > 1:
+        raise ValueError(
+            "its colour layout is not supported for several channels; save it with grey channels"
+        )
+    elif first.dtype in (np.uint8, np.bool_):  # palettes, CMYK, YCbCr, inverted grey
+        # Of a path, Pillow may map the file, and then ignores its orientation.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("TIFF",)) as picture:
+            picture.seek(first.index)
+            array, has_alpha = pixels_of(picture)
+        own = "YX" if array.ndim == 2 else "YXS"
+    else:
+        raise ValueError("its colour layout is not supported; save it as RGB")
+    imagej = file.imagej_metadata or {}
+    unit = imagej.get("unit") or UNITS.get(first.resolutionunit)
+    pixels = _ome_resolution(file.ome_metadata) or (*first.get_resolution(), unit or "none")
+    kind: Kind = "imagej" if file.is_imagej else "ome" if file.is_ome else "tiff"
+    plain = own in ("YX", "YXS")
+    return (
+        _without_nodata(array, first.tags.valueof(NODATA_TAG)),
+        has_alpha,
+        ImageFormat(
+            icc_profile=first.tags.valueof(ICC_TAG),
+            resolution=_resolution(pixels, orientation),
+            kind=kind,
+            axes="" if plain else own,
+            shape=() if plain else shape,
+            page=page_text(letters, number, count_pages(letters, series.shape)),
+            metadata=_kept(imagej, file.ome_metadata),
+        ),
+    )
 
 
 def write_tiff(
@@ -129,42 +148,66 @@ def write_tiff(
         image_format: Has kind, metadata, resolution and colour profile.
         has_alpha: Whether the last of the samples is the alpha channel.
     """
-    sizes = dict(zip(axes, array.shape, strict=True))
-    samples = sizes.get("S", sizes["C"] if axes == "YXC" else 1)
+    if axes.endswith("YXC") and array.shape[-1] <= MOST_COLOURS:  # as colours are stored
+        axes = axes[:-1] + "S"
+    samples = array.shape[-1] if axes[-1] in CHANNELS else 1
+    samples = array.shape[-3] if axes.endswith("SYX") else samples
     colours = 3 if samples - has_alpha == 3 else 1
-    unit = "none" if image_format.resolution is None else image_format.resolution[2]
     kind = image_format.kind or ("tiff" if axes in SINGLE else "imagej")
-    imagej = array.dtype.name in IMAGEJ_TYPES and samples == (colours if sizes.get("S") else 1)
-    if kind == "imagej" and not (imagej and _in_order(axes)):
+    usual = samples == 1 or (samples == 3 and array.dtype == np.uint8)
+    imagej = array.dtype.name in IMAGEJ_TYPES and usual and _in_order(axes)
+    if kind == "imagej" and not imagej:
         kind = "ome"
     if kind == "ome" and not ({*axes} <= {*IMAGEJ_AXES} and axes.endswith(("YX", "YXS"))):
         kind = "tiff"
+    unit = "none" if image_format.resolution is None else image_format.resolution[2]
+    extra = ["unspecified"] * (samples - has_alpha - colours) + ["unassalpha"] * has_alpha
+    options: dict[str, Any] = {
+        "photometric": "rgb" if colours == 3 else "minisblack",
+        "planarconfig": ("separate" if "SYX" in axes else "contig") if samples > 1 else None,
+        "extrasamples": extra or None,
+        "resolution": image_format.resolution and image_format.resolution[:2],
+        "resolutionunit": unit if unit in UNITS.values() else "none",
+        "iccprofile": image_format.icc_profile,
+    }
+    described = None if axes in ("YX", "YXS") else {"axes": axes}
+    if kind != "tiff":
+        metadata = _metadata(kind, array, axes, image_format)
+        try:
+            tifffile.imwrite(
+                file,
+                array,
+                imagej=kind == "imagej",
+                ome=kind == "ome",
+                metadata=metadata,
+                **options,
+            )
+        except Exception:  # other programs' metadata may be impossible; the image matters more
+            file.seek(0)
+            file.truncate()
+        else:
+            return
+    tifffile.imwrite(file, array, metadata=described, **options)
+
+
+def _metadata(
+    kind: Kind, array: np.ndarray, axes: str, image_format: ImageFormat
+) -> dict[str, Any]:
+    """Metadata of ImageJ or OME for an array."""
     metadata = {**image_format.metadata, "axes": axes}
-    if kind == "imagej":
-        metadata |= {} if unit == "none" else {"unit": unit}
-        planes = array.size // (sizes["Y"] * sizes["X"] * samples)
-        if len(metadata.get("Labels", ())) != planes:
-            metadata.pop("Labels", None)
-    elif kind == "ome":
+    sizes = dict(zip(axes, array.shape, strict=True))
+    if kind == "ome":
         metadata |= _ome_pixels(image_format.resolution)
         if len(metadata.get("Channel", {}).get("Name", ())) != sizes.get("C", 1):
             metadata.pop("Channel", None)
-    else:
-        metadata = {} if axes in ("YX", "YXS") else {"axes": axes}
-    extra = ["unspecified"] * (samples - has_alpha - colours) + ["unassalpha"] * has_alpha
-    tifffile.imwrite(
-        file,
-        array,
-        imagej=kind == "imagej",
-        ome=kind == "ome",
-        photometric="rgb" if colours == 3 else "minisblack",
-        planarconfig=("separate" if "SYX" in axes else "contig") if samples > 1 else None,
-        extrasamples=extra or None,
-        resolution=image_format.resolution and image_format.resolution[:2],
-        resolutionunit=unit if unit in UNITS.values() else "none",
-        metadata=metadata or None,
-        iccprofile=image_format.icc_profile,
-    )
+        return metadata
+    if image_format.resolution is not None and image_format.resolution[2] != "none":
+        unit = image_format.resolution[2].replace("µ", "u").replace("μ", "u")
+        metadata["unit"] = unit.encode("ascii", "backslashreplace").decode()
+    planes = math.prod(n for axis, n in sizes.items() if axis in "TZC")
+    if len(metadata.get("Labels", ())) != planes:
+        metadata.pop("Labels", None)
+    return metadata
 
 
 @contextmanager
@@ -173,7 +216,8 @@ def _opened(path: Path) -> Iterator[tifffile.TiffFile]:
     # A private argument of tifffile 2026.3: no other file is read, whatever the metadata name.
     with tifffile.TiffFile(path, _multifile=False) as file:
         try:
-            assert file.series
+            if not file.series:
+                raise ValueError("no images")
         except Exception:  # of tifffile's parsers
             plain = tifffile.TiffFile(path, is_ome=False, is_imagej=False)
         else:
@@ -184,7 +228,13 @@ def _opened(path: Path) -> Iterator[tifffile.TiffFile]:
 
 
 def _axes_of(series: tifffile.TiffPageSeries, stated: str | None, name: str) -> str:
-    return series.axes if stated is None else check_axes(stated, series.shape, name)
+    if stated is None:
+        return series.axes
+    whole = series.get_shape(squeeze=False)  # as ImageJ shows it, with axes of length 1
+    if len(stated) == len(whole) != len(series.shape):
+        named = zip(stated, whole, strict=True)
+        stated = "".join(axis for axis, n in named if n != 1 or axis.upper() in "YX")
+    return check_axes(stated, series.shape, name)
 
 
 def _find(
@@ -216,18 +266,16 @@ def _tiff_pages(
     return np.arange(len(series.pages)).reshape(leading)[index[: len(leading)]]
 
 
-def _stored(
-    series: tifffile.TiffPageSeries, index: tuple[int | slice, ...], numbers: np.ndarray | None
-) -> np.ndarray:
-    """A part of the array of a series; `numbers` are those of its TIFF pages."""
-    if numbers is None:
-        needed = math.prod(series.shape) * series.dtype.itemsize
-        check_memory(needed, "reading it", "save a part of it")
-        return series.asarray()[index]
-    chosen = [series.pages[int(i)] for i in numbers.flat]
-    pages = np.stack([page.asarray() for page in chosen if page is not None])
-    inside = index[len(index) - (pages.ndim - 1) :]
-    return pages.reshape(*numbers.shape, *pages.shape[1:])[(..., *inside)]
+def _part(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> np.ndarray:
+    """The array of a series that is not stored page by page; mapped if it is not compressed."""
+    if series.dataoffset is not None:
+        dtype = series.dtype.newbyteorder(file.byteorder)
+        return np.memmap(path, dtype, "r", series.dataoffset, series.shape)
+    needed = math.prod(series.shape) * series.dtype.itemsize
+    check_memory(needed, "reading it", "save its pages one by one")
+    if any(one is None for one in series.pages):
+        raise ValueError("a part of it is in another file; save all in one file")
+    return series.asarray()
 
 
 def _without_nodata(array: np.ndarray, tag: object) -> np.ndarray:
@@ -246,7 +294,8 @@ def _resolution(
 ) -> tuple[float, float, str] | None:
     """The resolution of the upright image; None for placeholder values."""
     x, y, unit = pixels
-    if not (0 < x < math.inf and 0 < y < math.inf) or x == y == 1:
+    unknown = x == y == 1 and unit in UNITS.values()
+    if not (0 < x < math.inf and 0 < y < math.inf) or unknown:
         return None
     x, y = (y, x) if orientation > 4 else (x, y)
     return float(x), float(y), unit

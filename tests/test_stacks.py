@@ -8,8 +8,15 @@ import tifffile
 import torch
 
 from deepred_pl.axes import as_stored, axes_of_image, channels_last, guessed_axes, page_index
-from deepred_pl.batch.plan import find_images, paged
-from deepred_pl.images import layout_of, read_image, to_array, write_image, write_stack
+from deepred_pl.batch.plan import find_images, pages_of
+from deepred_pl.images import (
+    brightest_page,
+    layout_of,
+    read_image,
+    to_array,
+    write_image,
+    write_stack,
+)
 from deepred_pl.restore import restore
 
 RNG = np.random.default_rng(28)
@@ -52,7 +59,7 @@ def test_a_page_is_the_same_as_by_plain_indexing(axes):
         ((33, 47), "YX"),
         ((33, 47, 3), "YXC"),
         ((96, 96, 31), "YXC"),
-        ((64, 64, 200), "YXC"),
+        ((48, 64, 10), "YXC"),
         ((1, 33, 47), "CYX"),
         ((5, 33, 47, 3), "TYXC"),
     ],
@@ -61,7 +68,13 @@ def test_unambiguous_axes_are_guessed(shape, axes):
     assert guessed_axes(shape, "the file") == axes
 
 
-@pytest.mark.parametrize("shape", [(31, 96, 96), (64, 96, 80), (3, 33, 47), (2, 3, 33, 47), (9,)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((31, 96, 96), (64, 96, 80), (3, 33, 47), (64, 64, 200), (100, 96, 64), (64, 48, 40)),
+        *((2, 3, 33, 47), (9,)),
+    ],
+)
 def test_axes_that_are_not_certain_are_asked_for(tmp_path, shape):
     np.save(tmp_path / "cube.npy", np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match=r"cube\.npy; set data\.axes to what its axes are"):
@@ -75,7 +88,8 @@ def test_axes_that_do_not_fit_are_refused(tmp_path, axes):
         read_image(tmp_path / "cube.npy", axes=axes)
 
 
-SIZE = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5, "PhysicalSizeXUnit": "µm"}
+SIZE = {"PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0, "PhysicalSizeXUnit": "µm"}
+# A pixel size of exactly one micrometre is one, too.
 OME = {**SIZE, "PhysicalSizeYUnit": "µm", "PhysicalSizeZ": 1.5, "PhysicalSizeZUnit": "µm"}
 IMAGEJ = {"unit": "um", "spacing": 0.5, "finterval": 2.0, "mode": "composite", "min": 0.0}
 
@@ -87,7 +101,7 @@ def write_pyramid(path, array):
         file.write(array[..., ::2, ::2], subfiletype=1, photometric="minisblack")
 
 
-def write_truncated(path, array):  # as ImageJ writes files of more than 4 GB
+def write_truncated(path, array):  # as ImageJ writes files of more than 4 GB, uncompressed
     options = {"metadata": {"axes": "TZCYX", **IMAGEJ}, "resolution": (4, 2)}
     tifffile.imwrite(path, array, imagej=True, truncate=True, **options)
 
@@ -112,7 +126,7 @@ FILES = {
         ),
         *("uint16", (2, 3, 2, 33, 47), (33, 47, 2)),
     ),
-    "hyperstack of more than 4 GB": (
+    "hyperstack with one directory": (
         write_truncated,
         *("float32", (2, 3, 2, 33, 47), (33, 47, 2)),
     ),
@@ -137,6 +151,14 @@ FILES = {
     "transparency": (
         tiff(photometric="rgb", extrasamples=["unassalpha"]),
         *("uint8", (3, 33, 47, 4), (33, 47, 3)),
+    ),
+    "without axes": (
+        tiff(photometric="minisblack"),
+        *("uint16", (2, 3, 33, 47), (33, 47, 1)),
+    ),
+    "compressed": (
+        tiff(photometric="minisblack", compression="deflate", metadata={"axes": "TYX"}),
+        *("float32", (4, 33, 47), (33, 47, 1)),
     ),
     "volume": (
         tiff(volumetric=True, tile=(16, 16, 16), photometric="minisblack"),
@@ -186,7 +208,9 @@ def test_a_stack_comes_back_with_other_pages(tmp_path, kind):
     assert after == before
 
 
-@pytest.mark.parametrize("kind", ["hyperstack", "ome with sub-resolutions", "plain pages"])
+@pytest.mark.parametrize(
+    "kind", ["hyperstack", "ome with sub-resolutions", "plain pages", "without axes"]
+)
 def test_all_pages_are_channels_of_one_image(tmp_path, kind):
     write, dtype, shape, _ = FILES[kind]
     array = random(dtype, *shape)
@@ -199,7 +223,7 @@ def test_all_pages_are_channels_of_one_image(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("axes", "shape"), [("CYX", (31, 33, 47)), ("YXC", (33, 47, 31)), ("YXC", (33, 47, 3))]
+    ("axes", "shape"), [("CYX", (31, 33, 47)), ("YXC", (33, 47, 8)), ("YXC", (33, 47, 3))]
 )
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 def test_bands_of_an_array_come_back_in_their_order(tmp_path, axes, shape, dtype):
@@ -216,7 +240,7 @@ def test_bands_of_an_array_come_back_in_their_order(tmp_path, axes, shape, dtype
     if path.suffix == ".tif":
         np.testing.assert_array_equal(tifffile.imread(path), array)
         with tifffile.TiffFile(path) as file:
-            assert file.series[0].axes == (axes if 31 in shape else "YXS")
+            assert file.series[0].axes == (axes if 3 not in shape else "YXS")
             assert file.is_imagej == (axes == "CYX")
     np.testing.assert_array_equal(to_array(*read_image(path)), np.moveaxis(bands_first, 0, -1))
 
@@ -275,8 +299,84 @@ def test_of_several_series_the_first_is_restored(tmp_path):
         small = random("uint8", 10, 12)
         file.write(small)
     notes = []
-    pages = paged(find_images([str(tmp_path / "in.tif")]), None, None, notes.append)
+    pages = pages_of(find_images([str(tmp_path / "in.tif")]), None, None, notes.append)
     assert [(page.page, page.pages) for page in pages] == [(0, 3), (1, 3), (2, 3)]
-    assert len(notes) == 1 and "only the first of 2 series" in notes[0]
+    assert len(notes) == 1 and "only the first of its 2 series" in notes[0]
     image, image_format = read_image(tmp_path / "in.tif", page=3)  # of the second
     np.testing.assert_array_equal(to_array(image, image_format)[..., 0], small)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_colour_frames_of_an_array_become_a_stack_of_colours(tmp_path, dtype):
+    array = random(dtype, 4, 33, 47, 3)
+    np.save(tmp_path / "in.npy", array)
+    image, image_format = read_image(tmp_path / "in.npy", [0, 1], page=2)
+    write_image(tmp_path / "page.tif", image, image_format)
+    write_stack(tmp_path / "out.tif", tmp_path / "in.npy", {2: tmp_path / "page.tif"})
+    with tifffile.TiffFile(tmp_path / "out.tif") as file:
+        assert file.series[0].axes == "TYXS" and file.pages[0].photometric == 2
+        assert file.is_imagej == (dtype == "uint8")
+        np.testing.assert_array_equal(file.asarray(), array)
+
+
+def test_a_damaged_page_costs_only_itself(tmp_path):
+    array = random("uint8", 3, 33, 47)
+    path = tmp_path / "in.tif"
+    options = {"compression": "deflate", "metadata": {"axes": "TYX"}}
+    tifffile.imwrite(path, array, photometric="minisblack", **options)
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages[1].aspage().dataoffsets[0]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="cannot read"):
+        read_image(path, page=1)
+    image, image_format = read_image(path, page=0)
+    write_image(tmp_path / "page.tif", image, image_format)
+    assert brightest_page(path) in (0, 2)
+    write_stack(tmp_path / "out.tif", path, {0: tmp_path / "page.tif"})
+    restored = tifffile.imread(tmp_path / "out.tif")
+    np.testing.assert_array_equal(restored[[0, 2]], array[[0, 2]])
+    assert not restored[1].any()
+
+
+def test_broken_files_are_refused_in_words(tmp_path):
+    tifffile.imwrite(tmp_path / "whole.tif", random("uint8", 3, 33, 47), photometric="minisblack")
+    data = (tmp_path / "whole.tif").read_bytes()
+    refused = 0
+    for size in range(4, len(data), 97):
+        (tmp_path / "cut.tif").write_bytes(data[:size])
+        try:
+            layout_of(tmp_path / "cut.tif")
+        except ValueError:  # and nothing else
+            refused += 1
+    assert refused
+
+
+def test_units_of_other_programs_are_written(tmp_path):
+    array = random("uint16", 2, 33, 47)
+    described = b"ImageJ=1.54f\nimages=2\nframes=2\nunit=\xb5m\nspacing=0.5\n"
+    options = {"description": described, "metadata": None, "resolution": (4, 4)}
+    tifffile.imwrite(tmp_path / "in.tif", array, photometric="minisblack", **options)
+    image, image_format = read_image(tmp_path / "in.tif", page="all")
+    write_image(tmp_path / "out.tif", image, image_format)
+    with tifffile.TiffFile(tmp_path / "out.tif") as file:
+        np.testing.assert_array_equal(file.asarray(), array)
+        assert file.imagej_metadata["unit"] == "um" and file.imagej_metadata["spacing"] == 0.5
+
+
+def test_inverted_grey_is_read_by_pages_only(tmp_path):
+    array = random("uint8", 2, 33, 47)
+    options = {"photometric": "miniswhite", "metadata": {"axes": "CYX"}}
+    tifffile.imwrite(tmp_path / "channels.tif", array, **options)
+    with pytest.raises(ValueError, match="several channels; save it with grey"):
+        read_image(tmp_path / "channels.tif")
+    image, image_format = read_image(tmp_path / "channels.tif", page=1, axes="TYX")
+    np.testing.assert_array_equal(to_array(image, image_format)[..., 0], 255 - array[1])
+
+
+def test_axes_of_length_one_may_be_stated(tmp_path):
+    array = random("uint8", 3, 33, 47)
+    tifffile.imwrite(tmp_path / "in.tif", array, imagej=True, metadata={"axes": "ZYX"})
+    assert layout_of(tmp_path / "in.tif", "TZCYXS")[:2] == ("ZYX", (3, 33, 47))
+    assert layout_of(tmp_path / "in.tif", "CYX")[:2] == ("CYX", (3, 33, 47))

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Effort:
         before: Options in place of those that are not chosen yet (`choose.before_choice`).
         began: When the time for a single image began, as of `time.time`; None is when its fit does.
         fits: Fits of the image, which share its time.
+        chosen: What was chosen for all pages of its file.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Effort:
     before: tuple[str, ...] = ()
     began: float | None = None
     fits: int = 1
+    chosen: Choice = field(default_factory=Choice)
 
     def end(self, workers: float) -> float | None:
         """When a fit that starts now is to end, if the effort is a time."""
@@ -90,7 +92,9 @@ class Job:
     @property
     def first_options(self) -> list[str]:
         """The options before its effort has chosen others."""
-        return inserted(self.options, () if self.effort is None else self.effort.before)
+        effort = self.effort
+        chosen = () if effort is None else (*effort.before, *as_options(effort.chosen.settings))
+        return inserted(self.options, chosen)
 
     @property
     def fits(self) -> list["Job"]:
@@ -243,20 +247,24 @@ def _with_choice(job: Job, end: float | None) -> list[str]:
     if job.effort is None:
         return list(job.options)
 
+    of_file, given = job.effort.chosen, (*job.effort.given, *job.effort.chosen.settings)
+
     def assemble(extra: Sequence[str]) -> RestorationCLI:
+        extra = [*as_options(of_file.settings), *extra]
         return RestorationCLI(inserted(job.options, extra), run=False)
 
     choice = job.choice if last_checkpoint(job.directory).is_file() else None
     if choice is None:
         seconds = None if end is None else end - time.time()
-        choice = choose(assemble, job.effort.given, job.effort.name, seconds)
+        own = choose(assemble, given, job.effort.name, seconds)
+        choice = Choice({**of_file.settings, **own.settings}, {**of_file.assumed, **own.assumed})
         write_json(job.directory / "choice.json", asdict(choice))
     return inserted(job.options, as_options(choice.settings))
 
 
 def _first_network(job: Job) -> list[str]:
     """The option of a fit that starts from the network of another."""
-    done = job.after is not None and last_checkpoint(job.after).is_file()
+    done = job.after is not None and (job.after / "result.json").is_file()
     return [f"--model.init_from={job.after}"] if done else []
 
 

@@ -20,9 +20,17 @@ from rich.console import Console
 from deepred_pl.batch.arguments import name_of_setting, of_batch, of_restore
 from deepred_pl.batch.bar import Bar, label
 from deepred_pl.batch.jobs import Effort, Job, finish
-from deepred_pl.batch.plan import Batch, Source, find_images, left_out, paged, plan
+from deepred_pl.batch.plan import (
+    Batch,
+    Source,
+    data_settings,
+    find_images,
+    left_out,
+    pages_of,
+    plan,
+)
 from deepred_pl.batch.reports import Report, lines_of, report_of
-from deepred_pl.batch.stacks import assembled, stacks_of
+from deepred_pl.batch.stacks import Stack, assembled, stacks_of
 from deepred_pl.batch.tables import rows_of, summary, write_csv
 from deepred_pl.batch.workers import Outcome, Where, start
 from deepred_pl.callbacks.checkpoint import SIGNALLED, Stopped
@@ -93,9 +101,12 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"Skipped files of other types: {passed_over}")
     single = arguments.out is None
     out = _single_run(files, arguments) if single else arguments.out.resolve()
-    stated = dict(option[2:].split("=", 1) for option in arguments.options)
-    axes = stated.get("data.axes")
-    sources = files if "data.page" in stated else paged(files, axes, arguments.pages, console.print)
+    data = data_settings(arguments.config, arguments.options)
+    axes, page = data.get("axes"), data.get("page")
+    if page is not None and arguments.pages is not None:
+        raise ValueError(f"--pages chooses pages, and so does data.page={page}; leave one out")
+    note = console.print
+    sources = pages_of(files, axes, arguments.pages, note) if page is None else files
     batch = Batch(
         sources=sources,
         role=arguments.role,
@@ -111,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         effort=_effort(arguments, len(sources)),
     )
     jobs = plan(batch)
-    stacks = stacks_of(sources, jobs)
+    stacks = stacks_of(batch, jobs)
     if arguments.effort is not None:
         left = {source.name for source, job in zip(sources, jobs, strict=True) if not job.result}
         left -= {stack.source.name for stack in stacks if stack.begun}
@@ -132,10 +143,21 @@ def run(arguments: argparse.Namespace) -> int:
         if job.directory not in in_stacks and (report := report_of(job)) is not None
     ]
     errors = {out / row["directory"]: row["error"] for row in rows}
-    reports += [report for stack in stacks if (report := assembled(stack, axes, errors))]
+    for stack in stacks:
+        try:
+            report = assembled(stack, axes, errors)
+        except EXPECTED as error:  # its pages are kept, and other results are not affected
+            console.print(f"{stack.source.name}: {reason(error)}")
+            failed += 1
+        else:
+            reports += [report] if report is not None else []
     if single:
         reports = [_copied_next_to(files[0], report) for report in reports]
-        _remove(out, jobs, console)
+        if _has_more(out, jobs, stacks):
+            console.print(f"partial results are in {out}; repeat the command to resume")
+        else:
+            shutil.rmtree(out)
+            reports = [_without_runs(report) for report in reports]
     elif arguments.effort is not None:
         for report in reports:
             _copy_into(out, report, console)
@@ -234,7 +256,7 @@ def _copied_next_to(source: Source, report: Report) -> Report:
     """Copy the restored image and the comparison next to the original."""
     for kind in ("restored", "comparison"):
         _copy(report, kind, _next_to(Path(source.path), kind, Path(report[kind]).suffix))
-    return {**report, "directory": None}
+    return report
 
 
 def _copy_into(out: Path, report: Report, console: Console) -> None:
@@ -252,14 +274,23 @@ def _copy(report: Report, kind: str, path: Path) -> None:
     report[kind] = str(path)
 
 
-def _remove(out: Path, jobs: Sequence[Job], console: Console) -> None:
-    """Remove the temporary run directory, unless a fit can be resumed or a page is missing."""
+def _has_more(out: Path, jobs: Sequence[Job], stacks: Sequence[Stack]) -> bool:
+    """Whether the temporary run directory has more than the results of this call."""
+    ours = {job.directory for job in jobs}
+    ours |= {job.directory for stack in stacks for job in stack.pages.values()}
+    runs = [path.parent for path in out.rglob("job.json")]
+    foreign = any(ours.isdisjoint((run, *run.parents)) for run in runs)
     done = [job for job in jobs if job.result is not None]
-    begun = any(last_checkpoint(fit.directory).exists() for job in jobs for fit in job.fits)
-    if len(done) == len(jobs) or not (begun or done):
-        shutil.rmtree(out)
-    else:
-        console.print(f"partial results are in {out}; repeat the command to resume")
+    begun = done or any(last_checkpoint(fit.directory).exists() for job in jobs for fit in job.fits)
+    return foreign or bool(begun and len(done) < len(jobs))
+
+
+def _without_runs(report: Report) -> Report:
+    """A report without the paths of run directories, which are removed."""
+    if "pages" not in report:
+        return {**report, "directory": None}
+    none = dict.fromkeys(("directory", "restored", "comparison"))
+    return {**report, "directory": None, "pages": [{**page, **none} for page in report["pages"]]}
 
 
 def _refuse_changes(jobs: Sequence[Job], overwrite: bool) -> None:

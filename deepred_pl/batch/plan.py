@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepred_pl.axes import count_pages
-from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job, inserted
-from deepred_pl.choose import is_denoising, seconds_of, set_up
+from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job
+from deepred_pl.choose import Choice, choose_for_stack, is_denoising, seconds_of, set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
-from deepred_pl.images import layout_of
+from deepred_pl.images import brightest_page, layout_of
 from deepred_pl.problem import InverseProblem
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
@@ -116,7 +116,12 @@ def find_images(given: Sequence[str]) -> list[Source]:
     return [_source(name, path) for name, path in named.items()]
 
 
-def paged(
+def data_settings(configs: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+    """The settings of the section data, without None values."""
+    return settings_of([*map(_config, configs), *options])["data"]
+
+
+def pages_of(
     sources: Sequence[Source], axes: str | None, chosen: str | None, note: Callable[[str], None]
 ) -> list[Source]:
     """The pages of files with several, as images of their own, and the other files.
@@ -135,13 +140,13 @@ def paged(
         try:
             letters, shape, series = layout_of(source.path, axes)
             count = count_pages(letters, shape)
-            if count > 1 and series > 1:
-                note(f"{source.path}: only the first of {series} series of images is restored")
+            if series > 1:
+                note(f"{source.path}: only the first of its {series} series of images is restored")
         except (OSError, ValueError, RuntimeError):
             if axes is not None and len(sources) == 1:  # the stated ones do not fit
                 raise
-            count = 1  # its fit reports it
-        if count > 1:
+            count = series = 1  # its fit reports it
+        if count > 1 or series > 1:
             numbers = range(count) if chosen is None else _numbers(chosen, count, source.path)
             images += [replace(source, page=page, pages=count) for page in numbers]
         else:
@@ -180,11 +185,14 @@ def left_out(given: Sequence[str]) -> str:
 
 
 def _source(name: str, path: str) -> Source:
+    digest = hashlib.sha256()
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
+            return Source(name, path, file.tell(), digest.hexdigest())
     except OSError:  # a sample; other errors are reported by its fit
         return Source(name, path)
-    return Source(name, path, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _matches(text: str) -> list[str]:
@@ -225,7 +233,12 @@ def plan(batch: Batch) -> list[Job]:
         _check(batch, first, settings["data"])
         methods.append((label, options, settings))
     jobs, tilings, befores = [], dict[str, Tiling | None](), _befores(batch)
+    chosen = dict[str, Choice]()  # of the files with several pages
     for source, before in zip(batch.sources, befores, strict=True):
+        if source.path not in chosen:
+            chosen[source.path] = _choice_for_pages(batch, source, methods[0][1])
+        if batch.effort is not None:
+            batch = replace(batch, effort=replace(batch.effort, chosen=chosen[source.path]))
         tiling = tilings.get(source.path)
         if source.path not in tilings and (found := _read(batch, source, methods[0][1])):
             tiling = _tiling(batch, source, *found)
@@ -251,8 +264,8 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
     truth = str(data.get("ground_truth", "{name}"))
     one_for_all = "{name}" not in truth and len(batch.sources) > 1
     twice = batch.role == "data.ground_truth" and "ground_truth" in data
-    paged = ["page"] if any(source.page is not None for source in batch.sources) else []
-    for name in ("measurement", "region", "ground_truth", *paged):
+    page = ["page"] if any(source.page is not None for source in batch.sources) else []
+    for name in ("measurement", "region", "ground_truth", *page):
         if data.get(name) is not None and (name != "ground_truth" or one_for_all or twice):
             raise ValueError(
                 f"the configuration has data.{name}={data[name]}, but each image of a batch has "
@@ -280,7 +293,21 @@ def _smallest_side(cli: RestorationCLI) -> int:
 
 def _first_options(batch: Batch, options: Sequence[str]) -> list[str]:
     """The options before the effort has chosen others."""
-    return inserted(options, () if batch.effort is None else batch.effort.before)
+    return Job(batch.out, tuple(options), {}, effort=batch.effort).first_options
+
+
+def _choice_for_pages(batch: Batch, source: Source, options: Sequence[str]) -> Choice:
+    """What is chosen for all pages of a file, by the brightest; nothing if it has only one."""
+    if batch.effort is None or source.page is None:
+        return Choice()
+    try:
+        data = RestorationCLI(
+            [*_first_options(batch, _of_image(batch, source, options)), *ON_ANY_MACHINE], run=False
+        ).datamodule
+        data.page = brightest_page(source.path, data.axes)
+        return choose_for_stack(data, batch.effort.given)
+    except EXPECTED:  # its fits report it
+        return Choice()
 
 
 def _config(name: str) -> str:

@@ -1,11 +1,11 @@
 """Files with several pages, each of which is an image of a batch: one file as the result."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepred_pl.batch.jobs import Job
-from deepred_pl.batch.plan import Source
+from deepred_pl.batch.plan import Batch, Source
 from deepred_pl.batch.reports import Report, report_of
 from deepred_pl.files import write_bytes
 from deepred_pl.images import write_stack
@@ -23,7 +23,7 @@ class Stack:
 
     source: Source
     directory: Path
-    pages: Mapping[int, Job]
+    pages: dict[int, Job]
 
     @property
     def begun(self) -> bool:
@@ -31,22 +31,40 @@ class Stack:
         return any(job.result is not None for job in self.pages.values())
 
 
-def stacks_of(sources: Sequence[Source], jobs: Sequence[Job]) -> list[Stack]:
-    """The stacks among the jobs, of which there are equally many for each source, in its order."""
-    methods = len(jobs) // len(sources)
-    pages: dict[Path, dict[int, Job]] = {}
-    firsts: dict[Path, Source] = {}
+def stacks_of(batch: Batch, jobs: Sequence[Job]) -> list[Stack]:
+    """The stacks of a batch, also with pages that an earlier call has restored alike.
+
+    Args:
+        batch: The batch.
+        jobs: Its jobs, of which there are equally many for each source, in its order.
+    """
+    methods = len(jobs) // len(batch.sources)
+    stacks: dict[Path, Stack] = {}
     for i, job in enumerate(jobs):
-        source = sources[i // methods]
-        if source.page is not None:
-            directory = job.directory.parent
-            firsts.setdefault(directory, source)
-            pages.setdefault(directory, {})[source.page] = job
-    return [Stack(firsts[directory], directory, pages[directory]) for directory in pages]
+        source = batch.sources[i // methods]
+        if source.page is None:
+            continue
+        if job.directory.parent not in stacks:
+            pages = _earlier(source, job)
+            stacks[job.directory.parent] = Stack(source, job.directory.parent, pages)
+        stacks[job.directory.parent].pages[source.page] = job
+    return list(stacks.values())
+
+
+def _earlier(source: Source, job: Job) -> dict[int, Job]:
+    """The pages of the same file that are done with the settings of a job."""
+    found = {}
+    for page in range(source.pages):
+        other = replace(source, page=page)
+        directory = job.directory.parent / other.directory("").name
+        done = replace(job, directory=directory, about={**job.about, "image": other.label})
+        if done.result is not None and done.changed() is None:
+            found[page] = done
+    return found
 
 
 def assembled(stack: Stack, axes: str | None, errors: Mapping[Path, str]) -> Report | None:
-    """Write `restored.tif` and the middle page's `comparison.png`, and report on all pages.
+    """Write `stack.tif` and the middle page's comparison, and report on all pages.
 
     Args:
         stack: The stack, whose jobs have ended.
@@ -60,20 +78,21 @@ def assembled(stack: Stack, axes: str | None, errors: Mapping[Path, str]) -> Rep
         OSError: The result cannot be written.
         ValueError: The memory is too small for it.
     """
-    reports = {page: report for page, job in stack.pages.items() if (report := report_of(job))}
+    jobs = sorted(stack.pages.items())
+    reports = {page: report for page, job in jobs if (report := report_of(job))}
     if not reports:
         return None
-    restored, comparison = stack.directory / "restored.tif", stack.directory / "comparison.png"
+    # Names that the run of the file itself (data.page: all) does not have.
+    restored, comparison = stack.directory / "stack.tif", stack.directory / "stack.png"
     files = {page: Path(report["restored"]) for page, report in reports.items()}
-    write_stack(restored, stack.source.path, files, axes)
     middle = list(reports.values())[len(reports) // 2]
+    keep_others = middle["result"]["operator"] != "Radon"  # which are measured in other units
+    write_stack(restored, stack.source.path, files, axes, keep_others)
     write_bytes(comparison, Path(middle["comparison"]).read_bytes())
     return {
         "image": stack.source.name,
         "pages": list(reports.values()),
-        "failed": {
-            page: errors[job.directory] for page, job in stack.pages.items() if page not in reports
-        },
+        "failed": {page: errors[job.directory] for page, job in jobs if page not in reports},
         "directory": str(stack.directory),
         "restored": str(restored),
         "comparison": str(comparison),

@@ -19,6 +19,7 @@ import pytest
 import skimage.data
 import tifffile
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -117,9 +118,13 @@ def test_two_workers_and_ray_give_the_same_rows(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("RAY_worker_niceness", "0")  # with its 15 it waits for all that runs beside
     images = save_crops(tmp_path / "crops", 3)
+    frame = np.asarray(Image.open(images / "crop0.png"))
+    frames = np.stack([np.roll(frame, t, axis=1) for t in range(3)])
+    tifffile.imwrite(images / "stack.tif", frames, photometric="rgb")
     marker = str(tmp_path / "{name} was killed")
     common = [*TINY, "--ground_truth", str(images), "--threads", "1", *DEADLY, marker]
-    for name in ("crop0", "crop2"):
+    common += ["--chain", "2"]  # of the stack's pages
+    for name in ("crop0", "crop2", "stack"):
         (tmp_path / f"{name} was killed").touch()
     addresses = set()
 
@@ -138,13 +143,21 @@ def test_two_workers_and_ray_give_the_same_rows(tmp_path, capfd, monkeypatch):
     assert (tmp_path / "crop1 was killed").exists()
     main([*common, "--out", str(tmp_path / "two"), "--workers", "2"])
     two, rays = numbers(tmp_path / "two"), numbers(tmp_path / "ray")
-    assert two == rays and len(two) == 3
+    assert two == rays and len(two) == 6
     assert {row["threads"] for row in two} == {"1"}
     assert all(float(row["psnr_restored"]) > 10 and int(row["steps"]) == STEPS for row in two)
     for row in two:
-        images = [tmp_path / name / row["directory"] / "restored.png" for name in ("two", "ray")]
-        assert images[0].read_bytes() == images[1].read_bytes()
-    assert capfd.readouterr().err.count("3 of 3 restored") == 2
+        suffix = "tif" if "page" in row["image"] else "png"
+        inside = Path(row["directory"]) / f"restored.{suffix}"
+        assert (tmp_path / "two" / inside).read_bytes() == (tmp_path / "ray" / inside).read_bytes()
+    for name in ("two", "ray"):
+        started_from = [
+            yaml.safe_load((tmp_path / name / "stack" / page / "config.yaml").read_text())["model"]
+            for page in ("page_0", "page_1", "page_2")
+        ]
+        before = [model["init_args"]["init_from"] for model in started_from]
+        assert before == [None, str(tmp_path / name / "stack" / "page_0"), None]
+    assert capfd.readouterr().err.count("6 of 6 restored") == 2
 
 
 def test_a_batch_that_was_killed_goes_on(batch, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from skimage.transform import radon, resize
 from deepred_pl.batch import workers
 from deepred_pl.batch.arguments import of_restore
 from deepred_pl.batch.jobs import Job, ready
-from deepred_pl.batch.main import restore
+from deepred_pl.batch.main import main, restore
 from deepred_pl.batch.reports import lines_of
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.images import ImageFormat, write_image
@@ -49,6 +49,12 @@ def command(tmp_path, monkeypatch, capsys):
         return (1, out, status) if isinstance(status, str) else (status, out, err)
 
     return call
+
+
+@pytest.fixture
+def batch_command(command):
+    """Call `deepred-batch` in the same way, with results in "out"."""
+    return lambda *args: main([*args, "--out", "out", *FEW, "--data.noise.sigma=12"])
 
 
 @pytest.fixture
@@ -428,35 +434,47 @@ def test_a_stopped_stack_is_resumed(command, frames, monkeypatch):
     assert [name for name in fitted if name] == ["stack page 0", "stack page 1", "stack page 2"]
     [report] = json.loads(out)
     assert [page["image"] for page in report["pages"]] == [f"stack page {i}" for i in range(3)]
+    assert {page["restored"] for page in report["pages"]} == {None}  # no longer there
     assert report["failed"] == {} and report["restored"].endswith("stack.restored.tif")
     assert len(tifffile.imread("stack.restored.tif")) == 3
 
 
 def test_pages_are_restored_together_as_channels(command, frames):
-    save_stack("stack.tif", frames)
+    stored = save_stack("stack.tif", frames)
     report = chosen(command, "stack.tif", "--together")
     assert "36×44 pixels, 3 channels" in report["read"]
     assert "axes TYX, all pages as channels" in report["read"]
     with tifffile.TiffFile("stack.restored.tif") as file:
         assert (file.series[0].axes, file.series[0].shape) == ("TYX", (3, 36, 44))
-        for restored, frame in zip(file.asarray(), frames, strict=True):
-            errors = [np.abs(restored / 4095 - other).mean() for other in frames]
-            assert errors[np.argmin(errors)] == np.abs(restored / 4095 - frame).mean()
+        for t, restored in enumerate(file.asarray()):
+            errors = [np.abs(restored / 4095 - frame).mean() for frame in frames]
+            assert np.argmin(errors) == t
+            assert errors[t] < np.abs(stored[t] / 4095 - frames[t]).mean()
 
 
 def test_stacks_in_a_folder_become_files_of_their_names(command, frames):
     Path("in").mkdir()
-    save_stack("in/stack.tif", frames)
+    stored = save_stack("in/stack.tif", frames)
     save("in/photo.png", picture(1, 36, 44), 12)
     status, _, said = command("in", "--out", "out", "--pages", "0,2", "--sigma", 12)
     assert status == 0 and "3 of 3 restored" in said
     assert {"stack.tif", "photo.png"} <= {*names("out")}
-    assert names("out/stack") == ["comparison.png", "page_0", "page_2", "restored.tif"]
+    assert names("out/stack") == ["page_0", "page_2", "stack.png", "stack.tif"]
     table = Path("out/results.csv").read_text()
     assert "stack page 2" in table and "stack/page_2" in table
     before = Path("out/stack.tif").read_bytes()
     assert command("in", "--out", "out", "--pages", "0,2", "--sigma", 12)[0] == 0
     assert Path("out/stack.tif").read_bytes() == before
+    assert command("in", "--out", "out", "--pages", "1", "--sigma", 12)[0] == 0  # in addition
+    one_page = [tifffile.imread(f"out/stack/page_{page}/restored.tif") for page in range(3)]
+    np.testing.assert_array_equal(tifffile.imread("out/stack.tif"), one_page)
+    assert not np.equal(one_page, stored).all(axis=(1, 2)).any()
+    assert (
+        command("in/stack.tif", "--out", "out", "--together", "--sigma", 12, "--overwrite")[0] == 0
+    )
+    together = tifffile.imread("out/stack.tif")
+    np.testing.assert_array_equal(together, tifffile.imread("out/stack/restored.tif"))
+    assert not np.array_equal(together, one_page)
 
 
 @pytest.mark.parametrize(
@@ -478,16 +496,16 @@ def test_mistakes_about_pages_are_refused(refused, frames, arguments, said):
 
 
 def test_pages_of_a_chain_start_from_the_network_before(command, frames):
-    save_stack("stack.tif", np.concatenate([frames, frames[:2]]))
+    save_stack("stack.tif", frames)
     settings = ["--out", "out", "--sigma", 12, "--trainer.max_steps=4"]
-    assert command("stack.tif", "--chain", 3, *settings, settings=TINY)[0] == 0
-    for page in range(5):
-        before = f"out/stack/page_{page - 1}" if page % 3 else None
+    assert command("stack.tif", "--chain", 2, *settings, settings=TINY)[0] == 0
+    for page in range(3):
+        before = f"out/stack/page_{page - 1}" if page % 2 else None
         config = yaml.safe_load(Path(f"out/stack/page_{page}/config.yaml").read_text())
         started_from = config["model"]["init_args"]["init_from"]
         assert started_from == (before and str(Path(before).resolve()))
     changed = command("stack.tif", *settings, settings=TINY)[2]
-    assert "chain was 3, and is now None" in changed
+    assert "chain was 2, and is now None" in changed
 
 
 def test_fits_of_a_chain_wait_for_one_another(tmp_path):
@@ -499,3 +517,40 @@ def test_fits_of_a_chain_wait_for_one_another(tmp_path):
     assert ready(fits, []) == [fits[0], fits[2]]
     assert ready(fits[1:], [fits[0]]) == [fits[2]]
     assert ready([fits[1], fits[3]], [fits[2]]) == [fits[1]]  # fits[0] has ended, well or not
+
+
+def test_results_of_other_pages_are_not_lost(command, frames):
+    """Though they were stopped, and the next call restores others."""
+    save_stack("stack.tif", frames)
+    assert command("stack.tif", "--pages", "0", "--sigma", 12)[0] == 0
+    Path("stack.restored.tif").unlink()
+    Path("stack.comparison.png").unlink()
+    run = Path("stack.restored.run/stack/page_2")
+    run.mkdir(parents=True)
+    (run / "job.json").write_text("{}")  # with other settings
+    status, _, said = command("stack.tif", "--pages", "1", "--sigma", 12)
+    assert status == 0 and "partial results are in" in said and (run / "job.json").exists()
+
+
+def test_pages_have_one_range_and_one_geometry(command, frames):
+    bright = 0.25 + 0.75 * frames
+    save_stack("stack.tif", np.stack([0.3 * bright[0], bright[1], 0.4 * bright[2]]))
+    report = chosen(command, "stack.tif")
+    ranges = [page["chosen"]["data.intensity_range"] for page in report["pages"]]
+    assert ranges == [[0, 4095]] * 3  # though the largest values are 1228, 4095 and 1638
+    phantom = resize(shepp_logan_phantom(), (40, 40), anti_aliasing=True)
+    angles = np.arange(0, 180, 9)
+    slices = [radon(k * phantom, angles, circle=True) for k in (1, 2)]
+    np.save("slices.npy", np.stack(slices).astype(np.float32))
+    report = chosen(command, "slices.npy", "--axes", "ZYX", "--angles", "0:180:20", "--sigma", 0.5)
+    for name in ("data.intensity_range", "data.operator.circle"):
+        assert len({str(page["chosen"][name]) for page in report["pages"]}) == 1
+    restored = tifffile.imread("slices.restored.tif")
+    assert restored[1].sum() > 1.5 * restored[0].sum()  # in one unit
+
+
+def test_axes_may_be_stated_in_a_configuration(batch_command, frames):
+    np.save("stack.npy", frames.astype(np.float32))
+    Path("axes.yaml").write_text("data:\n  axes: TYX\n")
+    batch_command("--config", "denoising", "--config", "axes.yaml", "--images", "stack.npy")
+    assert tifffile.imread("out/stack/stack.tif").shape == frames.shape

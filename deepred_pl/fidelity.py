@@ -127,8 +127,8 @@ def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
     grey levels of the image, within 10⁻⁶ to 10³ times ‖A‖²; if only a share of the values was
     measured, E is that share of it. With one channel the network learns the weighted noise sooner
     than with the three of a colour image, and with stronger noise later. For more than three, such
-    as frames or bands, C is taken as 1: with √C two stacks of 12 frames lost up to 2.4 dB in the
-    second half of 1200 steps (`tests/benchmarks/results/stacks.md`).
+    as frames or bands, C is taken as 1: with √C a stack of 12 frames ended 2.4 dB lower after 1200
+    steps (`tests/benchmarks/results/stacks.md`).
 
     Chosen on 128×128 crops, of one and three channels, of scikit-image's astronaut and camera,
     blurred by a mean of 9×9, at σ = 0.5, √2, 5 and 10, with λ = μ = 0.7 and non-local means of

@@ -8,6 +8,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any, Literal, Protocol
 
@@ -220,7 +221,8 @@ class Blur(Operator):
     @classmethod
     def from_file(cls, path: str | os.PathLike, boundary: Boundary = "circular") -> "Blur":
         """A kernel stored as an NPY array (rows, columns) or a grey image (PNG, TIFF)."""
-        picture = read_image(path, [0, 1])[0][0]  # (C, rows, columns), for any bit depth
+        # For any bit depth, (C, rows, columns).
+        picture = read_image(path, [0, 1], axes=_axes_of(path))[0][0]
         if (picture != picture[0]).any():
             raise ValueError(f"expected a grey image of a blur kernel, got a colour image: {path}")
         return cls(picture[0], boundary)
@@ -974,8 +976,16 @@ def _check_mask(mask: Tensor) -> None:
         raise ValueError("mask has no known pixel; known pixels are white (1): invert it")
 
 
+def _axes_of(path: str | os.PathLike) -> str | None:
+    """The axes of an NPY array with three, (H, W, C), which masks and kernels always have."""
+    with suppress(OSError, ValueError):  # another kind of file, or none
+        return {3: "YXC"}.get(np.load(path, mmap_mode="r", allow_pickle=False).ndim)
+    return None
+
+
 def _read_mask(path: str | os.PathLike) -> Tensor:
-    picture, image_format = read_image(path, [0, 1])  # for any bit depth; white may be 1 or 255
+    # For any bit depth; white may be 1 or 255.
+    picture, image_format = read_image(path, [0, 1], axes=_axes_of(path))
     alpha = image_format.alpha
     if alpha is not None and (picture == picture[..., :1, :1]).all():
         picture = torch.from_numpy(alpha.astype(np.float32))[None, None]

@@ -17,6 +17,7 @@ from deepred_pl.images import (
     write_image,
     write_stack,
 )
+from deepred_pl.operators import Blur, Mask
 from deepred_pl.restore import restore
 
 RNG = np.random.default_rng(28)
@@ -380,3 +381,12 @@ def test_axes_of_length_one_may_be_stated(tmp_path):
     tifffile.imwrite(tmp_path / "in.tif", array, imagej=True, metadata={"axes": "ZYX"})
     assert layout_of(tmp_path / "in.tif", "TZCYXS")[:2] == ("ZYX", (3, 33, 47))
     assert layout_of(tmp_path / "in.tif", "CYX")[:2] == ("CYX", (3, 33, 47))
+
+
+def test_masks_and_kernels_have_their_channels_last(tmp_path):
+    known = RNG.random((33, 47, 31)) > 0.5  # which as an image would not be certain
+    np.save(tmp_path / "mask.npy", known)
+    np.testing.assert_array_equal(Mask(tmp_path / "mask.npy").mask[0], np.moveaxis(known, -1, 0))
+    np.save(tmp_path / "kernels.npy", RNG.random((3, 15, 15)))
+    with pytest.raises(ValueError, match="got a colour image"):
+        Blur.from_file(tmp_path / "kernels.npy")

@@ -65,7 +65,7 @@ channels, which are restored together; T, Z and others for pages"""
 PAGES = "which pages of files with several: START:STOP without STOP, or 0,3,5 (default: all)"
 CHAIN = """\
 start each page from the network of the page before, in chains of N pages, which run in parallel:
-for frames and slices that differ little, which then need fewer steps"""
+for frames and slices that differ little, which then need half of the steps, as of --effort fast"""
 TOGETHER = """\
 restore all pages of a file together, as channels of one image: for frames and slices that differ
 little, which one network restores better and sooner than one by one"""
@@ -141,7 +141,8 @@ def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
             raise ValueError(f"expected --sigma in (0, 255] grey levels, got {parsed.sigma:g}")
         noise = {"class_path": "GaussianNoise", "init_args": {"sigma": parsed.sigma}}
         degraded.append(f"--data.noise={json.dumps(noise)}")
-    parsed.options = (*degraded, *options)  # which the fits do not choose
+    # These the fits do not choose.
+    parsed.options = (*degraded, *options, *_page_settings(parsed, options))
     _check(parsed, {"data.measurement": "IMAGE"})
     return parsed
 
@@ -163,7 +164,7 @@ def of_batch(args: Sequence[str]) -> argparse.Namespace:
     add("--method", **several, help="overlay of a method, such as dip; several are compared")
     _add_running(parser)
     parsed = parser.parse_args(own)
-    parsed.options = tuple(options)
+    parsed.options = (*options, *_page_settings(parsed, options))
     parsed.effort, parsed.json = None, False
     parsed.role = "data.ground_truth" if parsed.ground_truth else "data.measurement"
     owned = {"data.measurement": "--images"}
@@ -214,20 +215,22 @@ def name_of_setting(option: str) -> str:
     return option[2:].partition("=")[0].rstrip("+")
 
 
-def _check(arguments: argparse.Namespace, owned: dict[str, str]) -> None:
-    """Refuse incompatible arguments, and make settings of --axes and --together."""
-    names = [name_of_setting(option) for option in arguments.options]
+def _page_settings(arguments: argparse.Namespace, options: Sequence[str]) -> list[str]:
+    """The settings of --axes and --together, unless the options have them, too."""
+    names = [name_of_setting(option) for option in options]
     which = {"--pages": arguments.pages, "--together": arguments.together or None}
     choosing = [name for name, value in which.items() if value is not None]
     choosing += ["--data.page"] * ("data.page" in names)
     if len(choosing) > 1:
         raise ValueError(f"{' and '.join(choosing)} cannot be combined; leave one out")
-    if arguments.axes is not None:
-        if "data.axes" in names:
-            raise ValueError("--axes and --data.axes state the same; leave one out")
-        arguments.options = (*arguments.options, f"--data.axes={arguments.axes}")
-    if arguments.together:
-        arguments.options = (*arguments.options, "--data.page=all")
+    if arguments.axes is not None and "data.axes" in names:
+        raise ValueError("--axes and --data.axes state the same; leave one out")
+    axes = [] if arguments.axes is None else [f"--data.axes={arguments.axes}"]
+    return [*axes, *["--data.page=all"] * arguments.together]
+
+
+def _check(arguments: argparse.Namespace, owned: dict[str, str]) -> None:
+    """Refuse incompatible arguments."""
     for option in arguments.options:
         name = name_of_setting(option)
         for mine, instead in {**OWNED, **owned}.items():

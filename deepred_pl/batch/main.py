@@ -340,8 +340,8 @@ def _follow(
     with Bar(len(fits), left, console) as bar, ExitStack() as stack:
         outcomes: Iterable[Outcome | None] = ()
         if left:  # closed in any case, which ends the processes
-            most = sum(fit.after is None for job in jobs for fit in job.fits)
-            running = start(left, where, most, console.print)
+            chains = sum(fit.after is None for job in jobs for fit in job.fits)
+            running = start(left, where, chains, console.print)
             outcomes = stack.enter_context(closing(running))
         for outcome in outcomes:
             if outcome is not None:

@@ -101,13 +101,14 @@ def _lines_of_stack(report: Report) -> list[str]:
     if ratios:
         span = f"{min(ratios):.2f} to {max(ratios):.2f}"
         lines.append(f"Result   the residuals are {span} times the noise (1 is best)")
-    alike: dict[str, list[str]] = {}  # warnings that differ by their numbers only
+    alike: dict[str, dict[str, str]] = {}  # warnings that differ by their numbers only, by image
     for page in pages:
         for text in filter(None, (*page["warnings"], page["diagnosis"])):
-            alike.setdefault(re.sub(r"[\d.]+", "", text), []).append(f"{page['image']}: {text}")
+            alike.setdefault(re.sub(r"[\d.]+", "", text), {}).setdefault(page["image"], text)
     for texts in alike.values():
-        more = f" (and {len(texts) - 1} more pages)" if len(texts) > 1 else ""
-        lines.append(f"Warning  {texts[0]}{more}")
+        image, text = next(iter(texts.items()))
+        more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
+        lines.append(f"Warning  {image}: {text}{more}")
     for number, reason in report["failed"].items():
         lines.append(f"Failed   page {number}, which is not restored in the result: {reason}")
     return [*lines, f"Image    {report['restored']}", f"Compare  {report['comparison']}"]

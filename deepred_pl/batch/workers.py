@@ -52,20 +52,23 @@ class Where:
     gpus: float | None = None
 
 
-def start(fits: Sequence[Job], where: Where, most: int, report: Callable[[str], None]) -> Outcomes:
+def start(
+    fits: Sequence[Job], where: Where, chains: int, report: Callable[[str], None]
+) -> Outcomes:
     """Run fits, and `report` how many run in parallel; yields those that ended, and None meanwhile.
 
-    On this machine the threads per fit depend on `most`, how many of the whole batch could run at
-    once, not on those that are left, because the last bits of the results depend on them.
+    On this machine the threads per fit depend on how many fits of the whole batch need not wait for
+    another, `chains`, not on those that are left, because the last bits of the results depend on
+    them.
     """
     accelerator = fits[0].about["settings"]["trainer"]["accelerator"]
     if where.ray not in (None, "local"):
         return on_ray(fits, where, accelerator)
     on_gpu = accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     cores, gpus = _cores(), torch.cuda.device_count() if on_gpu else 0
-    parallel = where.workers or min(most, gpus or cores)
+    parallel = where.workers or min(chains, gpus or cores)
     threads = where.threads or _stated_threads() or max(1, cores // parallel)
-    workers = where.workers or min(gpus or max(1, cores // threads), len(fits), most)
+    workers = where.workers or min(gpus or max(1, cores // threads), len(fits), chains)
     if where.workers is None and workers > 1 and not gpus:
         workers = min(workers, _that_fit_into_memory(fits))
     of_each = f"{threads} CPU thread{'s' * (threads > 1)} each"

@@ -229,14 +229,10 @@ def write_image(
 def displayed(image: Tensor) -> Tensor:
     """The part of an image (1, C, H, W) that is shown, (1, 1 or 3, H, W).
 
-    The first three channels of up to four; else the middle one, because neighbouring bands and
-    frames would differ too little, and several frames show several moments.
+    Three channels are colours. Of others, which may be bands or frames, it is the middle one.
     """
-    channels = image.shape[1]
-    if channels in (3, MOST_COLOURS):
-        return image[:, :3]
-    middle = (channels - 1) // 2
-    return image[:, middle : middle + 1]
+    middle = (image.shape[1] - 1) // 2
+    return image if image.shape[1] == 3 else image[:, middle : middle + 1]
 
 
 def with_alpha(array: np.ndarray, image_format: ImageFormat) -> np.ndarray:
@@ -315,7 +311,7 @@ def write_stack(
     restored: Mapping[int, Path],
     axes: str | None = None,
     keep_others: bool = True,
-) -> None:
+) -> list[int]:
     """Write a stack with the axes and metadata of another from restored pages, atomically as TIFF.
 
     Args:
@@ -326,14 +322,17 @@ def write_stack(
         keep_others: Copy other pages from the stack, if they have the size and kind of values of
             the restored ones and can be read; or else they are 0.
 
+    Returns:
+        The pages that are 0.
+
     Raises:
         OSError: It cannot be written.
         ValueError: The memory is too small for it.
     """
     letters, shape, _ = layout_of(source, axes)
     a_page = next(iter(restored))
-    values, has_alpha, of_first = _decode(restored[a_page], None, None)
-    first = np.atleast_3d(values)
+    first, has_alpha, of_first = _decode(restored[a_page], None, None)
+    first = np.atleast_3d(first)
     count = count_pages(letters, shape)
     check_memory(2 * count * first.nbytes, "writing the stack", "restore it on a larger machine")
     own = of_page(letters)
@@ -345,15 +344,19 @@ def write_stack(
     new = {"Y": first.shape[0], "X": first.shape[1]}
     shape = tuple(new.get(axis, n) for axis, n in sizes)
     own_shape = [n for axis, n in zip(letters, shape, strict=True) if axis in own]
-    stack = np.zeros(shape, first.dtype)
+    stack, empty = np.zeros(shape, first.dtype), list[int]()
     with _pages(Path(source), axes) as read:
         of_source = read(a_page)[2]
         for page in range(count):
+            values: np.ndarray | None = None
             if page in restored:
                 values = np.atleast_3d(_decode(restored[page], None, None)[0])
+            elif keep_others:
+                values = _own_page(read, page, first)
+            if values is None:
+                empty.append(page)
             else:
-                values = _own_page(read, page, first) if keep_others else np.zeros_like(first)
-            stack[page_index(letters, shape, page)] = as_stored(values, own, own_shape)
+                stack[page_index(letters, shape, page)] = as_stored(values, own, own_shape)
     channels = first.shape[-1] - has_alpha
     image_format = replace(
         of_source,
@@ -362,16 +365,17 @@ def write_stack(
     )
     with replacing(path) as output:
         write_tiff(output, stack, letters, image_format, has_alpha)
+    return empty
 
 
-def _own_page(read: Callable[[Page], Stored], page: int, like: np.ndarray) -> np.ndarray:
-    """A page of a stack, (H, W, C), or 0 if it is not like another or cannot be read."""
+def _own_page(read: Callable[[Page], Stored], page: int, like: np.ndarray) -> np.ndarray | None:
+    """A page of a stack, (H, W, C), or None if it is not like another or cannot be read."""
     with suppress(Exception):  # which may be why it is not restored
         values = np.atleast_3d(read(page)[0])
         values = values.astype(np.uint8) * 255 if values.dtype == bool else values
         if values.shape == like.shape and values.dtype.kind == like.dtype.kind:
             return np.ma.getdata(values)
-    return np.zeros_like(like)
+    return None
 
 
 @contextmanager
@@ -409,7 +413,7 @@ def _stored_range(
     if word == "dtype":
         if dtype not in WHITE:
             raise ValueError(
-                f"expected 8-bit, 16-bit or float values, got {dtype} in {name}; set "
+                f"expected unsigned 8 or 16 bits, or floats, got {dtype} in {name}; set "
                 "intensity_range to minmax, percentile or [lo, hi]"
             )
         white = WHITE[dtype]

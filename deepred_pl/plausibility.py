@@ -43,8 +43,12 @@ def check_layout(image: Tensor, name: str) -> None:
     if channels <= MOST_COLOURS:
         return
     read = f"{name} is read as {height}×{width} pixels with {channels} channels"
-    moved = "arrays are (H, W, C), tensors (C, H, W): move the axis (numpy.moveaxis, torch.movedim)"
-    if min(height, width) <= MOST_COLOURS or height < width == channels:
+    moved = (
+        "arrays are (H, W, C), tensors (C, H, W): set data.axes of an array, such as CYX, or move "
+        "the axis (numpy.moveaxis, torch.movedim)"
+    )
+    first_is_short = height < width == channels or 2 * height <= min(width, channels)
+    if min(height, width) <= MOST_COLOURS or first_is_short:
         raise ValueError(f"{read}, which come last in an array; {moved}")
     if channels >= min(height, width):
         warn(f"{read}, as many as its rows or columns, or more. If this is wrong, {moved}")

@@ -327,7 +327,7 @@ def _ome_pixels(resolution: tuple[float, float, str] | None) -> dict[str, Any]:
     x, y, unit = resolution
     scale, unit = (10, "mm") if unit == "centimeter" else (1, unit)
     unit = {"um": "µm", "micron": "µm", "inch": "in"}.get(unit, unit)
-    sizes = {"X": scale / x, "Y": scale / y}
+    sizes = {"X": float(f"{scale / x:.12g}"), "Y": float(f"{scale / y:.12g}")}
     return {f"PhysicalSize{a}": size for a, size in sizes.items()} | {
         f"PhysicalSize{a}Unit": unit for a in sizes
     }

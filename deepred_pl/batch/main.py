@@ -191,6 +191,8 @@ def _print_warnings(reports: Sequence[Report], out: Path, console: Console) -> N
     for report in reports:
         if failed := ", ".join(map(str, report.get("failed", ()))):
             console.print(f"{report['image']}: not restored in {report['restored']}: page {failed}")
+        if empty := report.get("empty"):
+            console.print(f"{report['image']}: {len(empty)} pages of {report['restored']} are 0")
     for report in pages:
         name = Path(report["directory"]).relative_to(out).as_posix()
         for text in report["warnings"]:

@@ -99,7 +99,7 @@ def _lines_of_stack(report: Report) -> list[str]:
     lines.append(f"Fits     {len(pages)} pages, {steps} steps in {seconds:.0f} s")
     ratios = [r for result in results if (r := result.get("residual_to_sigma")) is not None]
     if ratios:
-        span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        span = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
         lines.append(f"Result   the residuals are {span} times the noise (1 is best)")
     alike: dict[str, dict[str, str]] = {}  # warnings that differ by their numbers only, by image
     for page in pages:
@@ -111,7 +111,14 @@ def _lines_of_stack(report: Report) -> list[str]:
         lines.append(f"Warning  {image}: {text}{more}")
     for number, reason in report["failed"].items():
         lines.append(f"Failed   page {number}, which is not restored in the result: {reason}")
-    return [*lines, f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
+    if report["others"]:
+        empty = len(report["empty"])
+        kept = report["others"] - empty
+        counts = {f"{kept} are as measured": kept, f"{empty} are 0": empty}
+        said = ", ".join(text for text, count in counts.items() if count)
+        lines.append(f"Others   of the other pages {said}")
+    compared = f"Compare  {report['comparison']} ({report['compared']})"
+    return [*lines, f"Image    {report['restored']}", compared]
 
 
 def _how_to_change(name: str, value: Any) -> str:

@@ -86,14 +86,19 @@ def assembled(stack: Stack, axes: str | None, errors: Mapping[Path, str]) -> Rep
     restored, comparison = stack.directory / "stack.tif", stack.directory / "stack.png"
     files = {page: Path(report["restored"]) for page, report in reports.items()}
     middle = list(reports.values())[len(reports) // 2]
-    keep_others = middle["result"]["operator"] != "Radon"  # which are measured in other units
-    write_stack(restored, stack.source.path, files, axes, keep_others)
+    # Sinograms have other units than the result, and a true image is no measurement.
+    measured = stack.pages[min(reports)].about["role"] == "data.measurement"
+    keep_others = measured and middle["result"]["operator"] != "Radon"
+    empty = write_stack(restored, stack.source.path, files, axes, keep_others)
     write_bytes(comparison, Path(middle["comparison"]).read_bytes())
     return {
         "image": stack.source.name,
         "pages": list(reports.values()),
+        "others": stack.source.pages - len(reports),
+        "empty": empty,
         "failed": {page: errors[job.directory] for page, job in jobs if page not in reports},
         "directory": str(stack.directory),
         "restored": str(restored),
         "comparison": str(comparison),
+        "compared": middle["image"],
     }

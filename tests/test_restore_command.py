@@ -14,7 +14,7 @@ from PIL import Image
 from skimage.data import shepp_logan_phantom
 from skimage.transform import radon, resize
 
-from deepred_pl.batch import workers
+from deepred_pl.batch import stacks, workers
 from deepred_pl.batch.arguments import of_restore
 from deepred_pl.batch.jobs import Job, ready
 from deepred_pl.batch.main import main, restore
@@ -530,6 +530,21 @@ def test_results_of_other_pages_are_not_lost(command, frames):
     (run / "job.json").write_text("{}")  # with other settings
     status, _, said = command("stack.tif", "--pages", "1", "--sigma", 12)
     assert status == 0 and "partial results are in" in said and (run / "job.json").exists()
+
+
+def test_pages_are_kept_if_their_file_cannot_be_written(command, frames, monkeypatch):
+    save_stack("stack.tif", frames)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stacks, "write_stack", full)
+        status, _, said = command("stack.tif", "--pages", "0,1", "--sigma", 12)
+    assert status == 1 and "No space left" in said and "partial results are in" in said
+    assert not Path("stack.restored.tif").exists()
+    assert command("stack.tif", "--pages", "0,1", "--sigma", 12)[0] == 0
+    assert names() == ["stack.comparison.png", "stack.restored.tif", "stack.tif"]
 
 
 def test_pages_have_one_range_and_one_geometry(command, frames):

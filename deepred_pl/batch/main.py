@@ -142,18 +142,18 @@ def run(arguments: argparse.Namespace) -> int:
         for job in jobs
         if job.directory not in in_stacks and (report := report_of(job)) is not None
     ]
-    errors = {out / row["directory"]: row["error"] for row in rows}
+    errors, unwritten = {out / row["directory"]: row["error"] for row in rows}, 0
     for stack in stacks:
         try:
             report = assembled(stack, axes, errors)
         except EXPECTED as error:  # its pages are kept, and other results are not affected
             console.print(f"{stack.source.name}: {reason(error)}")
-            failed += 1
+            unwritten += 1
         else:
             reports += [report] if report is not None else []
     if single:
         reports = [_copied_next_to(files[0], report) for report in reports]
-        if _has_more(out, jobs, stacks):
+        if unwritten or _has_more(out, jobs, stacks):
             console.print(f"partial results are in {out}; repeat the command to resume")
         else:
             shutil.rmtree(out)
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_csv(out / "results.csv", rows)
         write_bytes(out / "summary.md", summary(rows).encode())
         console.print(f"{len(jobs) - failed} of {len(jobs)} restored: {out / 'summary.md'}")
-    return failed
+    return failed + unwritten
 
 
 def _effort(arguments: argparse.Namespace, images: int) -> Effort | None:

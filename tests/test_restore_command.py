@@ -547,12 +547,7 @@ def test_pages_are_kept_if_their_file_cannot_be_written(command, frames, monkeyp
     assert names() == ["stack.comparison.png", "stack.restored.tif", "stack.tif"]
 
 
-def test_pages_have_one_range_and_one_geometry(command, frames):
-    bright = 0.25 + 0.75 * frames
-    save_stack("stack.tif", np.stack([0.3 * bright[0], bright[1], 0.4 * bright[2]]))
-    report = chosen(command, "stack.tif")
-    ranges = [page["chosen"]["data.intensity_range"] for page in report["pages"]]
-    assert ranges == [[0, 4095]] * 3  # though the largest values are 1228, 4095 and 1638
+def test_pages_have_one_range_and_one_geometry(command):
     phantom = resize(shepp_logan_phantom(), (40, 40), anti_aliasing=True)
     angles = np.arange(0, 180, 9)
     slices = [radon(k * phantom, angles, circle=True) for k in (1, 2)]
@@ -567,5 +562,7 @@ def test_pages_have_one_range_and_one_geometry(command, frames):
 def test_axes_may_be_stated_in_a_configuration(batch_command, frames):
     np.save("stack.npy", frames.astype(np.float32))
     Path("axes.yaml").write_text("data:\n  axes: TYX\n")
-    batch_command("--config", "denoising", "--config", "axes.yaml", "--images", "stack.npy")
+    batch_command(
+        "--config", "denoising", "--config", "axes.yaml", "--images", "stack.npy", "--pages", "2"
+    )
     assert tifffile.imread("out/stack/stack.tif").shape == frames.shape

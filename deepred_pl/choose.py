@@ -309,8 +309,7 @@ def _choose_range(data: RestorationDataModule, given: Collection[str], choice: C
     image, stored = data.read([0, 1], missing=True)
     image = torch.nan_to_num(image)
     largest = float(image.max())
-    is_float = stored.dtype == "float32"
-    unbounded = stored.dtype not in WHITE or (is_float and largest > MEANS)
+    unbounded = largest > MEANS and stored.dtype not in ("uint8", "uint16")
     few_bits = stored.dtype == "uint16" and largest < HALF * WHITE["uint16"]
     if isinstance(data.operator, Radon):
         white = _choose_circle(data.operator, image, given, choice)

@@ -167,7 +167,7 @@ class RestorationDataModule(LightningDataModule):
         if self.hold_out:
             self.problem = self.problem.hold_out(self.hold_out, self.seed)
         if self.as_floats:
-            self.image_format = ImageFormat("float32")
+            self.image_format = _as_floats(self.image_format)
 
     def _measured(self, operator: Operator) -> InverseProblem:
         """The problem of a measurement, with a ground truth only for the metrics."""
@@ -205,7 +205,7 @@ class RestorationDataModule(LightningDataModule):
         truth_range: IntensityRange = self.intensity_range
         self.image_format = _enlarged(stored, operator.factor)
         if not operator.keeps_units:
-            self.image_format, truth_range = ImageFormat("float32"), "dtype"
+            self.image_format, truth_range = _as_floats(stored), "dtype"
         elif self.intensity_range != "dtype":
             truth_range = (stored.low, stored.high)  # type: ignore[assignment]
         truth = None
@@ -398,6 +398,11 @@ def _limits(
 def _noise(image: Tensor) -> float:
     """The largest noise of the channels; 0 if it is not known."""
     return float(torch.nan_to_num(noise_level(image, torch.ones_like(image) > 0)).max())
+
+
+def _as_floats(stored: ImageFormat) -> ImageFormat:
+    """The format of floats in [0, 1] with the same axes."""
+    return ImageFormat("float32", axes=stored.axes, shape=stored.shape)
 
 
 def _enlarged(stored: ImageFormat, factor: int) -> ImageFormat:

@@ -15,7 +15,8 @@ from torch import Tensor
 from deepred_pl.axes import MOST_COLOURS
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.estimate import local_level, noise_level, unclipped
-from deepred_pl.images import ImageFormat, rounded_up
+from deepred_pl.image_format import ImageFormat
+from deepred_pl.images import rounded_up
 from deepred_pl.lightning import rank_zero_warn
 from deepred_pl.noise import NoiseModel, corrected, parameters
 from deepred_pl.operators import Mask, Operator, Radon

@@ -179,7 +179,7 @@ def restore(
         if text := diagnosis(result):
             rank_zero_warn(text, category=RestorationWarning)
         array = with_alpha(to_array(restored, data.image_format), data.image_format)
-        if data.axes is not None:
+        if data.image_format.axes:
             array = stored_page(array, data.image_format)[1]
         if report:
             about = {"assumed": choice.assumed, "chosen": choice.settings, "result": result}

@@ -279,6 +279,14 @@ def test_only_the_file_itself_is_read(tmp_path):
     np.testing.assert_array_equal(to_array(image, image_format)[..., 0], arrays[0])
 
 
+def test_sinograms_keep_their_axes_though_not_their_units():
+    cube = RNG.random((5, 60, 12), np.float32)
+    settings = {"trainer.max_steps": 2, "data.axes": "CYX", "data.operator.angles": 12}
+    settings["data.noise.sigma"] = 60
+    restored = restore(cube, ["tomography", "methods/quick"], settings)
+    assert restored.shape[0] == 5 and restored.shape[1] == restored.shape[2]
+
+
 def test_restore_keeps_the_axes_of_an_array():
     cube = RNG.random((5, 35, 41), np.float32)
     settings = {"trainer.max_steps": 2, "data.noise.sigma": 20, "data.axes": "CYX"}
@@ -290,6 +298,12 @@ def test_restore_keeps_the_axes_of_an_array():
         {**settings, "data.axes": None},
     )
     np.testing.assert_array_equal(np.moveaxis(last, -1, 0), restored)
+    one = restore(
+        cube[0][..., None], ["denoising", "methods/quick"], {**settings, "data.axes": "YXC"}
+    )
+    assert one.shape == (35, 41, 1)
+    floats = {**settings, "data.as_floats": True, "data.intensity_range": [0, 2]}
+    assert restore(cube, ["denoising", "methods/quick"], floats).shape == cube.shape
     with pytest.raises(ValueError, match="a tensor's axes are known"):
         restore(torch.from_numpy(cube), ["denoising", "methods/quick"], settings)
 

@@ -142,7 +142,7 @@ def pages_of(
             count = count_pages(letters, shape)
             if series > 1:
                 note(f"{source.path}: only the first of its {series} series of images is restored")
-        except (OSError, ValueError, RuntimeError):
+        except (OSError, ValueError):
             if axes is not None and len(sources) == 1:  # the stated ones do not fit
                 raise
             count = series = 1  # its fit reports it

@@ -13,7 +13,8 @@ from deepred_pl.callbacks.base import check_untaken, restoration_callbacks, run_
 from deepred_pl.callbacks.hparams import log_hyperparameters
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.files import check_writable, describe, write_json
-from deepred_pl.images import ImageFormat, write_image
+from deepred_pl.image_format import ImageFormat
+from deepred_pl.images import write_image
 from deepred_pl.lightning import (
     Callback,
     LightningModule,

@@ -22,6 +22,7 @@ from deepred_pl.data import RestorationDataModule
 from deepred_pl.estimate import level_of_removed, local_level, noise_level, unclipped
 from deepred_pl.image_format import WHITE
 from deepred_pl.images import rounded_up
+from deepred_pl.jpeg import JPEG
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
 from deepred_pl.noise import LEAST_ESTIMATE, GaussianNoise, sigma_of
@@ -47,8 +48,9 @@ TASKS: dict[type[Operator], str] = {
     Downsample: "super_resolution",
     Mask: "inpainting",
     Radon: "tomography",
+    JPEG: "jpeg",
 }
-EXACT = ("super_resolution", "inpainting")  # configurations without a noise model
+EXACT = ("super_resolution", "inpainting", "jpeg")  # configurations without a noise model
 # They get one, and its weights, if there is that much noise in grey levels; less may be texture.
 LEAST_NOISE = 7.0
 NOISY = {"model.weighting": "discrepancy", "model.lam": 0.5, "model.mu": 0.5}
@@ -358,6 +360,8 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     """Choose the noise model and what depends on it; return the problem."""
     settings, assumed = choice.settings, choice.assumed
     data = assemble(as_options(settings)).datamodule
+    if isinstance(data.operator, JPEG):  # its own uncertainty is known
+        return set_up(data)
     exact = isinstance(data.operator, Downsample | Mask)
     if not _is_given("data.noise", given):
         data.region = data.noise = None  # it is estimated here, of the whole image
@@ -469,7 +473,8 @@ def _choose_held_out(problem: InverseProblem, given: Collection[str], choice: Ch
     With a noise model, λ and μ do that, and the values are worth more to the fit.
     """
     stated = _is_given("data.hold_out", given) or _is_given("trainer.callbacks", given)
-    if stated or problem.noise is not None:
+    # A unit of a JPEG's coefficients would leave a hole.
+    if stated or problem.noise is not None or isinstance(problem.operator, JPEG):
         return
     try:
         problem.hold_out(HOLD_OUT)

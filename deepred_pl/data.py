@@ -19,6 +19,7 @@ from deepred_pl.checks import check_at_least, check_choice
 from deepred_pl.estimate import noise_level
 from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import IntensityRange, layout_of, page_of, read_image, to_tensor
+from deepred_pl.jpeg import JPEG, compress, read_jpeg
 from deepred_pl.lightning import LightningDataModule, rank_zero_info
 from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
@@ -182,6 +183,8 @@ class RestorationDataModule(LightningDataModule):
         self._stored = stored
         if not stored.axes:
             plausibility.check_layout(y, self._source)
+        if isinstance(operator, JPEG):
+            return self._compressed(stored)
         operator.image_shape(tuple(y.shape))  # refuses a mask, kernel or angles that do not fit
         if self.intensity_range == "dtype":
             plausibility.check_span(y, stored, self._needs_zero(operator) is not None)
@@ -213,6 +216,25 @@ class RestorationDataModule(LightningDataModule):
             truth = self._admissible(self._read_truth(truth_range), operator)
         limits = _limits(y, operator, stored, self.intensity_range)
         return InverseProblem(y, operator, self.noise, truth, self.metric_on, limits)
+
+    def _compressed(self, stored: ImageFormat) -> InverseProblem:
+        """The problem of a JPEG file, with a ground truth only for the metrics."""
+        if isinstance(self.measurement, np.ndarray):
+            raise ValueError(
+                "the coefficients of a JPEG are in its file, got an array: set data.measurement to "
+                "the file, or use InverseProblem(*read_jpeg(path)) of deepred_pl.jpeg"
+            )
+        if self.noise is not None or self.intensity_range != "dtype":
+            name = "noise" if self.noise is not None else "intensity_range"
+            raise ValueError(
+                f"a JPEG's coefficients are known to within their quantization: data.{name} does "
+                "not apply, leave it out"
+            )
+        assert self.measurement is not None
+        y, operator = read_jpeg(self.measurement)
+        self.image_format = stored
+        truth = None if self.ground_truth is None else self._read_truth("dtype")
+        return InverseProblem(y, operator, None, truth, self.metric_on)
 
     def read(
         self, intensity_range: IntensityRange, missing: bool = False
@@ -265,7 +287,7 @@ class RestorationDataModule(LightningDataModule):
         """One line on how everything was read."""
         assert self.problem is not None
         stored, (*_, channels, height, width) = self._stored, self.problem.y.shape
-        if self.measurement is None:
+        if self.measurement is None or isinstance(self.problem.operator, JPEG):
             channels, height, width = self.problem.image_shape[1:]
         lows, highs = np.atleast_1d(stored.low), np.atleast_1d(stored.high)
         ranges = [f"{low:.6g} to {high:.6g}" for low, high in zip(lows, highs, strict=True)]
@@ -298,6 +320,9 @@ class RestorationDataModule(LightningDataModule):
         truth = self._admissible(original, operator)
         generator = torch.Generator().manual_seed(self.seed)
         operator = operator.drawn(tuple(truth.shape), generator)
+        if isinstance(operator, JPEG):
+            y, operator = compress(truth, operator.quality, operator.subsampling)
+            return y, operator, truth
         y = simulate(truth, operator, self.noise, generator, self.degrade)
         plausibility.check_mask(operator, y)
         return y.clamp(0, 1) if self.clip else y, operator, truth

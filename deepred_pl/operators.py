@@ -41,7 +41,7 @@ class Operator(nn.Module, ABC):
     Attributes:
         keeps_units: Whether a constant image is measured as the same constant. If not, the
             measurement's file format does not apply to the image.
-        factor: Ratio of the image's sides to the measurement's.
+        factor: Ratio of the image's sides to the measurement's, which is rounded up.
         overshoots: Whether A x may leave [0, 1] next to edges, because a filter has negative
             weights. Then, if there is no noise, values of y that were clipped to 0 or 1 count as
             "at most" and "at least".
@@ -92,6 +92,15 @@ class Operator(nn.Module, ABC):
     def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
         """Replace pixels of `image`, (1, C, H, W), that were measured directly by those of y."""
         return image
+
+    def nearest(self, y: Tensor, measured: Tensor) -> Tensor:
+        """The values nearest to `measured` that are recorded as y: y itself, unless it is rounded.
+
+        Args:
+            y: A measurement without noise.
+            measured: A x, of its shape.
+        """
+        return y
 
     @torch.no_grad()
     def largest_gain(self, y: Tensor) -> float:
@@ -681,6 +690,9 @@ class Observed(Operator):
         known = self.operator.keep_known(image, y)
         return image if known is image else torch.where(self.mask.bool(), known, image)
 
+    def nearest(self, y: Tensor, measured: Tensor) -> Tensor:
+        return self.operator.nearest(y, measured)
+
     @property
     def observed(self) -> Tensor:
         within = self.operator.observed
@@ -690,7 +702,7 @@ class Observed(Operator):
         return self.operator.reach()
 
     def cropped(self, region: Region) -> "Observed":
-        measured = Region(*(side // self.factor for side in region))
+        measured = region.measured(self.factor)
         return Observed(self.operator.cropped(region), measured.of(self.mask))
 
     def __repr__(self) -> str:

@@ -178,14 +178,15 @@ class InverseProblem(nn.Module):
 
         Without noise, A x itself may have been clipped: the filter of an operator that `overshoots`
         often leads to values below 0 or above 1 next to sharp edges, where files store 0 or 1.
-        There `measured` replaces y where it lies beyond the same limit.
+        There `measured` replaces y where it lies beyond the same limit. Of rounded values it is the
+        nearest that is rounded to y.
 
         Args:
             measured: A x, of y's shape.
         """
         at = self._clipped_at
         if len(at) == 0:
-            return self.y
+            return self.operator.nearest(self.y, measured)
         low, high = self.clipped_to
         y = self.y.flatten()  # (N,)
         clean = measured.flatten().index_select(0, at).float()  # (clipped,)
@@ -389,7 +390,7 @@ class InverseProblem(nn.Module):
         (rows, columns), factor = self._reach(), self.operator.factor
         height, width = self.image_shape[-2:]
         region.check(height, width, factor)
-        measured = Region(*(side // factor for side in region))
+        measured = region.measured(factor)
         top, left = rows * (region.top > 0), columns * (region.left > 0)
         bottom = measured.height - rows * (region.top + region.height < height)
         right = measured.width - columns * (region.left + region.width < width)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepred_pl.files import write_bytes
 from deepred_pl.images import displayed, write_image
+from deepred_pl.jpeg import JPEG
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.noise import corrected, parameters
 from deepred_pl.operators import Observed
@@ -94,6 +95,7 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
         only the noise is left, and far above detail of the measurement is missing.
     residual_to_sigma_of_channels: the same for each channel.
     residual_correlation: that of neighbouring values of the residual; 0 for white noise.
+    share_in_cells: share of a JPEG's coefficients that the image reproduces, or None.
     beyond_limits: whether the measurement asks for values "above" or "below" what x may have.
     operator, noise: its class, and the noise model's parameters.
     """
@@ -103,7 +105,7 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
     measured = problem.operator(restored)
     observed = problem.operator.observed
     valid = ~problem.clipped() if observed is None else ~problem.clipped() & observed.bool()
-    residual = (problem.y - measured) * valid
+    residual = (operator.nearest(problem.y, measured) - measured) * valid
     result: dict[str, Any] = {
         "operator": type(operator).__name__,
         "noise": None if problem.noise is None else parameters(problem.noise),
@@ -111,8 +113,11 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
         "residual_to_sigma": None,
         "residual_to_sigma_of_channels": None,
         "residual_correlation": _correlation(residual, valid),
+        "share_in_cells": None,
         "beyond_limits": _beyond_limits(problem, restored, residual),
     }
+    if isinstance(operator, JPEG):
+        result["share_in_cells"] = operator.share_in_cells(restored, problem.y)
     ratio = problem.residual_ratio(restored)
     if ratio is not None:
         # Of the values that were not clipped, whose noise has its full variance.

@@ -29,11 +29,17 @@ class Region(NamedTuple):
         """The region of an image (..., H, W)."""
         return image[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
+    def measured(self, factor: int) -> "Region":
+        """The region of a measurement of one value for factor × factor pixels, rounded up."""
+        top, left, height, width = self
+        return Region(top // factor, left // factor, -(-height // factor), -(-width // factor))
+
     def check(self, height: int, width: int, multiple: int = 1) -> None:
         """Refuse a region that is not within height × width pixels.
 
         Raises:
-            ValueError: It is not, or its corner and sides are not multiples of `multiple`.
+            ValueError: It is not, or it does not begin and end at multiples of `multiple`, or at
+                the end of the image.
         """
         within = min(self.top, self.left) >= 0 and min(self.height, self.width) > 0
         if not (within and self.top + self.height <= height and self.left + self.width <= width):
@@ -41,7 +47,9 @@ class Region(NamedTuple):
                 f"expected a region [top, left, height, width] within {height}×{width} pixels, "
                 f"got {list(self)}"
             )
-        if any(side % multiple for side in self):
+        ends = [(self.top + self.height, height), (self.left + self.width, width)]
+        cuts = [self.top, self.left, *(end for end, side in ends if end < side)]
+        if any(cut % multiple for cut in cuts):
             raise ValueError(
                 f"expected a region [top, left, height, width] in multiples of the factor "
                 f"{multiple}, got {list(self)}"
@@ -66,14 +74,15 @@ def cut(height: int, width: int, tile: int, overlap: int, multiple: int = 1) -> 
     """Cover an image of height × width pixels with tiles, row by row.
 
     All have one size, tile × tile or the image's side if that is smaller, and are spread evenly, so
-    that neighbours share at least `overlap` pixels (up to `multiple` fewer).
+    that neighbours share at least `overlap` pixels (up to `multiple` fewer). If the image's sides
+    are not multiples of `multiple`, the last ones are smaller.
 
     Args:
         height: Rows of the image.
         width: Columns of the image.
         tile: Side of a tile.
         overlap: Pixels that neighbours share, below `tile`.
-        multiple: Tiles begin and end at multiples of it, as the image does; `tile` is rounded up.
+        multiple: Tiles begin at multiples of it; `tile` is rounded up.
 
     Raises:
         ValueError: Not 0 <= overlap < tile.
@@ -96,9 +105,10 @@ def _spread(side: int, tile: int, overlap: int, multiple: int) -> list[tuple[int
     if tile >= side:
         return [(0, side)]
     count = math.ceil((side - overlap) / (tile - overlap))
-    starts = [i * (side - tile) / (count - 1) for i in range(count)]
+    last = math.ceil(side / multiple) * multiple - tile
+    starts = [i * last / (count - 1) for i in range(count)]
     aligned = dict.fromkeys(round(start / multiple) * multiple for start in starts)
-    return [(start, tile) for start in aligned]  # without duplicates
+    return [(start, min(tile, side - start)) for start in aligned]  # without duplicates
 
 
 def blend(images: Iterable[Tensor], tiling: Tiling) -> Tensor:

@@ -69,6 +69,7 @@ for frames and slices that differ little, which then need half of the steps, as 
 TOGETHER = """\
 restore all pages of a file together, as channels of one image: for frames and slices that differ
 little, which one network restores better and sooner than one by one"""
+JPEG = "remove the artefacts of JPEG compression, which must be those of the file itself"
 OVERWRITE = "replace results, and restart fits whose settings have changed"
 OUT = "where the results NAME.png, the run directories and the tables go"
 SIGMA = "standard deviation of the noise in grey levels of 8 bits (default: estimated)"
@@ -115,6 +116,7 @@ def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
     task.add_argument("--scale", type=_count, metavar="N", help=SCALE)
     task.add_argument("--mask", metavar="FILE", help=MASK)
     task.add_argument("--angles", metavar="ANGLES", help=ANGLES)
+    task.add_argument("--jpeg", action="store_true", help=JPEG)
     add("--sigma", type=float, metavar="S", help=SIGMA)
     add("--effort", default="default", metavar="E", help=EFFORT)
     add("--out", type=Path, metavar="DIR", help=OUT)
@@ -283,6 +285,8 @@ def _task(parsed: argparse.Namespace) -> tuple[str, list[str]]:
         return "inpainting", [_operator("deepred_pl.operators.Mask", mask=parsed.mask)]
     if parsed.angles is not None:
         return "tomography", [f"--data.operator.angles={json.dumps(_angles(parsed.angles))}"]
+    if parsed.jpeg:
+        return "jpeg", []
     return "denoising", []
 
 

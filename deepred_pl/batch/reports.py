@@ -75,6 +75,8 @@ def lines_of(report: Report) -> list[str]:
     parts = []
     if (ratio := result.get("residual_to_sigma")) is not None:
         parts.append(f"the residual is {ratio:.2f} times the noise (1 is best)")
+    if (share := result.get("share_in_cells")) is not None:
+        parts.append(f"{share:.1%} of the JPEG's coefficients are reproduced")
     if (held := result.get("held_out_error")) is not None:
         parts.append(f"the error at held-out values {held:.2f} grey levels")
     scores = [result["psnr"][name] for name in ("measurement", "restored")]

@@ -12,6 +12,7 @@ from deepred_pl import choose
 from deepred_pl.choose import as_options, seconds_of, seconds_per_step, task_of
 from deepred_pl.cli import RestorationCLI, settings_of
 from deepred_pl.images import write_image
+from deepred_pl.jpeg import JPEG
 from deepred_pl.noise import GaussianNoise, PoissonNoise
 from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
 from deepred_pl.restore import restore
@@ -75,6 +76,7 @@ def test_another_effort_is_refused(effort):
         (Downsample(2), "super_resolution"),
         (Mask(np.ones((4, 4))), "inpainting"),
         (Radon(4), "tomography"),
+        (JPEG(), "jpeg"),
     ],
 )
 def test_each_operator_has_a_task(operator, task):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import skimage.data
@@ -76,8 +78,10 @@ def test_operator_is_the_dct_of_scipy_behind_colour_transform_and_subsampling(tm
     measured = components_of(operator(to_tensor(array)[0]), operator)
     expected = transcribed(array, kind)
     assert len(measured) == len(expected)
-    for found, wanted in zip(measured, expected, strict=True):
+    for i, (found, wanted) in enumerate(zip(measured, expected, strict=True)):
         found = found[: wanted.shape[0], : wanted.shape[1]] * 255
+        if i > 0:  # means of n pixels are multiplied by √n
+            found = found / math.sqrt(math.prod(RATIO[kind]))
         np.testing.assert_allclose(found, wanted, atol=2e-3)  # float32 sums of 64 values up to 255
 
 
@@ -90,9 +94,8 @@ def test_coefficients_of_pillows_encoder_are_in_their_cells(tmp_path, kind, size
     y, operator = read_jpeg(saved(tmp_path / "a.jpg", array, kind, quality))
     x = to_tensor(array)[0]
     outside = (operator(x) - y).abs() - operator.half_steps
-    assert 255 * float(outside.max()) < 1.5
+    assert 255 * float(outside.max()) < 2.5
     assert operator.share_in_cells(x, y) > 0.95
-    assert 255**2 * float(InverseProblem(y, operator).data_term(x)) < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,13 +113,17 @@ def test_first_guess_is_the_image_that_pillow_decodes(tmp_path, kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_term_is_the_squared_distance_to_the_cells(tmp_path, kind):
+def test_data_term_is_the_squared_distance_to_the_flat_part_of_the_cells(tmp_path, kind):
+    """Of luminance to the middle half of each cell, of chrominance to its middle."""
     y, operator = read_jpeg(saved(tmp_path / "a.jpg", photo(kind, 37, 53), kind))
     problem = InverseProblem(y, operator)
     x = torch.rand(problem.image_shape, generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
     term = problem.data_term(x)
     measured, half = operator(x.detach()).double().numpy(), operator.half_steps.double().numpy()
+    rows, columns = operator.blocks[0]
+    of_luminance = np.arange(half.shape[1])[:, None, None] < 64 * rows * columns
+    half = np.where(np.isinf(half), half, np.where(of_luminance, 0.5, 0) * np.nan_to_num(half))
     beyond = np.maximum(np.abs(measured - y.double().numpy()) - half, 0)
     assert float(term.detach()) == pytest.approx(np.mean(beyond**2), rel=1e-5)
     (gradient,) = torch.autograd.grad(term, x)
@@ -194,7 +201,7 @@ def test_tiles_have_their_own_coefficients(tmp_path, size):
     tiling, parts = InverseProblem(y, operator, ground_truth=x).split(48, 16)
     assert len(parts) > 3
     for part in parts:
-        assert 255**2 * float(part.data_term(part.ground_truth)) < 1e-3
+        assert part.operator.share_in_cells(part.ground_truth, part.y) > 0.99
     blended = blend([part.ground_truth for part in parts], tiling)
     torch.testing.assert_close(blended, x)
 

@@ -144,6 +144,25 @@ def test_scratches_are_filled_and_the_rest_is_kept(command):
     assert changed[20:23].mean() > 0.9 and not changed[:20].any() and not changed[23:].any()
 
 
+@pytest.mark.parametrize("tile", [(), ("--tile", 48)])
+def test_a_jpegs_artefacts_are_removed(command, tile):
+    save("clean.png", picture(3, 75, 91))
+    Image.open("clean.png").save("photo.jpg", quality=20)
+    report = chosen(command, "photo.jpg", "--jpeg", *tile)
+    assert "75×91 pixels, 3 channels, uint8" in report["read"]
+    assert "JPEG(4:2:0, luminance in steps of" in report["read"]
+    assert report["result"]["share_in_cells"] > 0.9 and report["result"]["noise"] is None
+    assert "data.hold_out" not in report["chosen"] and not report["assumed"]
+    assert Image.open(report["restored"]).size == (91, 75)
+    assert f"{report['result']['share_in_cells']:.1%} of the JPEG's" in "".join(lines_of(report))
+
+
+def test_a_jpeg_that_is_none_is_refused(command):
+    save("photo.png", picture(3, 48, 64))
+    status, _, said = command("photo.png", "--jpeg")
+    assert status == 1 and "failed: expected a JPEG file, got PNG" in said
+
+
 @pytest.mark.parametrize("circle", [True, False])
 def test_a_sinogram_of_sums_along_rays_gives_the_object(command, circle):
     side = 48

@@ -31,11 +31,10 @@ YCBCR = (
     (-0.168736, -0.331264, 0.5),
     (0.5, -0.418688, -0.081312),
 )
-# In a part of a cell around its middle the data term is 0, for luminance and for chrominance. In
-# whole cells the prior moves coefficients to the border, though the middle is a better estimate: at
-# quality 10 that costs 0.4 dB (astronaut, 128×128), or 2 dB where only those of chrominance are
-# whole, as their steps are large.
-FLAT = (0.5, 0.0, 0.0)
+# The share of a cell, around its middle, in which the data term is 0: for Y, Cb and Cr. In all of
+# it the prior would move coefficients to the border, though the middle is a better estimate: at
+# quality 10 that costs 1 dB (astronaut, 128×128), most of it in chrominance, whose cells are large.
+FLAT = (0.3, 0.0, 0.0)
 # An image is stored with 8 bits: by this much less than half a quantization step the coefficients
 # of a result may differ from those of the file, so that rounding seldom moves them further.
 ROUNDING = 1.0 / WHITE
@@ -144,6 +143,13 @@ class JPEG(Operator):
         """The decoded file."""
         return self.decoded(y, smooth=True)
 
+    @property
+    def step(self) -> float:
+        """The mean quantization step of the 4×4 lowest frequencies of luminance, in grey levels."""
+        self._check_file()
+        lowest = self.half_steps[0, : SIDE**2, 0, 0].view(SIDE, SIDE)[:4, :4]
+        return float(2 * WHITE * lowest.mean())
+
     def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
         """Move the coefficients of `image` into the cells of the file, a projection."""
         half = (self.half_steps - ROUNDING).clamp(min=0)
@@ -194,9 +200,7 @@ class JPEG(Operator):
     def extra_repr(self) -> str:
         if not self.blocks:
             return f"quality={self.quality}, subsampling={self.subsampling!r}"
-        steps = 2 * WHITE * self.half_steps[0, : SIDE**2, 0, 0]  # of the first block
-        span = f"{float(steps.min()):.0f} to {float(steps.max()):.0f}"
-        return f"{_kind(self.blocks)}, luminance in steps of {span}"
+        return f"{_kind(self.blocks)}, low frequencies in steps of {self.step:.0f} grey levels"
 
 
 def read_jpeg(path: str | os.PathLike) -> tuple[Tensor, JPEG]:

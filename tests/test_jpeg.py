@@ -114,7 +114,7 @@ def test_first_guess_is_the_image_that_pillow_decodes(tmp_path, kind, size):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_data_term_is_the_squared_distance_to_the_flat_part_of_the_cells(tmp_path, kind):
-    """Of luminance to the middle half of each cell, of chrominance to its middle."""
+    """Of luminance to the middle 30 % of each cell, of chrominance to its middle."""
     y, operator = read_jpeg(saved(tmp_path / "a.jpg", photo(kind, 37, 53), kind))
     problem = InverseProblem(y, operator)
     x = torch.rand(problem.image_shape, generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def test_data_term_is_the_squared_distance_to_the_flat_part_of_the_cells(tmp_pat
     measured, half = operator(x.detach()).double().numpy(), operator.half_steps.double().numpy()
     rows, columns = operator.blocks[0]
     of_luminance = np.arange(half.shape[1])[:, None, None] < 64 * rows * columns
-    half = np.where(np.isinf(half), half, np.where(of_luminance, 0.5, 0) * np.nan_to_num(half))
+    half = np.where(np.isinf(half), half, np.where(of_luminance, 0.3, 0) * np.nan_to_num(half))
     beyond = np.maximum(np.abs(measured - y.double().numpy()) - half, 0)
     assert float(term.detach()) == pytest.approx(np.mean(beyond**2), rel=1e-5)
     (gradient,) = torch.autograd.grad(term, x)
@@ -212,6 +212,14 @@ def test_turned_image_with_partial_blocks_is_not_cut(tmp_path):
     path = saved(tmp_path / "a.jpg", photo("4:2:0", 50, 80), "4:2:0", exif=exif)
     with pytest.raises(ValueError, match="cannot be cut"):
         InverseProblem(*read_jpeg(path)).split(32)
+
+
+def test_step_is_the_mean_of_the_lowest_frequencies(tmp_path):
+    path = saved(tmp_path / "a.jpg", photo("4:2:0", 24, 24), "4:2:0", quality=50)
+    with Image.open(path) as picture:
+        table = np.reshape(picture.quantization[0], (8, 8))
+    assert table[0, 0] == 16 and table[0, 3] == 16  # in rows, as Annex K of the standard has it
+    assert read_jpeg(path)[1].step == pytest.approx(table[:4, :4].mean())
 
 
 def test_progressive_file_has_the_same_coefficients(tmp_path):

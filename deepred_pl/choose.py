@@ -367,8 +367,8 @@ def _choose_noise(assemble: Assemble, given: Collection[str], choice: Choice) ->
     if isinstance(data.operator, JPEG):
         problem = set_up(data)
         assert isinstance(problem.operator, JPEG)
-        sigma = round(JPEG_SIGMA * math.sqrt(problem.operator.step), 1)
-        settings["red.denoiser"] = {"class_path": "NonLocalMeans", "init_args": {"sigma": sigma}}
+        level = {"sigma": round(JPEG_SIGMA * math.sqrt(problem.operator.step), 1)}
+        settings["red.denoiser"] = {"class_path": "NonLocalMeans", "init_args": level}
         return problem
     exact = isinstance(data.operator, Downsample | Mask)
     if not _is_given("data.noise", given):

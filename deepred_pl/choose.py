@@ -26,7 +26,16 @@ from deepred_pl.jpeg import JPEG
 from deepred_pl.lightning import Callback, LightningModule, Trainer, quiet
 from deepred_pl.metrics import GREY_LEVELS
 from deepred_pl.noise import LEAST_ESTIMATE, GaussianNoise, sigma_of
-from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
+from deepred_pl.operators import (
+    Blur,
+    Downsample,
+    Identity,
+    Mask,
+    Observed,
+    Operator,
+    Radon,
+    UnknownBlur,
+)
 from deepred_pl.problem import InverseProblem
 from deepred_pl.tiles import Region
 
@@ -44,6 +53,7 @@ FASTER = 0.9  # ratio of times, below which bfloat16 is used
 # Configurations by operator.
 TASKS: dict[type[Operator], str] = {
     Identity: "denoising",
+    UnknownBlur: "deblurring_blind",
     Blur: "deblurring_uniform",
     Downsample: "super_resolution",
     Mask: "inpainting",
@@ -442,7 +452,11 @@ def _estimated_sigma(problem: InverseProblem) -> float | list[float]:
     """
     operator, observed, valid = problem.operator, problem.operator.observed, unclipped(problem.y)
     least = 1.01 * LEAST_ESTIMATE / GREY_LEVELS
-    if isinstance(operator, Blur) and valid.float().mean() > 1 - MOST_CLIPPED:
+    if isinstance(operator, Observed) and isinstance(operator.operator, Blur):  # but its border
+        operator = operator.operator
+    known = isinstance(operator, Blur) and not isinstance(operator, UnknownBlur)
+    if known and valid.float().mean() > 1 - MOST_CLIPPED:
+        assert isinstance(operator, Blur)
         levels = level_of_removed(problem.y, operator.transfer(*problem.y.shape[-2:]))
         levels = levels * (1 + STANDARD_ERROR / math.sqrt(problem.y.numel()))
     else:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from skimage.transform import iradon
 from torch import Tensor, nn
 
+from deepred_pl.blind import estimate_kernel
 from deepred_pl.checks import as_plain, check_at_least, check_choice, check_positive
 from deepred_pl.images import read_image
 from deepred_pl.tiles import Region
 
-Boundary = Literal["circular", "replicate", "reflect", "zero"]
+Boundary = Literal["circular", "replicate", "reflect", "zero", "unknown"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 
 GRAM_ITERATIONS = 30  # enough while the eigenvalues of A Aᵀ + ε I span a factor of some hundreds
@@ -124,6 +125,10 @@ class Operator(nn.Module, ABC):
         """The image cropped or padded to a size that A accepts."""
         return image
 
+    def fitted(self, y: Tensor) -> "Operator":
+        """The operator with what is open taken from a measurement, which it is to explain."""
+        return self
+
     def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> "Operator":
         """The operator with unset parts drawn at random, to simulate a measurement."""
         return self
@@ -174,8 +179,9 @@ class Blur(Operator):
             are cut off, and it is divided by its sum, so that brightness is preserved; an
             `nn.Parameter`, whose sides must be odd, is used unchanged.
         boundary: How the image continues beyond its border: periodically ("circular"), with its
-            border pixels ("replicate"), mirrored about the border pixels ("reflect"), or with
-            zeros ("zero").
+            border pixels ("replicate"), mirrored about the border pixels ("reflect"), with zeros
+            ("zero"), or "unknown", as in photographs: then an `InverseProblem` leaves out what of
+            the measurement depends on it, half of the kernel's size next to the border.
 
     Raises:
         ValueError: The kernel has another shape, does not sum to a positive number, or is larger
@@ -247,6 +253,21 @@ class Blur(Operator):
             y = y[..., rows : height - rows, columns : width - columns]
         return y
 
+    def fitted(self, y: Tensor) -> Operator:
+        if self.boundary != "unknown":
+            return self
+        rows, columns = (side // 2 for side in self.kernel.shape)
+        height, width = y.shape[-2:]
+        self.image_shape(tuple(y.shape))
+        inside = torch.zeros(1, 1, height, width, device=y.device)
+        inside[..., rows : height - rows, columns : width - columns] = 1
+        if not inside.any():
+            raise ValueError(
+                f"the blur's boundary is unknown, and no pixel of {height}×{width} is further from "
+                f"the border than half of the kernel, {rows}×{columns}; set boundary to reflect"
+            )
+        return Observed(self, inside) if rows or columns else self
+
     def transfer(self, height: int, width: int) -> Tensor:
         """The kernel's Fourier transform on height × width pixels, (height, width // 2 + 1)."""
         rows, columns = self.kernel.shape
@@ -287,6 +308,69 @@ class Blur(Operator):
 
     def extra_repr(self) -> str:
         return f"{self.kernel.shape[0]}×{self.kernel.shape[1]}, boundary={self.boundary!r}"
+
+
+class UnknownBlur(Blur):
+    """A blur whose kernel is estimated from the measurement: blind deblurring.
+
+    An `InverseProblem` estimates the kernel from the mean of the channels
+    (`blind.estimate_kernel`), and the callback `KernelUpdate` improves it during the fit. Its sum
+    is 1, and its centre of mass is in the middle, so that image and kernel exchange neither
+    brightness nor position. The boundary is "unknown".
+
+    Args:
+        size: Side of the kernel in pixels, odd, at least 3: larger than the blur, by a quarter or
+            so; the image must be larger than twice that.
+        simulated: The blur that makes the measurement where one is simulated; only that.
+
+    Attributes:
+        kernel: The kernel at present, (size, size).
+        agreement: How much several estimates of it agree, in [0, 1]; 0 before there are any.
+
+    Raises:
+        ValueError: size is not odd or below 3, or too large for the image or too small for the
+            simulated blur.
+    """
+
+    def __init__(self, size: int = 21, simulated: Blur | None = None) -> None:
+        check_at_least(3, size=size)
+        _check_size(size)
+        super().__init__(torch.ones(1, 1), "unknown")
+        kernel = torch.ones(1, 1) if simulated is None else simulated.kernel
+        rows, columns = ((size - side) // 2 for side in kernel.shape)
+        if min(rows, columns) < 0:
+            raise ValueError(
+                f"the simulated blur has {kernel.shape[0]}×{kernel.shape[1]} pixels, more than the "
+                f"{size}×{size} in which it is to be found; use a larger size"
+            )
+        self.size, self.agreement = size, 0.0
+        # It is learned, and saved in checkpoints.
+        self.register_buffer("kernel", F.pad(kernel, (columns, columns, rows, rows)))
+
+    def fitted(self, y: Tensor) -> Operator:
+        if self.agreement > 0:
+            return super().fitted(y)
+        if min(y.shape[-2:]) <= 2 * self.size:
+            raise ValueError(
+                f"a kernel of {self.size}×{self.size} pixels cannot be estimated from an image of "
+                f"{y.shape[-2]}×{y.shape[-1]}; use a smaller size, or a larger image"
+            )
+        known = UnknownBlur(self.size)
+        image = y[0].mean(dim=0).cpu().double().numpy()
+        kernel, agreement = estimate_kernel(image, self.size)
+        known.agreement = max(agreement, 0.01)
+        known.kernel = torch.from_numpy(kernel).to(y)
+        return known.fitted(y)
+
+    def extra_repr(self) -> str:
+        if self.agreement == 0:
+            return f"{self.size}×{self.size}"
+        return f"{self.size}×{self.size}, estimates agree to {self.agreement:.2f}"
+
+
+def unknown_blur(operator: Operator) -> UnknownBlur | None:
+    """The part of an operator that is a blur with an unknown kernel."""
+    return next((part for part in operator.modules() if isinstance(part, UnknownBlur)), None)
 
 
 def gaussian_kernel(size: int, width: float | Tensor) -> Tensor:
@@ -693,6 +777,12 @@ class Observed(Operator):
     def nearest(self, y: Tensor, measured: Tensor) -> Tensor:
         return self.operator.nearest(y, measured)
 
+    def fitted(self, y: Tensor) -> Operator:
+        if isinstance(self.operator, Observed):  # of a part, whose operator was fitted
+            return self
+        mask = self.mask.to(y)
+        return Observed(self.operator.fitted(_fill(y, mask.expand_as(y))), mask)
+
     @property
     def observed(self) -> Tensor:
         within = self.operator.observed
@@ -912,7 +1002,7 @@ def _extended(x: Tensor, dim: int, by: int, boundary: Boundary) -> Tensor:
     `F.pad` adds up its gradient in an order that varies on a GPU, or refuses to be deterministic.
     """
     size = x.shape[dim]
-    if boundary == "reflect":
+    if boundary in ("reflect", "unknown"):
         before, after = x.narrow(dim, 1, by).flip(dim), x.narrow(dim, size - 1 - by, by).flip(dim)
     else:
         shape = list(x.shape)

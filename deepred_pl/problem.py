@@ -112,7 +112,8 @@ class InverseProblem(nn.Module):
         observed = self.operator.observed
         if observed is not None:
             y = y * observed.to(y)
-        self.noise = None if noise is None else noise.fitted(y, observed)
+        self.operator = self.operator.fitted(y)
+        self.noise = None if noise is None else noise.fitted(y, self.operator.observed)
         if self.noise is not None:
             _make_usable(self.noise)
         self.metric_on = metric_on

@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from deepred_pl.files import write_bytes
+from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import displayed, write_image
 from deepred_pl.jpeg import JPEG
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.noise import corrected, parameters
-from deepred_pl.operators import Observed
+from deepred_pl.operators import Observed, unknown_blur
 from deepred_pl.problem import InverseProblem
 
 # The squared residual is that of the noise plus that of missing detail. Beyond this ratio to the
@@ -50,14 +51,19 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         problem: The problem; without a ground truth its PSNR and SSIM are None.
         restored: The restored image, (1, C, H, W).
         others: Further images to score, by name, with known pixels put back as in `restored`.
+
+    If the blur was unknown, so is the image's position: it is shifted by whole pixels to where it
+    fits best, and scored without a border of half the kernel's size.
     """
-    truth = problem.ground_truth
+    truth, blur = problem.ground_truth, unknown_blur(problem.operator)
     images = {"measurement": problem.as_image(), "restored": restored, **others}
 
     def value(metric: Callable[..., Tensor], image: Tensor | None) -> float | None:
         if truth is None or image is None:
             return None
-        number = float(metric(problem.keep_known(image), truth, problem.metric_on))
+        image = problem.keep_known(image)
+        pair = (image, truth) if blur is None else registered(image, truth, blur.size // 2)
+        number = float(metric(*pair, problem.metric_on))
         return number if math.isfinite(number) else None
 
     return {
@@ -66,6 +72,21 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
         **examine(problem, restored),
     }
+
+
+def registered(image: Tensor, truth: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """The image shifted by up to `reach` whole pixels onto the true one, and both without a border.
+
+    Args:
+        image: (1, C, H, W).
+        truth: (1, C, H, W), with sides larger than twice `reach`.
+        reach: Largest shift, and the border that is left out, in pixels.
+    """
+    height, width = truth.shape[-2:]
+    inner = truth[..., reach : height - reach, reach : width - reach]
+    places = [(i, j) for i in range(2 * reach + 1) for j in range(2 * reach + 1)]
+    moved = [image[..., i:, j:][..., : inner.shape[-2], : inner.shape[-1]] for i, j in places]
+    return min(moved, key=lambda one: float((one - inner).square().mean())), inner
 
 
 def combine(
@@ -220,6 +241,17 @@ def write_uncertainty(directory: Path, std: Tensor) -> None:
     write_bytes(directory / "uncertainty.npy", buffer.getvalue())
     grey = std.mean(dim=1, keepdim=True)
     write_image(directory / "uncertainty.png", grey / grey.max().clamp(min=1e-12))
+
+
+def write_kernel(directory: Path, kernel: Tensor) -> None:
+    """Write a blur's kernel, (rows, columns), as an array and as a picture, for `Blur.from_file`.
+
+    In `kernel.png` the largest value is white; `kernel.npy` has the values themselves.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, kernel.cpu().numpy())
+    write_bytes(directory / "kernel.npy", buffer.getvalue())
+    write_image(directory / "kernel.png", kernel[None, None] / kernel.max(), ImageFormat("uint16"))
 
 
 def compare(problem: InverseProblem, restored: Tensor) -> Tensor:

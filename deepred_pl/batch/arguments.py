@@ -53,7 +53,7 @@ is the image's name without suffix, as in --data.operator.mask 'masks/{name}.png
 
 BLUR = """\
 the blur's kernel: a file (NPY, PNG, TIFF), gaussian:WIDTH, uniform:SIZE or motion:LENGTH:ANGLE, in
-pixels and in degrees counter-clockwise"""
+pixels and in degrees counter-clockwise; or unknown:SIZE, to find a kernel of at most SIZE pixels"""
 SCALE = "the image is enlarged this many times"
 MASK = "image of the same size, white where a pixel is known; the others are filled in"
 ANGLES = """\
@@ -275,7 +275,8 @@ def _count(text: str) -> int:
 def _task(parsed: argparse.Namespace) -> tuple[str, list[str]]:
     """The configuration for the degradation, and its operator's option."""
     if parsed.blur is not None:
-        return "deblurring_uniform", [_blur(parsed.blur)]
+        unknown = parsed.blur.startswith("unknown:")
+        return "deblurring_blind" if unknown else "deblurring_uniform", [_blur(parsed.blur)]
     if parsed.scale is not None:
         if parsed.scale == 1:
             raise ValueError("--scale 1 enlarges nothing; leave it out, or use 2 or more")
@@ -307,6 +308,9 @@ def _blur(text: str) -> str:
         elif kind == "uniform":
             (size,) = map(int, numbers)
             arguments = {"size": size}
+        elif kind == "unknown":
+            (size,) = map(int, numbers)
+            return _operator("deepred_pl.operators.UnknownBlur", size=size)
         elif kind == "motion":
             length, angle = map(float, numbers)
             arguments = {"length": length, "angle": angle}
@@ -317,8 +321,8 @@ def _blur(text: str) -> str:
             raise ValueError
     except (TypeError, OverflowError, ValueError) as error:
         raise ValueError(
-            "expected a kernel's file as --blur, or gaussian:WIDTH, uniform:SIZE or "
-            f"motion:LENGTH:ANGLE, got {text}"
+            "expected a kernel's file as --blur, or gaussian:WIDTH, uniform:SIZE, "
+            f"motion:LENGTH:ANGLE or unknown:SIZE, got {text}"
         ) from error
     return _operator(f"deepred_pl.operators.Blur.{kind}", boundary="reflect", **arguments)
 

@@ -237,7 +237,8 @@ def _refuse_existing(files: Sequence[Source], out: Path | None, overwrite: bool)
     """
     paths = [Path(file.path) for file in files]
     if out is None:
-        kinds = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
+        pictures = [(kind, ".png") for kind in ("restored", "comparison", "kernel")]
+        kinds = [*pictures, ("restored", ".tif"), ("kernel", ".npy")]
         results = [_next_to(path, *kind) for path in paths for kind in kinds]
     else:
         if out in (folder for p in paths for folder in (p.parent.resolve(), p.resolve().parent)):
@@ -256,8 +257,12 @@ def _next_to(path: Path, kind: str, suffix: str) -> Path:
 
 def _copied_next_to(source: Source, report: Report) -> Report:
     """Copy the restored image and the comparison next to the original."""
-    for kind in ("restored", "comparison"):
-        _copy(report, kind, _next_to(Path(source.path), kind, Path(report[kind]).suffix))
+    if report["kernel"]:
+        picture = Path(report["kernel"]).with_suffix(".png")
+        shutil.copyfile(picture, _next_to(Path(source.path), "kernel", ".png"))
+    for kind in ("restored", "comparison", "kernel"):
+        if report[kind]:
+            _copy(report, kind, _next_to(Path(source.path), kind, Path(report[kind]).suffix))
     return report
 
 
@@ -291,7 +296,7 @@ def _without_runs(report: Report) -> Report:
     """A report without the paths of run directories, which are removed."""
     if "pages" not in report:
         return {**report, "directory": None}
-    none = dict.fromkeys(("directory", "restored", "comparison"))
+    none = dict.fromkeys(("directory", "restored", "comparison", "kernel"))
     return {**report, "directory": None, "pages": [{**page, **none} for page in report["pages"]]}
 
 

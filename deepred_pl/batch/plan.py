@@ -101,8 +101,8 @@ class Batch:
 def find_images(given: Sequence[str]) -> list[Source]:
     """Find the images of files, folders, patterns, "sample:NAME" and "set:SET".
 
-    Of a folder, these are files with an image's suffix, except hidden ones, NAME.restored.png and
-    NAME.comparison.png.
+    Of a folder, these are files with an image's suffix, except hidden ones, NAME.restored.png,
+    NAME.comparison.png and NAME.kernel.png.
     """
     named: dict[str, str] = {}
     for path in (path for text in given for path in _matches(text)):
@@ -202,7 +202,7 @@ def _matches(text: str) -> list[str]:
         return [str(path) for path in ([find_image(text)] if "/" in text else find_set(text))]
     if Path(text).is_dir():
         images = (p for p in Path(text).iterdir() if p.suffix.lower() in SUFFIXES)
-        found = [p for p in images if not p.stem.endswith((".restored", ".comparison"))]
+        found = [p for p in images if not p.stem.endswith((".restored", ".comparison", ".kernel"))]
         what = f"images ({', '.join(SUFFIXES)}) in the folder"
     else:
         found = [Path(text)] if Path(text).is_file() else [Path(p) for p in glob.glob(text)]

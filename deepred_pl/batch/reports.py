@@ -19,7 +19,8 @@ def report_of(job: Job) -> Report | None:
 
     It has the `image`, how it was `read`, what was `assumed`, the `chosen` settings, the `result`
     (the contents of `result.json`), how many `fits` it took, its `diagnosis`, the `warnings` of
-    these fits, and the paths of its `directory`, of the `restored` image and of the `comparison`.
+    these fits, and the paths of its `directory`, of the `restored` image, of the `comparison`, and
+    of the `kernel` if the blur was unknown.
     """
     result = job.result
     if result is None:
@@ -44,6 +45,7 @@ def report_of(job: Job) -> Report | None:
         "directory": str(directory),
         "restored": str(restored),
         "comparison": str(directory / "comparison.png"),
+        "kernel": str(kernel) if (kernel := directory / "kernel.npy").exists() else None,
     }
 
 
@@ -85,7 +87,7 @@ def lines_of(report: Report) -> list[str]:
     lines += [f"Result   {', '.join(parts)}"] if parts else []
     lines += [f"Warning  {text}" for text in (*report["warnings"], report["diagnosis"]) if text]
     lines += [f"Image    {report['restored']}", f"Compare  {report['comparison']}"]
-    return lines
+    return lines + ([f"Kernel   {report['kernel']}"] if report["kernel"] else [])
 
 
 def _lines_of_stack(report: Report) -> list[str]:

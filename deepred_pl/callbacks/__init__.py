@@ -5,6 +5,7 @@ from deepred_pl.callbacks.base import RestorationCallback
 from deepred_pl.callbacks.checkpoint import LastCheckpoint
 from deepred_pl.callbacks.graph import CudaGraph
 from deepred_pl.callbacks.guard import CollapseGuard
+from deepred_pl.callbacks.kernel import KernelUpdate
 from deepred_pl.callbacks.langevin import Langevin
 from deepred_pl.callbacks.monitor import Monitor
 from deepred_pl.callbacks.panels import Panels
@@ -18,6 +19,7 @@ __all__ = [
     "CollapseGuard",
     "CudaGraph",
     "KeepMemory",
+    "KernelUpdate",
     "Langevin",
     "LastCheckpoint",
     "Monitor",

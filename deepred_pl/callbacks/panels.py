@@ -12,6 +12,7 @@ from deepred_pl.checks import check_at_least
 from deepred_pl.images import displayed
 from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.operators import unknown_blur
 
 DISPLAYS = 10  # TensorBoard shows 10 images of a panel by default, evenly chosen
 MOST_DISPLAYS = 100  # per run; with more, the images would be too small
@@ -94,10 +95,19 @@ def panels(model: DeepImagePrior) -> dict[str, Tensor]:
     if isinstance(model, DeepRED):
         shown["x"] = model.x
         shown["u, rescaled"] = 0.5 + 0.5 * model.u / model.u.abs().max().clamp(min=1e-12)
+    blur = None if model.problem is None else unknown_blur(model.problem.operator)
+    if blur is not None:
+        shown["kernel, rescaled"] = _enlarged(blur.kernel / blur.kernel.max(), model.out.shape[-1])
     truth = None if model.problem is None else model.problem.ground_truth
     if truth is not None:
         shown[f"error × {ERROR_GAIN}"] = ERROR_GAIN * (model.restored - truth).abs()
     return {name: image.clamp(0, 1) for name, image in shown.items()}
+
+
+def _enlarged(kernel: Tensor, width: int) -> Tensor:
+    """A kernel as an image (1, 1, H, W), enlarged by a whole factor to about a width."""
+    factor = max(1, width // kernel.shape[-1])
+    return F.interpolate(kernel[None, None], scale_factor=factor, mode="nearest")
 
 
 def _within(image: Tensor, size: int) -> Tensor:

@@ -24,7 +24,8 @@ from deepred_pl.lightning import (
     rank_zero_warn,
 )
 from deepred_pl.model import DeepImagePrior, DeepRED
-from deepred_pl.report import compare, diagnosis, score, write_uncertainty
+from deepred_pl.operators import unknown_blur
+from deepred_pl.report import compare, diagnosis, score, write_kernel, write_uncertainty
 
 
 class Writer(Callback):
@@ -100,6 +101,8 @@ class Writer(Callback):
             assert pl_module.problem is not None
             picture = compare(pl_module.problem, pl_module.restored)
             write_image(directory / "comparison.png", picture)
+            if (blur := unknown_blur(pl_module.problem.operator)) is not None:
+                write_kernel(directory, blur.kernel)
             for callback in restoration_callbacks(trainer, ""):
                 if callback.std is not None:
                     write_uncertainty(directory, callback.std)

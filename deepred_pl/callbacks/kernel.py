@@ -1,0 +1,74 @@
+"""The update of an unknown blur's kernel."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepred_pl.blind import kernel_between, with_few_edges
+from deepred_pl.callbacks.base import RestorationCallback
+from deepred_pl.checks import as_plain, check_positive
+from deepred_pl.lightning import LightningModule, Trainer
+from deepred_pl.model import DeepImagePrior
+from deepred_pl.operators import unknown_blur
+
+FIRST, LAST = 1 / 6, 5 / 6  # of the fit: the image must have begun, and the rest is not blind
+
+
+class KernelUpdate(RestorationCallback):
+    """Improves the kernel of an `UnknownBlur` during a fit, in place.
+
+    Between the first and the last sixth of the fit, the kernel becomes `updates` times the one that
+    is between the average of the outputs and the measurement (`blind.kernel_between`). Weak edges
+    of the average are removed before: otherwise a kernel that is too small and an image that is
+    still blurred would explain the measurement together.
+
+    Args:
+        updates: Number of updates, > 0.
+        strength: By which weak edges are removed, > 0 (`blind.with_few_edges`).
+        submodule: Dotted name of the restoration inside the trained module; "" is the module.
+
+    Raises:
+        ValueError: An argument is out of range, the trainer has no max_steps, or the operator is no
+            `UnknownBlur`.
+    """
+
+    def __init__(self, updates: int = 8, strength: float = 0.01, submodule: str = "") -> None:
+        super().__init__(submodule)
+        self.updates, self.strength = as_plain(updates), as_plain(strength)
+        check_positive("updates", self.updates)
+        check_positive("strength", self.strength)
+        self._due: frozenset[int] = frozenset()
+
+    def start(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        steps = trainer.max_steps
+        self._due = frozenset(np.linspace(FIRST * steps, LAST * steps, self.updates).astype(int))
+
+    def check(self, model: DeepImagePrior, trainer: Trainer) -> None:
+        super().check(model, trainer)
+        if trainer.max_steps < 1:
+            raise ValueError(
+                "KernelUpdate divides the trainer's max_steps, got max_steps="
+                f"{trainer.max_steps}; set it"
+            )
+        if model.problem is not None and unknown_blur(model.problem.operator) is None:
+            raise ValueError(
+                "KernelUpdate is for an UnknownBlur, and the kernel of "
+                f"{model.problem.operator} is known; leave the callback out"
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if trainer.global_step in self._due:
+            self._update(self.model)
+
+    @torch.no_grad()
+    def _update(self, model: DeepImagePrior) -> None:
+        assert model.problem is not None
+        blur = unknown_blur(model.problem.operator)
+        assert blur is not None
+        sharp, blurred = (
+            image[0].mean(dim=0).cpu().double().numpy()
+            for image in (model.average, model.problem.y)
+        )
+        kernel = kernel_between(with_few_edges(sharp, self.strength), blurred, blur.size)
+        blur.kernel.copy_(torch.from_numpy(kernel))

@@ -156,6 +156,7 @@ class RestorationDataModule(LightningDataModule):
         else:
             self.problem = self._measured(operator)
         plausibility.check_sinogram(self.problem)
+        plausibility.check_kernel(self.problem)
         if self.measurement is not None and self.problem.noise is self.noise:
             plausibility.check_noise(self.problem)
         self.reading = self._reading()

@@ -19,7 +19,7 @@ from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import rounded_up
 from deepred_pl.lightning import rank_zero_warn
 from deepred_pl.noise import NoiseModel, corrected, parameters
-from deepred_pl.operators import Mask, Operator, Radon
+from deepred_pl.operators import Mask, Operator, Radon, unknown_blur
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
 
 EMPTY, DARK = 1 / 16, 1 / 4  # largest value in units of white: 12 and 14 bits in a file of 16
@@ -36,6 +36,10 @@ SMALLEST = 8  # pixels of a side, below which there are too few values to judge
 FEW_KNOWN, CONNECTED = 0.4, 0.55  # shares of known pixels, and of known ones next to them
 FEWEST_ANGLES = 6
 MISFIT = 0.005  # of the detectors
+# Agreement of the estimates of a kernel: at least 0.75 on 15 images of 128×128 pixels with noise of
+# σ = 1, and at most 0.56 with noise of σ = 10, 20 and 40.
+DETERMINED = 0.6
+POINT = 0.25  # largest value of a kernel that counts as a blur
 
 
 def check_layout(image: Tensor, name: str) -> None:
@@ -213,6 +217,26 @@ def check_sinogram(problem: InverseProblem) -> None:
             f"the sinogram is not that of one object at these angles: {found}. Check "
             "data.operator.angles, their order and unit (degrees), the axes (detectors, angles), "
             "the centre of rotation, and that nothing lies outside of the field of view"
+        )
+
+
+def check_kernel(problem: InverseProblem) -> None:
+    """Warn if the kernel of an unknown blur could not be determined, or is hardly one."""
+    blur = unknown_blur(problem.operator)
+    if blur is None:
+        return
+    largest = float(blur.kernel.max())
+    if blur.agreement < DETERMINED:
+        warn(
+            "the blur cannot be determined from this image: estimates of its kernel agree only to "
+            f"{blur.agreement:.2f}, and to more than {DETERMINED} where they are right. The image "
+            "may be too noisy, have too little detail, or not be blurred; or another "
+            "data.operator.size may help"
+        )
+    elif largest > POINT:
+        warn(
+            f"the blur's kernel is nearly a point, with {largest:.0%} of it in one pixel: the "
+            "image is hardly blurred, or too noisy to see how; restore it without a blur"
         )
 
 

@@ -38,6 +38,7 @@ TOO_SHORT = (
 # The settings of each operator that most often differ from those of the measurement.
 SUSPECTS = {
     "Blur": "the blur's kernel or boundary",
+    "UnknownBlur": "the kernel that was found",
     "Downsample": "the factor or the kernel",
     "Radon": "the angles, their order or unit, the centre of rotation or data.intensity_range",
     "Adapted": "the operator",

@@ -14,7 +14,7 @@ from deepred_pl.cli import RestorationCLI, settings_of
 from deepred_pl.images import write_image
 from deepred_pl.jpeg import JPEG
 from deepred_pl.noise import GaussianNoise, PoissonNoise
-from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon
+from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon, UnknownBlur
 from deepred_pl.restore import restore
 from tests.helpers import picture
 
@@ -77,6 +77,7 @@ def test_another_effort_is_refused(effort):
         (Mask(np.ones((4, 4))), "inpainting"),
         (Radon(4), "tomography"),
         (JPEG(), "jpeg"),
+        (UnknownBlur(), "deblurring_blind"),
     ],
 )
 def test_each_operator_has_a_task(operator, task):

@@ -106,7 +106,7 @@ def test_a_blurred_image_by_the_kernels_file(command):
     np.save("psf.npy", blur.kernel.numpy())
     save("blurred.png", blur(picture(1, 48, 64)), 2)
     report = chosen(command, "blurred.png", "--blur", "psf.npy")
-    assert "Blur(5×5, boundary='reflect')" in report["read"]
+    assert "Blur(5×5, boundary='unknown'), 85.9% observed" in report["read"]
     assert report["result"]["fidelity"] == "backprojection"
 
 
@@ -123,7 +123,7 @@ def test_a_kernel_by_its_name(name, blur):
     operator = RestorationCLI(
         ["--config=deblurring_uniform", *options], run=False
     ).datamodule.operator
-    assert torch.equal(operator.kernel, blur.kernel) and operator.boundary == "reflect"
+    assert torch.equal(operator.kernel, blur.kernel) and operator.boundary == "unknown"
 
 
 def test_a_small_image_is_enlarged(command):
@@ -142,6 +142,19 @@ def test_scratches_are_filled_and_the_rest_is_kept(command):
     before, after = (np.asarray(Image.open(p)) for p in ("scratched.png", report["restored"]))
     changed = (before != after).any(-1)
     assert changed[20:23].mean() > 0.9 and not changed[:20].any() and not changed[23:].any()
+
+
+def test_a_kernel_that_is_unknown_is_found_and_written(command, refused):
+    blur = Blur.motion(5, 30, boundary="reflect")
+    save("shaken.png", blur(picture(3, 64, 80)), 1)
+    report = chosen(command, "shaken.png", "--blur", "unknown:9")
+    assert "UnknownBlur(9×9, estimates agree to" in report["read"]
+    assert report["kernel"].endswith("shaken.kernel.npy") and report["directory"] is None
+    kernel = np.load("shaken.kernel.npy")
+    assert kernel.shape == (9, 9) and Image.open("shaken.kernel.png").size == (9, 9)
+    assert any(line.startswith("Kernel   ") for line in lines_of(report))
+    assert "exists already" in refused("shaken.png", "--blur", "unknown:9")
+    assert "must be odd" in refused("shaken.png", "--blur", "unknown:8", "--overwrite")
 
 
 @pytest.mark.parametrize("tile", [(), ("--tile", 48)])
@@ -239,6 +252,7 @@ def test_the_report_says_how_to_change_an_assumption(name, value, said):
         "chosen": {} if value is None else {name: value},
         "result": {"steps": 3, "seconds": 1, "stop_reason": "max_steps", "psnr": scores},
         **{"fits": 1, "warnings": [], "diagnosis": "", "restored": "b.png", "comparison": "c.png"},
+        "kernel": None,
     }
     assert lines_of(report)[1] == f"Assumed  this ({said})"
 

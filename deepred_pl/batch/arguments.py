@@ -324,7 +324,7 @@ def _blur(text: str) -> str:
             "expected a kernel's file as --blur, or gaussian:WIDTH, uniform:SIZE, "
             f"motion:LENGTH:ANGLE or unknown:SIZE, got {text}"
         ) from error
-    return _operator(f"deepred_pl.operators.Blur.{kind}", boundary="reflect", **arguments)
+    return _operator(f"deepred_pl.operators.Blur.{kind}", boundary="unknown", **arguments)
 
 
 def _angles(text: str) -> list[float]:

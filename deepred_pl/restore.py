@@ -1,6 +1,7 @@
 """Restore an image in memory with one call."""
 
 import json
+import os
 import tempfile
 import time
 from argparse import ArgumentError
@@ -25,7 +26,7 @@ from deepred_pl.images import stored_page, to_array, with_alpha
 from deepred_pl.lightning import Callback, SaveConfigCallback, rank_zero_warn
 from deepred_pl.model import DeepRED
 from deepred_pl.noise import NoiseModel
-from deepred_pl.operators import Operator, Physics, as_operator
+from deepred_pl.operators import Operator, Physics, as_operator, unknown_blur
 from deepred_pl.problem import InverseProblem, check_noise_model
 from deepred_pl.report import combine, diagnosis
 from deepred_pl.tiles import Region, blend
@@ -34,7 +35,7 @@ from deepred_pl.torch_state import default_settings
 
 @default_settings()
 def restore(
-    image: np.ndarray | Tensor,
+    image: np.ndarray | Tensor | str | os.PathLike,
     task: str | Sequence[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     operator: Operator | Physics | None = None,
@@ -56,7 +57,8 @@ def restore(
         image: The measurement: an array (H, W) or (H, W, C), or with the axes that the override
             "data.axes" names, such as "CYX"; or a tensor (H, W), (C, H, W) or (1, C, H, W); uint8,
             uint16, or floats in [0, 1]. NaN and masked values are missing, and filled. An opaque
-            last channel of two or four is kept.
+            last channel of two or four is kept. Or a file, which the artefacts of a JPEG need
+            (task "jpeg", or operator=JPEG()).
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
             which later ones override earlier ones, such as ["denoising", "methods/quick"]. None is
             the one for the operator, whose settings and noise are chosen for this image.
@@ -77,11 +79,12 @@ def restore(
         report: Return how it was done, too.
 
     Returns:
-        The restored image, of the same kind, dtype and device as `image`; larger if the operator
-        reduces images. No files are kept, unless the overrides have a `trainer.default_root_dir`,
-        which then gets a run directory, or one per tile. With `report`, the image and a dict of
-        plain data: what was "assumed", the settings "chosen", and the "result", which is described
-        in the guide as `result.json`.
+        The restored image, of the same kind, dtype and device as `image`, or an array of a file's
+        type; larger if the operator reduces images. No files are kept, unless the overrides have a
+        `trainer.default_root_dir`, which then gets a run directory, or one per tile. With `report`,
+        the image and a dict of plain data: what was "assumed", the settings "chosen", and the
+        "result", which is described in the guide as `result.json`. Without tiles it also has the
+        "kernel" that was found of an `UnknownBlur`, an array (rows, columns).
 
     Raises:
         ValueError: An impossible image, setting or combination, such as tiles of an image measured
@@ -182,7 +185,14 @@ def restore(
         if data.image_format.axes:
             array = stored_page(array, data.image_format)[1]
         if report:
-            about = {"assumed": choice.assumed, "chosen": choice.settings, "result": result}
+            about: dict[str, Any] = {
+                "assumed": choice.assumed,
+                "chosen": choice.settings,
+                "result": result,
+            }
+            blur = unknown_blur(data.problem.operator)
+            if blur is not None and tile is None:
+                about["kernel"] = blur.kernel.cpu().numpy()
             return _like(image, array), about
         return _like(image, array)
 
@@ -229,14 +239,14 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else str(value)
 
 
-def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
-    """The image as an array, (H, W) or (H, W, C)."""
-    if isinstance(image, np.ndarray):
+def _channels_last(image: object) -> np.ndarray | str | os.PathLike:
+    """The image as an array, (H, W) or (H, W, C), or its file."""
+    if isinstance(image, np.ndarray | str | os.PathLike):
         return image
     if not isinstance(image, Tensor):
         raise ValueError(
-            f"expected a NumPy array or a tensor, got {type(image).__name__}; use "
-            "numpy.asarray(image), or deepred_pl.images.read_image(path)[0] for a file"
+            f"expected a NumPy array, a tensor or a file's path, got {type(image).__name__}; use "
+            "numpy.asarray(image)"
         )
     if image.ndim not in (2, 3) and not (image.ndim == 4 and image.shape[0] == 1):
         raise ValueError(
@@ -248,8 +258,10 @@ def _channels_last(image: np.ndarray | Tensor) -> np.ndarray:
     return (array if array.ndim == 2 else array.reshape(array.shape[-3:]).movedim(0, -1)).numpy()
 
 
-def _like(image: np.ndarray | Tensor, restored: np.ndarray) -> Any:
+def _like(image: np.ndarray | Tensor | str | os.PathLike, restored: np.ndarray) -> Any:
     """The restored array (H, W, C) in the kind, layout, dtype and device of `image`."""
+    if isinstance(image, str | os.PathLike):
+        return restored[..., 0] if restored.shape[-1] == 1 else restored
     if not isinstance(image, Tensor):
         restored = restored[..., 0] if image.ndim < restored.ndim else restored
         return restored.astype(image.dtype) if image.dtype.kind == "f" else restored

@@ -19,6 +19,7 @@ from deepred_pl.lightning import Trainer
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Observed, UnknownBlur, unknown_blur, without
 from deepred_pl.report import registered, score, write_kernel
+from deepred_pl.restore import restore
 from tests.helpers import TinyNet, picture
 
 SIZE = 9
@@ -266,3 +267,14 @@ def test_values_that_are_missing_do_not_shape_the_kernel():
     first, second = (unknown_blur(p.operator).kernel.double().numpy() for p in (problem, other))
     assert correlation(first, second) > 0.9
     assert not (other.operator.observed.bool() & missing).any()
+
+
+def test_restore_returns_the_kernel_that_it_found():
+    y = blurred(oblique(), sigma=1).astype(np.float32)
+    settings = {"trainer.max_steps": 6, "model.network.width": 4, "model.network.scales": 2}
+    restored, about = restore(
+        y, operator=UnknownBlur(SIZE), noise=GaussianNoise(1), overrides=settings, report=True
+    )
+    assert restored.shape == y.shape and about["kernel"].shape == (SIZE, SIZE)
+    assert about["kernel"].sum() == pytest.approx(1) and about["kernel"].min() >= 0
+    assert not np.allclose(about["kernel"], estimate_kernel(y.astype(float), SIZE)[0], atol=1e-3)

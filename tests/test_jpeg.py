@@ -12,6 +12,7 @@ from deepred_pl.data import RestorationDataModule
 from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import read_image, to_array, to_tensor
 from deepred_pl.jpeg import JPEG, compress, read_jpeg
+from deepred_pl.restore import restore
 from deepred_pl.tiles import Region, blend
 
 SIZES = [(64, 96), (37, 53), (24, 40), (5, 3), (100, 16)]
@@ -80,8 +81,8 @@ def test_operator_is_the_dct_of_scipy_behind_colour_transform_and_subsampling(tm
     assert len(measured) == len(expected)
     for i, (found, wanted) in enumerate(zip(measured, expected, strict=True)):
         found = found[: wanted.shape[0], : wanted.shape[1]] * 255
-        if i > 0:  # means of n pixels are multiplied by √n
-            found = found / math.sqrt(math.prod(RATIO[kind]))
+        if i > 0:  # means of n pixels are multiplied by √n, and chrominance counts half
+            found = found / (0.5 * math.sqrt(math.prod(RATIO[kind])))
         np.testing.assert_allclose(found, wanted, atol=2e-3)  # float32 sums of 64 values up to 255
 
 
@@ -287,3 +288,15 @@ def test_datamodule(tmp_path):
     for settings in ({"intensity_range": "minmax"}, {"intensity_range": [0, 200]}):
         with pytest.raises(ValueError, match="does not apply"):
             RestorationDataModule(measurement=path, operator=JPEG(), **settings).setup()
+
+
+def test_restore_takes_the_file(tmp_path):
+    for kind, shape in {"4:2:0": (40, 56, 3), "grey": (40, 56)}.items():
+        path = saved(tmp_path / "a.jpg", photo(kind, 40, 56), kind)
+        settings = {"trainer.max_steps": 2, "model.network.width": 4, "model.network.scales": 2}
+        restored, about = restore(path, operator=JPEG(), overrides=settings, report=True)
+        assert restored.shape == shape and restored.dtype == np.uint8
+        assert about["result"]["share_in_cells"] > 0.9
+        assert about["chosen"]["red.denoiser"]["init_args"]["sigma"] == pytest.approx(4.7, abs=0.3)
+    with pytest.raises(ValueError, match="in its file"):
+        restore(photo("grey", 40, 56), "jpeg", settings)

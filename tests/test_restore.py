@@ -174,7 +174,7 @@ def test_an_intensity_range_is_undone():
         (stored(np.float32) * np.nan, {}, "NaN"),
         (np.zeros((2, 3, 33, 47), np.uint8), {}, "one image"),
         (torch.zeros(2, 3, 33, 47), {}, "one image at a time"),
-        ("photo.png", {}, r"array or a tensor, got str; use numpy\.asarray"),
+        ([1, 2], {}, r"array, a tensor or a file\'s path, got list; use numpy\.asarray"),
         (stored(np.uint8)[:20], {"noise": GaussianNoise(3)}, "at least 33×33 pixels"),
         (stored(np.uint8), {"task": "tomography"}, "with 60 angles"),
         (stored(np.uint8), {"denoiser": NonLocalMeans}, "denoiser must be an object of"),

@@ -51,10 +51,10 @@ class JPEG(Operator):
     A x is (1, K, rows, columns): for each square unit of the image, of 8×8 pixels, or 16×16 where
     chrominance is subsampled by 2, the K coefficients of its blocks, on the [0, 1] scale. The DCT
     and the subsampling have orthonormal rows (a mean of n pixels is multiplied by √n), so that
-    errors have the scale of pixels, but those of chrominance count half (`WEIGHTS`). Each coefficient of the file is only
-    known to within half a quantization step, its cell. The data term is 0 in the middle of a cell
-    (`FLAT`), and the squared distance to it elsewhere; the result is moved into the cells. There is
-    no other noise: `noise` is None.
+    errors have the scale of pixels, but those of chrominance count half (`WEIGHTS`). Each
+    coefficient of the file is only known to within half a quantization step, its cell. The data
+    term is 0 in the middle of a cell (`FLAT`), and the squared distance to that elsewhere; the
+    result is moved into the cells. There is no other noise: `noise` is None.
 
     `read_jpeg` gives the measurement and the operator of a file. Otherwise the operator has no
     quantization tables yet, and the datamodule takes those of the measurement, or compresses a

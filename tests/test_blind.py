@@ -12,6 +12,7 @@ from scipy.signal import convolve2d
 from deepred_pl import DeepRED, InverseProblem, REDUpdate
 from deepred_pl.blind import correlation, estimate_kernel, kernel_between, with_few_edges
 from deepred_pl.callbacks import KernelUpdate
+from deepred_pl.callbacks.panels import panels
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.denoisers import TotalVariation
 from deepred_pl.images import write_image
@@ -278,3 +279,11 @@ def test_restore_returns_the_kernel_that_it_found():
     assert restored.shape == y.shape and about["kernel"].shape == (SIZE, SIZE)
     assert about["kernel"].sum() == pytest.approx(1) and about["kernel"].min() >= 0
     assert not np.allclose(about["kernel"], estimate_kernel(y.astype(float), SIZE)[0], atol=1e-3)
+
+
+def test_kernel_is_shown_in_the_panels():
+    model = model_of(blind_problem())
+    kernel = panels(model)["kernel, rescaled"]
+    assert kernel.shape == (1, 1, 8 * SIZE, 8 * SIZE) and kernel.max() == 1
+    found = unknown_blur(model.problem.operator).kernel
+    torch.testing.assert_close(kernel[0, 0, ::8, ::8], found / found.max())

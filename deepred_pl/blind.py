@@ -3,8 +3,8 @@
 `estimate_kernel` needs only the blurred image. From coarse to fine, it alternates between a sharp
 image with few edges, and the kernel between that and the blurred one (Cho & Lee 2009; the edges are
 those of the L0 gradient prior of Xu et al. 2011, as Pan et al. 2014 use it for kernels). It does so
-with several strengths, and takes the mean of what they find; how much they agree tells whether the
-blur can be known.
+with several strengths, and takes the mean of what they find; how much they agree shows whether the
+blur can be determined.
 
 `kernel_between` solves for the kernel given a sharp image, with which a fit improves the kernel.
 
@@ -14,6 +14,7 @@ position.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
@@ -26,7 +27,7 @@ STRENGTHS, DAMPINGS = (0.002, 0.004, 0.008, 0.016), (4.0, 12.0)
 ROUNDS, DECAY, LEAST_STRENGTH = 5, 1.1, 1e-4  # of each scale; the strength falls in every round
 COARSEST = 3  # side of the kernel at the first scale; it grows by √2
 LEAST_VALUE, LEAST_PART = 0.05, 0.1  # of the largest value, and of the sum, that are kept
-DETAIL = 512  # side of the part of a large image by which the kernel is estimated
+DETAIL = 256  # side of the part of a large image by which the kernel is estimated
 
 ITERATIONS = 150  # of `kernel_between`
 DAMPING = 1.0
@@ -36,15 +37,24 @@ def estimate_kernel(image: Array, size: int) -> tuple[Array, float]:
     """Estimate the kernel by which an image, (H, W), was blurred.
 
     Args:
-        image: The blurred image, of the luminance or the mean of the channels. Of a large one, the
-            512×512 pixels with most detail are used.
+        image: The blurred image, such as the mean of the channels. Of a large one, the 256×256
+            pixels with most detail are used.
         size: Side of the kernel in pixels, odd, at least 3.
 
     Returns:
         The kernel, (size, size), and the mean correlation of the estimates whose mean it is, in
-        [0, 1].
+        [0, 1]; a point and 0 if the image is constant.
     """
-    image = _most_detailed(image, DETAIL)
+    image = image[most_detailed(image)]
+    kernel, agreement = _estimate_all(image.tobytes(), image.shape, size)
+    return kernel.copy(), agreement
+
+
+@lru_cache(maxsize=4)  # an image is read several times while its settings are chosen
+def _estimate_all(pixels: bytes, shape: tuple[int, int], size: int) -> tuple[Array, float]:
+    image = np.frombuffer(pixels).reshape(shape)
+    if np.ptp(image) == 0:
+        return np.pad([[1.0]], size // 2), 0.0
     kernels = [_estimate(image, size, s, d) for s in STRENGTHS for d in DAMPINGS]
     alike = np.array([[correlation(a, b) for b in kernels] for a in kernels])
     middle = kernels[int(alike.sum(axis=0).argmax())]
@@ -170,6 +180,8 @@ def _damped_kernel(sharp: Array, blurred: Array, size: int, damping: float, insi
 
 def _cleaned(kernel: Array) -> Array:
     """The kernel without negative, small and isolated values, centred, of sum 1."""
+    if not kernel.max() > 0:  # nothing in the image determines it
+        return np.pad([[1.0]], kernel.shape[0] // 2)
     kernel = np.where(kernel < LEAST_VALUE * kernel.max(), 0, kernel)
     parts, count = ndimage.label(kernel > 0, np.ones((3, 3)))
     sums = ndimage.sum_labels(kernel, parts, range(count + 1))
@@ -237,12 +249,12 @@ def _faded(image: Array, margin: int) -> Array:
     return weight * larger + (1 - weight) * ndimage.gaussian_filter(larger, margin / 2, mode="wrap")
 
 
-def _most_detailed(image: Array, side: int) -> Array:
-    """The part of side × side pixels with the strongest gradients, or all of a smaller image."""
-    rows, columns = (min(side, length) for length in image.shape)
+def most_detailed(image: Array) -> tuple[slice, slice]:
+    """The 256×256 pixels with the strongest gradients, or all of a smaller image."""
+    rows, columns = (min(DETAIL, length) for length in image.shape)
     energy = sum(np.diff(image, axis=a, append=image.take([-1], a)) ** 2 for a in (0, 1))
     mean = ndimage.uniform_filter(energy, (rows, columns), mode="constant")
     top, left = rows // 2, columns // 2
     within = mean[top : image.shape[0] - rows + top + 1, left : image.shape[1] - columns + left + 1]
     row, column = np.unravel_index(within.argmax(), within.shape)
-    return image[row : row + rows, column : column + columns]
+    return slice(row, row + rows), slice(column, column + columns)

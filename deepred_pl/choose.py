@@ -452,8 +452,9 @@ def _estimated_sigma(problem: InverseProblem) -> float | list[float]:
     """
     operator, observed, valid = problem.operator, problem.operator.observed, unclipped(problem.y)
     least = 1.01 * LEAST_ESTIMATE / GREY_LEVELS
-    if isinstance(operator, Observed) and isinstance(operator.operator, Blur):  # but its border
-        operator = operator.operator
+    inner = operator.operator if isinstance(operator, Observed) else None
+    if isinstance(inner, Blur) and inner.boundary == "unknown":  # only the border is not observed
+        operator = inner
     known = isinstance(operator, Blur) and not isinstance(operator, UnknownBlur)
     if known and valid.float().mean() > 1 - MOST_CLIPPED:
         assert isinstance(operator, Blur)

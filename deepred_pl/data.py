@@ -25,7 +25,7 @@ from deepred_pl.metrics import MetricOn
 from deepred_pl.noise import NoiseModel
 from deepred_pl.operators import Downsample, Mask, Operator, as_operator, without
 from deepred_pl.problem import InverseProblem
-from deepred_pl.sources import name_of
+from deepred_pl.sources import find_image, name_of
 from deepred_pl.tiles import Region
 from deepred_pl.trainer import Epoch
 
@@ -149,6 +149,8 @@ class RestorationDataModule(LightningDataModule):
             rank_zero_info(f"no image given; restoring {DEFAULT_SAMPLE}")
             self.ground_truth = DEFAULT_SAMPLE
         operator = as_operator(self.operator)
+        if isinstance(operator, JPEG):
+            self._check_jpeg()
         truth: Tensor | None
         if self.measurement is None:
             y, operator, truth = self._simulated(operator)
@@ -218,21 +220,32 @@ class RestorationDataModule(LightningDataModule):
         limits = _limits(y, operator, stored, self.intensity_range)
         return InverseProblem(y, operator, self.noise, truth, self.metric_on, limits)
 
+    def _check_jpeg(self) -> None:
+        """Refuse settings that do not apply to the coefficients of a JPEG."""
+        applies = {
+            "noise": self.noise is None,
+            "intensity_range": self.intensity_range == "dtype",
+            "degrade": self.degrade == "operator",
+            "hold_out": not self.hold_out,
+        }
+        for name, does in applies.items():
+            if not does:
+                raise ValueError(
+                    "a JPEG's coefficients are known to within their quantization, so that "
+                    f"data.{name} does not apply; leave it out"
+                )
+
     def _compressed(self, stored: ImageFormat) -> InverseProblem:
         """The problem of a JPEG file, with a ground truth only for the metrics."""
-        if isinstance(self.measurement, np.ndarray):
+        assert self.measurement is not None
+        file = self.measurement
+        file = file if isinstance(file, np.ndarray) else find_image(file)
+        if isinstance(file, np.ndarray):
             raise ValueError(
                 "the coefficients of a JPEG are in its file, got an array: set data.measurement to "
                 "the file, or use InverseProblem(*read_jpeg(path)) of deepred_pl.jpeg"
             )
-        if self.noise is not None or self.intensity_range != "dtype":
-            name = "noise" if self.noise is not None else "intensity_range"
-            raise ValueError(
-                f"a JPEG's coefficients are known to within their quantization: data.{name} does "
-                "not apply, leave it out"
-            )
-        assert self.measurement is not None
-        y, operator = read_jpeg(self.measurement)
+        y, operator = read_jpeg(file)
         self.image_format = stored
         truth = None if self.ground_truth is None else self._read_truth("dtype")
         return InverseProblem(y, operator, None, truth, self.metric_on)

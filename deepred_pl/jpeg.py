@@ -23,6 +23,7 @@ from deepred_pl.tiles import Region
 Subsampling = Literal["4:4:4", "4:2:2", "4:2:0"]
 
 SIDE = 8  # of a block
+FLIPPED_ROWS, FLIPPED_COLUMNS = (3, 4, 7, 8), (2, 3, 6, 7)  # of the upright image, by orientation
 WHITE = 255  # coefficients are those of 8-bit values, here in [0, 1]
 LEVEL = 128 * SIDE / WHITE  # DC coefficient of the grey that JPEG subtracts from luminance
 # ITU-T T.871 (JFIF): Y, Cb, Cr of red, green and blue.
@@ -35,8 +36,8 @@ YCBCR = (
 # prior knows more about it: with 1 the result had 0.1 dB less on astronaut and 0.8 dB less on
 # coffee (quality 10, 128×128), and with 0.3 0.7 dB less and 0.7 dB more than with 0.5.
 WEIGHTS = (1.0, 0.5, 0.5)
-# The share of a cell, around its middle, in which the data term is 0: for Y, Cb and Cr. In all of
-# it the prior would move coefficients to the border, though the middle is a better estimate: at
+# The share of a cell, around its middle, in which the data term is 0: for Y, Cb and Cr. With 1 the
+# prior moves coefficients to the border of their cells, though the middle is a better estimate: at
 # quality 10 that costs 1 dB (astronaut, 128×128), most of it in chrominance, whose cells are large.
 FLAT = (0.3, 0.0, 0.0)
 # An image is stored with 8 bits: by this much less than half a quantization step the coefficients
@@ -177,9 +178,12 @@ class JPEG(Operator):
         return (1, len(self.blocks), height, width)
 
     def reach(self) -> tuple[int, int] | None:
-        """0, as units are apart; None of a turned image whose last units, then first, are cut."""
-        full = not any(side % self.factor for side in self.size)
-        return (0, 0) if full or self.orientation == 1 else None
+        """0, but None if units that are not full come first, because the image is turned."""
+        height, width = self.size[::-1] if self.orientation > 4 else self.size
+        first = (self.orientation in FLIPPED_ROWS and height % self.factor) or (
+            self.orientation in FLIPPED_COLUMNS and width % self.factor
+        )
+        return None if first else (0, 0)
 
     def cropped(self, region: Region) -> "JPEG":
         if not self.blocks:
@@ -288,7 +292,13 @@ def read_jpeg(path: str | os.PathLike) -> tuple[Tensor, JPEG]:
 def compress(
     truth: Tensor, quality: int, subsampling: Subsampling = "4:2:0"
 ) -> tuple[Tensor, JPEG]:
-    """Compress an image, (1, 1 or 3, H, W) in [0, 1], by Pillow; as `read_jpeg` of that file."""
+    """Compress an image, (1, 1 or 3, H, W) in [0, 1], by Pillow; as `read_jpeg` of that file.
+
+    Raises:
+        ValueError: It has another number of channels.
+    """
+    if truth.shape[1] not in (1, 3):
+        raise ValueError(f"a JPEG has 1 or 3 channels, got an image of {truth.shape[1]}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.jpg"
         array = to_array(truth, ImageFormat())  # (H, W, C)
@@ -299,9 +309,9 @@ def compress(
 
 def turned(x: Tensor, orientation: int) -> Tensor:
     """An upright image (..., H, W) as it is stored with an orientation of EXIF, 1 to 8."""
-    if orientation in (3, 4, 7, 8):
+    if orientation in FLIPPED_ROWS:
         x = x.flip(-2)
-    if orientation in (2, 3, 6, 7):
+    if orientation in FLIPPED_COLUMNS:
         x = x.flip(-1)
     return x.mT if orientation in (5, 6, 7, 8) else x
 
@@ -309,9 +319,9 @@ def turned(x: Tensor, orientation: int) -> Tensor:
 def upright(x: Tensor, orientation: int) -> Tensor:
     """Undo `turned`."""
     x = x.mT if orientation in (5, 6, 7, 8) else x
-    if orientation in (2, 3, 6, 7):
+    if orientation in FLIPPED_COLUMNS:
         x = x.flip(-1)
-    return x.flip(-2) if orientation in (3, 4, 7, 8) else x
+    return x.flip(-2) if orientation in FLIPPED_ROWS else x
 
 
 def _filled(x: Tensor, dim: int, multiple: int) -> Tensor:

@@ -126,7 +126,7 @@ class Operator(nn.Module, ABC):
         return image
 
     def fitted(self, y: Tensor) -> "Operator":
-        """The operator with what is open taken from a measurement, which it is to explain."""
+        """The operator with its open parts estimated from its measurement y."""
         return self
 
     def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> "Operator":
@@ -321,7 +321,7 @@ class UnknownBlur(Blur):
     Args:
         size: Side of the kernel in pixels, odd, at least 3: larger than the blur, by a quarter or
             so; the image must be larger than twice that.
-        simulated: The blur that makes the measurement where one is simulated; only that.
+        simulated: The blur that makes the measurement where one is simulated; nothing else uses it.
 
     Attributes:
         kernel: The kernel at present, (size, size).
@@ -336,19 +336,32 @@ class UnknownBlur(Blur):
         check_at_least(3, size=size)
         _check_size(size)
         super().__init__(torch.ones(1, 1), "unknown")
-        kernel = torch.ones(1, 1) if simulated is None else simulated.kernel
-        rows, columns = ((size - side) // 2 for side in kernel.shape)
+        self.size, self.simulated = size, simulated
+        self.agreement, self.estimated = 0.0, False
+        half = size // 2
+        # It is learned, and saved in checkpoints.
+        self.register_buffer("kernel", F.pad(torch.ones(1, 1), (half, half, half, half)))
+
+    def drawn(self, image_shape: tuple[int, ...], generator: torch.Generator) -> Operator:
+        """The operator with the kernel of the simulated blur."""
+        if self.simulated is None:
+            raise ValueError(
+                "to simulate a measurement, an unknown blur needs one to simulate; set "
+                "data.operator.simulated, or give a measurement"
+            )
+        kernel = self.simulated.kernel
+        rows, columns = ((self.size - side) // 2 for side in kernel.shape)
         if min(rows, columns) < 0:
             raise ValueError(
                 f"the simulated blur has {kernel.shape[0]}×{kernel.shape[1]} pixels, more than the "
-                f"{size}×{size} in which it is to be found; use a larger size"
+                f"{self.size}×{self.size} in which it is to be found; use a larger size"
             )
-        self.size, self.agreement = size, 0.0
-        # It is learned, and saved in checkpoints.
-        self.register_buffer("kernel", F.pad(kernel, (columns, columns, rows, rows)))
+        known = UnknownBlur(self.size)
+        known.kernel = F.pad(kernel, (columns, columns, rows, rows))
+        return known
 
     def fitted(self, y: Tensor) -> Operator:
-        if self.agreement > 0:
+        if self.estimated:
             return super().fitted(y)
         if min(y.shape[-2:]) <= 2 * self.size:
             raise ValueError(
@@ -357,13 +370,13 @@ class UnknownBlur(Blur):
             )
         known = UnknownBlur(self.size)
         image = y[0].mean(dim=0).cpu().double().numpy()
-        kernel, agreement = estimate_kernel(image, self.size)
-        known.agreement = max(agreement, 0.01)
-        known.kernel = torch.from_numpy(kernel).to(y)
+        kernel, known.agreement = estimate_kernel(image, self.size)
+        known.kernel = torch.from_numpy(kernel).float().to(y.device)
+        known.estimated = True
         return known.fitted(y)
 
     def extra_repr(self) -> str:
-        if self.agreement == 0:
+        if not self.estimated:
             return f"{self.size}×{self.size}"
         return f"{self.size}×{self.size}, estimates agree to {self.agreement:.2f}"
 
@@ -753,6 +766,11 @@ class Observed(Operator):
         self.overshoots = operator.overshoots
         _keep(self, "mask", mask.float())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel":
+            _check_own(self, "operator", name)
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.operator(x) * self.mask
 
@@ -772,7 +790,8 @@ class Observed(Operator):
 
     def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
         known = self.operator.keep_known(image, y)
-        return image if known is image else torch.where(self.mask.bool(), known, image)
+        is_image = self.mask.shape[-2:] == image.shape[-2:]
+        return torch.where(self.mask.bool(), known, image) if is_image else known
 
     def nearest(self, y: Tensor, measured: Tensor) -> Tensor:
         return self.operator.nearest(y, measured)
@@ -780,8 +799,9 @@ class Observed(Operator):
     def fitted(self, y: Tensor) -> Operator:
         if isinstance(self.operator, Observed):  # of a part, whose operator was fitted
             return self
-        mask = self.mask.to(y)
-        return Observed(self.operator.fitted(_fill(y, mask.expand_as(y))), mask)
+        if unknown_blur(self.operator) is not None:
+            y = _fill(y, self.mask.to(y).expand_as(y))
+        return Observed(self.operator.fitted(y), self.mask)
 
     @property
     def observed(self) -> Tensor:

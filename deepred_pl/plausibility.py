@@ -19,7 +19,7 @@ from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import rounded_up
 from deepred_pl.lightning import rank_zero_warn
 from deepred_pl.noise import NoiseModel, corrected, parameters
-from deepred_pl.operators import Mask, Operator, Radon, unknown_blur
+from deepred_pl.operators import Blur, Mask, Observed, Operator, Radon, unknown_blur
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
 
 EMPTY, DARK = 1 / 16, 1 / 4  # largest value in units of white: 12 and 14 bits in a file of 16
@@ -39,6 +39,7 @@ MISFIT = 0.005  # of the detectors
 # Agreement of the estimates of a kernel: at least 0.75 on 15 images of 128×128 pixels with noise of
 # σ = 1, and at most 0.56 with noise of σ = 10, 20 and 40.
 DETERMINED = 0.6
+LEAST_SEEN = 0.3  # of the measurement, with an unknown boundary
 POINT = 0.25  # largest value of a kernel that counts as a blur
 
 
@@ -221,8 +222,17 @@ def check_sinogram(problem: InverseProblem) -> None:
 
 
 def check_kernel(problem: InverseProblem) -> None:
-    """Warn if the kernel of an unknown blur could not be determined, or is hardly one."""
-    blur = unknown_blur(problem.operator)
+    """Warn if a blur leaves little to fit, or an unknown one was not determined, or is a point."""
+    blur, operator = unknown_blur(problem.operator), problem.operator
+    inner = operator.operator if isinstance(operator, Observed) else operator
+    if isinstance(inner, Blur) and inner.boundary == "unknown":
+        seen = float(operator.observed.mean()) if operator.observed is not None else 1.0
+        if seen < LEAST_SEEN:
+            warn(
+                f"only {seen:.0%} of the measurement is far enough from its border not to depend "
+                "on the image beyond it, because the blur's kernel is large. A smaller kernel, or "
+                "a data.operator.boundary such as reflect, would use more"
+            )
     if blur is None:
         return
     largest = float(blur.kernel.max())

@@ -16,6 +16,7 @@ from deepred_pl.operators import (
     as_operator,
     check_adjoint,
     is_adapted,
+    unknown_blur,
 )
 from deepred_pl.tiles import Region, Tiling, cut
 from deepred_pl.torch_state import default_settings
@@ -30,9 +31,9 @@ class InverseProblem(nn.Module):
 
     Args:
         y: The measurement; for an image (1, C, H, W), float, in [0, 1] up to noise. Values that the
-            operator does not observe are set to 0. A complex measurement, as in magnetic resonance
-            imaging, is kept as its real and imaginary parts, (..., 2), each with the noise; the
-            given operator is then `operator.operator`.
+            operator does not observe are set to 0, but not those next to an unknown boundary. A
+            complex measurement, as in magnetic resonance imaging, is kept as its real and imaginary
+            parts, (..., 2), each with the noise; the given operator is then `operator.operator`.
         operator: A (see `deepred_pl.operators`), or an object with `A` and `A_adjoint`; None is
             the identity. Its parameters and buffers become float32.
         noise: The noise model; None means the mean squared residual as data term. Parameters left
@@ -430,9 +431,15 @@ class InverseProblem(nn.Module):
                 that the operator mixes.
 
         Raises:
-            ValueError: The operator cannot be cut, the overlap is too small, or one of the tiles is
-                refused by `part`.
+            ValueError: The operator cannot be cut, or has a kernel that is unknown, the overlap is
+                too small, or one of the tiles is refused by `part`.
         """
+        if unknown_blur(self.operator) is not None:
+            raise ValueError(
+                "the kernel of an unknown blur is found by one fit, not by each tile: restore the "
+                "image whole, or find the kernel on a part of it (data.region), and restore the "
+                "image with that kernel"
+            )
         (rows, columns), factor = self._reach(), self.operator.factor
         # The measurement in this margin depends on the image beyond the cut, and is left out.
         margin = rows * factor, columns * factor
@@ -458,7 +465,7 @@ class InverseProblem(nn.Module):
         if reach is None:
             raise ValueError(
                 f"{self.operator} mixes the whole image, which cannot be cut into parts; restore "
-                "it whole, or choose another boundary than 'circular' for a blur"
+                "it whole, or if it is a blur, choose another boundary than 'circular'"
             )
         return reach
 

@@ -29,6 +29,7 @@ WHITE = 0.15  # correlation of neighbours, below which a residual looks like whi
 FALLING = 1.1  # ratio of the residual after half of the steps to the last one
 SUMMED = ("steps", "seconds", "denoiser_wait_seconds", "rollbacks")  # over the fits of an image
 FEW_STEPS = 300  # below, an average of 100 steps has not forgotten its start
+REACH = 8  # pixels, by which the result of an unknown blur may be shifted
 AT_LIMIT = 0.02  # of the range between the limits
 SURELY, BEYOND = 6.0, 0.05  # standard deviations, and units of that range
 USE_LIKELIHOOD = "use methods/likelihood"
@@ -53,8 +54,7 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         restored: The restored image, (1, C, H, W).
         others: Further images to score, by name, with known pixels put back as in `restored`.
 
-    If the blur was unknown, so is the image's position: it is shifted by whole pixels to where it
-    fits best, and scored without a border of half the kernel's size.
+    If the blur was unknown, so is the image's position: it is `registered` first.
     """
     truth, blur = problem.ground_truth, unknown_blur(problem.operator)
     images = {"measurement": problem.as_image(), "restored": restored, **others}
@@ -63,7 +63,7 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         if truth is None or image is None:
             return None
         image = problem.keep_known(image)
-        pair = (image, truth) if blur is None else registered(image, truth, blur.size // 2)
+        pair = (image, truth) if blur is None else registered(image, truth)
         number = float(metric(*pair, problem.metric_on))
         return number if math.isfinite(number) else None
 
@@ -75,15 +75,17 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
     }
 
 
-def registered(image: Tensor, truth: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+def registered(image: Tensor, truth: Tensor, reach: int = REACH) -> tuple[Tensor, Tensor]:
     """The image shifted by up to `reach` whole pixels onto the true one, and both without a border.
 
     Args:
         image: (1, C, H, W).
-        truth: (1, C, H, W), with sides larger than twice `reach`.
-        reach: Largest shift, and the border that is left out, in pixels.
+        truth: (1, C, H, W).
+        reach: Largest shift, and the border that is left out, in pixels; at most a quarter of the
+            image's smaller side.
     """
     height, width = truth.shape[-2:]
+    reach = min(reach, min(height, width) // 4)
     inner = truth[..., reach : height - reach, reach : width - reach]
     places = [(i, j) for i in range(2 * reach + 1) for j in range(2 * reach + 1)]
     moved = [image[..., i:, j:][..., : inner.shape[-2], : inner.shape[-1]] for i, j in places]
@@ -263,8 +265,9 @@ def compare(problem: InverseProblem, restored: Tensor) -> Tensor:
     truth = problem.ground_truth
     panels = {"measurement": problem.as_image(), "restored": restored}
     if truth is not None:
-        on = problem.metric_on
-        panels = {f"{name}, {psnr(v, truth, on):.2f} dB": v for name, v in panels.items()}
+        on, blur = problem.metric_on, unknown_blur(problem.operator)
+        pairs = {n: (v, truth) if blur is None else registered(v, truth) for n, v in panels.items()}
+        panels = {f"{n}, {psnr(*pairs[n], on):.2f} dB": v for n, v in panels.items()}
         panels["ground truth"] = truth
     scale = max(1, 256 // min(problem.image_shape[-2:]))
     return torch.cat([_panel(name, image.cpu(), scale) for name, image in panels.items()], dim=-1)

@@ -14,7 +14,17 @@ from deepred_pl.cli import RestorationCLI, settings_of
 from deepred_pl.images import write_image
 from deepred_pl.jpeg import JPEG
 from deepred_pl.noise import GaussianNoise, PoissonNoise
-from deepred_pl.operators import Blur, Downsample, Identity, Mask, Operator, Radon, UnknownBlur
+from deepred_pl.operators import (
+    Blur,
+    Downsample,
+    Identity,
+    Mask,
+    Operator,
+    Radon,
+    UnknownBlur,
+    without,
+)
+from deepred_pl.problem import InverseProblem
 from deepred_pl.restore import restore
 from tests.helpers import picture
 
@@ -94,6 +104,17 @@ def test_an_operator_without_a_task_is_refused():
 
     with pytest.raises(ValueError, match="no configuration is known for Sums; name one"):
         task_of(Sums())
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "unknown"])
+def test_missing_values_behind_a_blur_are_no_noise(boundary):
+    y = Blur.uniform(9, boundary="reflect")(picture(1, 96, 128))
+    y = GaussianNoise(1.5).sample(y, torch.Generator().manual_seed(0))
+    missing = torch.zeros_like(y, dtype=torch.bool)
+    missing[..., 40:43, 50:53] = True
+    operator = without(Blur.uniform(9, boundary=boundary), missing)
+    problem = InverseProblem(torch.where(missing, 0, y), operator, GaussianNoise(1))
+    assert 1.2 < choose._estimated_sigma(problem) < 2
 
 
 @pytest.mark.parametrize("sigma, scale", [(50, 1), (25, 1), (10, 0.16), (5, 0.04)])

@@ -12,6 +12,7 @@ from deepred_pl.data import RestorationDataModule
 from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import read_image, to_array, to_tensor
 from deepred_pl.jpeg import JPEG, compress, read_jpeg
+from deepred_pl.noise import GaussianNoise
 from deepred_pl.restore import restore
 from deepred_pl.tiles import Region, blend
 
@@ -207,12 +208,19 @@ def test_tiles_have_their_own_coefficients(tmp_path, size):
     torch.testing.assert_close(blended, x)
 
 
-def test_turned_image_with_partial_blocks_is_not_cut(tmp_path):
+def test_turned_image_is_not_cut_if_units_that_are_not_full_come_first(tmp_path):
     exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6
-    path = saved(tmp_path / "a.jpg", photo("4:2:0", 50, 80), "4:2:0", exif=exif)
-    with pytest.raises(ValueError, match="cannot be cut"):
-        InverseProblem(*read_jpeg(path)).split(32)
+    for orientation, cut in {3: False, 4: False, 5: True, 6: False, 7: False, 8: True}.items():
+        exif[EXIF_ORIENTATION] = orientation
+        path = saved(tmp_path / "a.jpg", photo("4:2:0", 50, 80), "4:2:0", exif=exif)
+        problem, upright = InverseProblem(*read_jpeg(path)), read_image(path)[0]
+        if not cut:
+            with pytest.raises(ValueError, match="cannot be cut"):
+                problem.split(32)
+            continue
+        tiling, parts = problem.split(32)
+        for region, part in zip(tiling.regions, parts, strict=True):
+            assert float((part.first_guess() - region.of(upright)).abs().mean()) < 2 * LEVEL
 
 
 def test_step_is_the_mean_of_the_lowest_frequencies(tmp_path):
@@ -285,7 +293,8 @@ def test_datamodule(tmp_path):
     array.measurement = photo("4:2:0", 40, 56)
     with pytest.raises(ValueError, match="in its file"):
         array.setup()
-    for settings in ({"intensity_range": "minmax"}, {"intensity_range": [0, 200]}):
+    others = {"noise": GaussianNoise(2), "hold_out": 0.1, "intensity_range": [0, 200]}
+    for settings in ({name: value} for name, value in others.items()):
         with pytest.raises(ValueError, match="does not apply"):
             RestorationDataModule(measurement=path, operator=JPEG(), **settings).setup()
 
@@ -300,3 +309,12 @@ def test_restore_takes_the_file(tmp_path):
         assert about["chosen"]["red.denoiser"]["init_args"]["sigma"] == pytest.approx(4.7, abs=0.3)
     with pytest.raises(ValueError, match="in its file"):
         restore(photo("grey", 40, 56), "jpeg", settings)
+
+
+def test_what_cannot_be_compressed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 or 3 channels, got an image of 4"):
+        compress(torch.rand(1, 4, 16, 16), 50)
+    with pytest.raises(ValueError, match="in its file"):
+        RestorationDataModule(measurement="sample:camera", operator=JPEG()).setup()
+    with pytest.raises(ValueError, match="noise does not apply"):
+        RestorationDataModule("sample:camera", operator=JPEG(), noise=GaussianNoise(2)).setup()

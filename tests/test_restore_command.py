@@ -154,7 +154,16 @@ def test_a_kernel_that_is_unknown_is_found_and_written(command, refused):
     assert kernel.shape == (9, 9) and Image.open("shaken.kernel.png").size == (9, 9)
     assert any(line.startswith("Kernel   ") for line in lines_of(report))
     assert "exists already" in refused("shaken.png", "--blur", "unknown:9")
+    assert command("shaken.png", "--blur", "unknown:5", "--overwrite")[0] == 0
     assert "must be odd" in refused("shaken.png", "--blur", "unknown:8", "--overwrite")
+
+
+def test_a_stack_is_restored_next_to_itself(command):
+    stack = (255 * picture(2, 48, 64)[0].numpy()).round().astype(np.uint8)
+    tifffile.imwrite("stack.tif", stack, metadata={"axes": "TYX"})
+    status, _, said = command("stack.tif", "--sigma", 5)
+    assert status == 0 and "stack.restored.tif" in said
+    assert tifffile.imread("stack.restored.tif").shape == (2, 48, 64)
 
 
 @pytest.mark.parametrize("tile", [(), ("--tile", 48)])
@@ -345,7 +354,7 @@ def test_restarts_give_an_uncertainty(command):
             ("photo.png", "--blur", "gaussian:1", "--scale", "2"),
             "--scale cannot be combined with --blur",
         ),
-        (("photo.png", "--blur", "gaussian"), "gaussian:WIDTH, uniform:SIZE or motion:"),
+        (("photo.png", "--blur", "gaussian"), "gaussian:WIDTH, uniform:SIZE, motion:"),
         (("photo.png", "--blur", "gaussian:x"), "gaussian:WIDTH, .*got gaussian:x"),
         (("photo.png", "--blur", "no.png"), "expected a file as --blur, found none: no.png"),
         (("photo.png", "--out", "fixed.png"), "--out is a folder, .*got fixed.png"),
@@ -356,7 +365,7 @@ def test_restarts_give_an_uncertainty(command):
         (("photo.png", "--sigma", "0"), r"--sigma in \(0, 255\] grey levels, got 0"),
         (("photo.png", "--sigma", "nan"), "got nan"),
         (("photo.png", "--sigma", "3", "--data.noise.sigma=4"), "both state the noise"),
-        (("photo.png", "--blur", "motion:inf:0"), "motion:LENGTH:ANGLE, got motion:inf:0"),
+        (("photo.png", "--blur", "motion:inf:0"), "unknown:SIZE, got motion:inf:0"),
         (("photo.png", "--json", "--out", "out", "--shard", "1/2"), "--shard makes no report"),
         (("photo.png", "--sigma", "x"), "--sigma: invalid float value"),
         (("photo.png", "--effort", "much"), "fast, default, best or a time such as 90s"),

@@ -310,7 +310,7 @@ def _blur(text: str) -> str:
             arguments = {"size": size}
         elif kind == "unknown":
             (size,) = map(int, numbers)
-            return _operator("deepred_pl.operators.UnknownBlur", size=size)
+            return _operator("deepred_pl.operators.UnknownBlur", size=size, simulated=None)
         elif kind == "motion":
             length, angle = map(float, numbers)
             arguments = {"length": length, "angle": angle}

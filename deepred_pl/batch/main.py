@@ -237,8 +237,7 @@ def _refuse_existing(files: Sequence[Source], out: Path | None, overwrite: bool)
     """
     paths = [Path(file.path) for file in files]
     if out is None:
-        pictures = [(kind, ".png") for kind in ("restored", "comparison", "kernel")]
-        kinds = [*pictures, ("restored", ".tif"), ("kernel", ".npy")]
+        kinds = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
         results = [_next_to(path, *kind) for path in paths for kind in kinds]
     else:
         if out in (folder for p in paths for folder in (p.parent.resolve(), p.resolve().parent)):
@@ -257,11 +256,11 @@ def _next_to(path: Path, kind: str, suffix: str) -> Path:
 
 def _copied_next_to(source: Source, report: Report) -> Report:
     """Copy the restored image and the comparison next to the original."""
-    if report["kernel"]:
+    if report.get("kernel"):
         picture = Path(report["kernel"]).with_suffix(".png")
         shutil.copyfile(picture, _next_to(Path(source.path), "kernel", ".png"))
     for kind in ("restored", "comparison", "kernel"):
-        if report[kind]:
+        if report.get(kind):
             _copy(report, kind, _next_to(Path(source.path), kind, Path(report[kind]).suffix))
     return report
 

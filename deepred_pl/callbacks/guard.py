@@ -10,6 +10,7 @@ from deepred_pl.callbacks.base import RestorationCallback, stability
 from deepred_pl.checks import as_plain, check_at_least
 from deepred_pl.lightning import LightningModule, Trainer, rank_zero_info
 from deepred_pl.model import DeepImagePrior
+from deepred_pl.operators import unknown_blur
 
 RECENT = 0.2  # weight of the latest check in the usual PSNR
 FORGOTTEN = 2.0  # spans of `average`, 1 / (1 − decay) θ-steps each, until its start is forgotten
@@ -240,7 +241,9 @@ class _State:
 def _changing(model: DeepImagePrior) -> dict[Any, Tensor]:
     """The parameters and buffers that change in a fit, by their names."""
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor for name, tensor in tensors if not name.startswith(CONSTANT)}
+    changing = {name: tensor for name, tensor in tensors if not name.startswith(CONSTANT)}
+    blur = None if model.problem is None else unknown_blur(model.problem.operator)
+    return changing if blur is None else {**changing, "kernel": blur.kernel}
 
 
 def _strides(tensors: dict[Any, Tensor]) -> dict[Any, tuple[int, ...]]:

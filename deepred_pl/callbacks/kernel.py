@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepred_pl.blind import kernel_between, with_few_edges
+from deepred_pl.blind import kernel_between, most_detailed, with_few_edges
 from deepred_pl.callbacks.base import RestorationCallback
 from deepred_pl.checks import as_plain, check_positive
 from deepred_pl.lightning import LightningModule, Trainer
@@ -16,7 +16,7 @@ FIRST, LAST = 1 / 6, 5 / 6  # of the fit: the image must have begun, and the res
 
 
 class KernelUpdate(RestorationCallback):
-    """Improves the kernel of an `UnknownBlur` during a fit, in place.
+    """Improves the kernel of an `UnknownBlur` during a fit, in place: also for other fits of it.
 
     Between the first and the last sixth of the fit, the kernel becomes `updates` times the one that
     is between the average of the outputs and the measurement (`blind.kernel_between`). Weak edges
@@ -58,7 +58,7 @@ class KernelUpdate(RestorationCallback):
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        if trainer.global_step in self._due:
+        if self.model.step in self._due:
             self._update(self.model)
 
     @torch.no_grad()
@@ -66,9 +66,14 @@ class KernelUpdate(RestorationCallback):
         assert model.problem is not None
         blur = unknown_blur(model.problem.operator)
         assert blur is not None
+        y, observed = model.problem.y, model.problem.operator.observed
+        if observed is not None:  # elsewhere, as if the kernel were right
+            y = torch.where(observed.bool(), y, blur(model.average))
         sharp, blurred = (
-            image[0].mean(dim=0).cpu().double().numpy()
-            for image in (model.average, model.problem.y)
+            image[0].mean(dim=0).cpu().double().numpy() for image in (model.average, y)
         )
-        kernel = kernel_between(with_few_edges(sharp, self.strength), blurred, blur.size)
-        blur.kernel.copy_(torch.from_numpy(kernel))
+        if not np.isfinite(sharp).all():
+            return  # a collapse, of which CollapseGuard takes care
+        part = most_detailed(blurred)
+        sharp = with_few_edges(sharp[part], self.strength)
+        blur.kernel.copy_(torch.from_numpy(kernel_between(sharp, blurred[part], blur.size)))

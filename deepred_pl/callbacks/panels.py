@@ -17,7 +17,7 @@ from deepred_pl.operators import unknown_blur
 DISPLAYS = 10  # TensorBoard shows 10 images of a panel by default, evenly chosen
 MOST_DISPLAYS = 100  # per run; with more, the images would be too small
 MOST_BYTES = 15_000_000  # of a run's images, before compression
-PANELS = 5  # per display
+PANELS = 6  # per display
 TIMED = 6000  # θ-steps assumed for a fit that a time limit ends
 ERROR_GAIN = 5  # an error of a fifth of the range is white
 

@@ -437,8 +437,8 @@ class InverseProblem(nn.Module):
         if unknown_blur(self.operator) is not None:
             raise ValueError(
                 "the kernel of an unknown blur is found by one fit, not by each tile: restore the "
-                "image whole, or find the kernel on a part of it (data.region), and restore the "
-                "image with that kernel"
+                "image whole, or find the kernel on a part of it, saved as an image of its own, "
+                "and restore the image with that kernel"
             )
         (rows, columns), factor = self._reach(), self.operator.factor
         # The measurement in this margin depends on the image beyond the cut, and is left out.

@@ -27,6 +27,7 @@ Boundary = Literal["circular", "replicate", "reflect", "zero", "unknown"]
 ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 
 GRAM_ITERATIONS = 30  # enough while the eigenvalues of A Aᵀ + ε I span a factor of some hundreds
+POINT = 0.25  # of the sum of a kernel: if one pixel has more, there is hardly a blur
 TINY = 1e-30  # keeps a division finite once conjugate gradients have converged
 MISMATCH = 0.01  # of ⟨A x, A x⟩; float32 has 1e-5, and an approximate adjoint a few percent
 

@@ -18,12 +18,13 @@ from deepred_pl.images import displayed, write_image
 from deepred_pl.jpeg import JPEG
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.noise import corrected, parameters
-from deepred_pl.operators import Observed, unknown_blur
+from deepred_pl.operators import POINT, Observed, unknown_blur
 from deepred_pl.problem import InverseProblem
 
 # The squared residual is that of the noise plus that of missing detail. Beyond this ratio to the
 # noise, more is missing than noise was removed.
 TOO_FAR = math.sqrt(2)
+TOO_FAR_BLIND = 2 * TOO_FAR  # of an unknown blur, whose kernel is never found exactly
 TOO_CLOSE = 0.5  # below, most of the stated noise is missing in the residual, or in the measurement
 WHITE = 0.15  # correlation of neighbours, below which a residual looks like white noise
 FALLING = 1.1  # ratio of the residual after half of the steps to the last one
@@ -119,6 +120,7 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
         only the noise is left, and far above detail of the measurement is missing.
     residual_to_sigma_of_channels: the same for each channel.
     residual_correlation: that of neighbouring values of the residual; 0 for white noise.
+    kernel_largest: only of an unknown blur, the largest value of its kernel.
     share_in_cells: share of a JPEG's coefficients that the image reproduces, or None.
     beyond_limits: whether the measurement asks for values "above" or "below" what x may have.
     operator, noise: its class, and the noise model's parameters.
@@ -140,7 +142,11 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
         "share_in_cells": None,
         "beyond_limits": _beyond_limits(problem, restored, residual),
     }
+    if (blur := unknown_blur(operator)) is not None:
+        result["kernel_largest"] = float(blur.kernel.max())
+        result["beyond_limits"] = []  # a kernel that is not exact seems to ask for them
     if isinstance(operator, JPEG):
+        result["beyond_limits"] = []  # a quantized image overshoots
         result["share_in_cells"] = operator.share_in_cells(restored, problem.y)
     ratio = problem.residual_ratio(restored)
     if ratio is not None:
@@ -184,6 +190,11 @@ def diagnosis(result: dict[str, Any]) -> str:
     """The likely causes if `result.json` shows a bad residual, and their remedies; "" if not."""
     ratio, limits = result.get("residual_to_sigma"), result.get("beyond_limits") or []
     channels = result.get("residual_to_sigma_of_channels") or []
+    if (largest := result.get("kernel_largest", 0.0)) > POINT:
+        return (
+            f"The kernel that was found is nearly a point, with {largest:.0%} of it in one pixel: "
+            "the image is hardly blurred, or too noisy to see how."
+        )
     white = abs(result.get("residual_correlation") or 0.0) < WHITE
     noise = result.get("noise") or {}
     causes = [
@@ -192,7 +203,8 @@ def diagnosis(result: dict[str, Any]) -> str:
         for name in limits
         if len(limits) == 1  # beyond both, it rings
     ]
-    if ratio is None or TOO_CLOSE <= ratio <= TOO_FAR:
+    too_far = TOO_FAR_BLIND if result.get("operator") == "UnknownBlur" else TOO_FAR
+    if ratio is None or TOO_CLOSE <= ratio <= too_far:
         return f"{causes[0][0].upper()}{causes[0][1:]}." if causes else ""
     if ratio < TOO_CLOSE:
         half = result.get("residual_to_sigma_at_half")

@@ -58,7 +58,7 @@ def restore(
             "data.axes" names, such as "CYX"; or a tensor (H, W), (C, H, W) or (1, C, H, W); uint8,
             uint16, or floats in [0, 1]. NaN and masked values are missing, and filled. An opaque
             last channel of two or four is kept. Or a file, which the artefacts of a JPEG need
-            (task "jpeg", or operator=JPEG()).
+            (task "jpeg", or operator=JPEG() of `deepred_pl.jpeg`).
         task: Name of a shipped configuration, such as "denoising", or a YAML file; or several, of
             which later ones override earlier ones, such as ["denoising", "methods/quick"]. None is
             the one for the operator, whose settings and noise are chosen for this image.

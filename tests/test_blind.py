@@ -20,7 +20,7 @@ from deepred_pl.images import write_image
 from deepred_pl.lightning import Trainer
 from deepred_pl.noise import GaussianNoise
 from deepred_pl.operators import Blur, Observed, UnknownBlur, gaussian_kernel, unknown_blur, without
-from deepred_pl.report import registered, score, write_kernel
+from deepred_pl.report import diagnosis, registered, score, write_kernel
 from deepred_pl.restore import restore
 from deepred_pl.tiles import Region
 from tests.helpers import TinyNet, picture
@@ -249,7 +249,7 @@ def test_simulated_blur_is_not_told():
 
 @pytest.mark.parametrize(
     ("agreement", "largest", "warned"),
-    [(0.9, 0.1, ""), (0.5, 0.1, "cannot be determined"), (0.9, 0.5, "nearly a point")],
+    [(0.9, 0.1, ""), (0.6, 0.1, "cannot be determined"), (0.9, 0.5, "nearly a point")],
 )
 def test_kernel_that_cannot_be_determined_is_said_to_be(
     tmp_path, recwarn, monkeypatch, agreement, largest, warned
@@ -328,3 +328,20 @@ def test_large_kernel_that_leaves_little_is_questioned(recwarn):
     blur = Blur.uniform(21, boundary="unknown")
     plausibility.check_kernel(InverseProblem(picture(1), blur, GaussianNoise(1)))
     assert any("far enough from its border" in str(w.message) for w in recwarn)
+
+
+def test_kernel_that_became_a_point_is_said_to_be():
+    said = diagnosis({"kernel_largest": 0.9, "residual_to_sigma": 1.0})
+    assert "nearly a point, with 90% of it" in said
+    assert diagnosis({"kernel_largest": 0.1, "residual_to_sigma": 1.0}) == ""
+    problem = blind_problem()
+    assert 0 < score(problem, problem.first_guess())["kernel_largest"] < 1
+
+
+def test_residual_of_a_kernel_that_is_not_exact_is_no_fault():
+    result = {"residual_to_sigma": 2.0, "residual_correlation": 0.5, "beyond_limits": []}
+    assert diagnosis({**result, "operator": "UnknownBlur"}) == ""
+    assert "has structure" in diagnosis({**result, "operator": "Blur"})
+    assert "has structure" in diagnosis(
+        {**result, "operator": "UnknownBlur", "residual_to_sigma": 4}
+    )

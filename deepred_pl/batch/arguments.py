@@ -136,6 +136,8 @@ def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
     config, degraded = _task(parsed)
     parsed.config = [config]
     stated = {name_of_setting(option).partition(".init_args")[0] for option in options}
+    if parsed.jpeg and parsed.sigma is not None:
+        raise ValueError("--jpeg knows what its file lost, and takes no noise; leave --sigma out")
     if parsed.sigma is not None:
         if any(name.startswith("data.noise") for name in stated):
             raise ValueError("--sigma and --data.noise both state the noise; leave one out")

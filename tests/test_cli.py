@@ -580,7 +580,7 @@ def test_help_names_the_networks_there_are(capsys):
         ({"red__denoiser": "Learned", "red__denoiser__path": "nowhere.pt"}, "found none at"),
         ({"red__every_n_step": 2}, "every_n_step"),
         ({"trainer__max_steps": "many"}, "Expected a <class 'int'>"),
-        ({"config": "nowhere.yaml"}, "found no nowhere.yaml; shipped are deblurring_gaussian"),
+        ({"config": "nowhere.yaml"}, "found no nowhere.yaml; shipped are deblurring_blind"),
         ({"ckpt_path": "nowhere.ckpt"}, "nowhere.ckpt"),
     ],
 )

@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 from scipy.fft import irfft2, next_fast_len, rfft2
+from scipy.signal import correlate
 
 Array = np.ndarray
 
@@ -140,7 +141,7 @@ def with_few_edges(image: Array, strength: float, kernel: Array | None = None) -
 def correlation(first: Array, second: Array) -> float:
     """The largest normalized correlation of two kernels over all shifts by whole pixels."""
     norms = math.sqrt((first**2).sum() * (second**2).sum())
-    return float(_correlations(first, second).max() / norms)
+    return float(correlate(first, second, method="fft").max() / norms)
 
 
 def _estimate(image: Array, size: int, strength: float, damping: float) -> Array:
@@ -211,19 +212,11 @@ def _transfer(kernel: Array, shape: tuple[int, ...]) -> Array:
     return rfft2(np.roll(spread, (-(rows // 2), -(columns // 2)), (0, 1)))
 
 
-def _correlations(first: Array, second: Array) -> Array:
-    """The correlations of two kernels of equal size, by the shift of the first one."""
-    size = 2 * max(*first.shape, *second.shape)
-    spectra = np.conj(rfft2(first, s=(size, size))) * rfft2(second, s=(size, size))
-    return irfft2(spectra, s=(size, size))
-
-
-def _offset(kernel: Array, onto: Array) -> tuple[int, int]:
-    """By how many pixels a kernel is best shifted onto another one."""
-    found = _correlations(kernel, onto)
-    rows, columns = np.unravel_index(found.argmax(), found.shape)
-    size = found.shape[0]
-    return tuple(int(i - size if i > size // 2 else i) for i in (rows, columns))  # type: ignore[return-value]
+def _offset(kernel: Array, onto: Array) -> tuple[int, ...]:
+    """By how many pixels a kernel is best shifted onto another one of its size."""
+    found = correlate(onto, kernel, method="fft")
+    best = np.unravel_index(found.argmax(), found.shape)
+    return tuple(int(at) - side + 1 for at, side in zip(best, kernel.shape, strict=True))
 
 
 def _reduced(image: Array, scale: float) -> Array:

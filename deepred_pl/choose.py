@@ -455,9 +455,8 @@ def _estimated_sigma(problem: InverseProblem) -> float | list[float]:
     inner = operator.operator if isinstance(operator, Observed) else None
     if isinstance(inner, Blur) and inner.boundary == "unknown":  # only the border is not observed
         operator = inner
-    known = isinstance(operator, Blur) and not isinstance(operator, UnknownBlur)
-    if known and valid.float().mean() > 1 - MOST_CLIPPED:
-        assert isinstance(operator, Blur)
+    sees_removed = not isinstance(operator, UnknownBlur) and valid.float().mean() > 1 - MOST_CLIPPED
+    if isinstance(operator, Blur) and sees_removed:
         levels = level_of_removed(problem.y, operator.transfer(*problem.y.shape[-2:]))
         levels = levels * (1 + STANDARD_ERROR / math.sqrt(problem.y.numel()))
     else:

@@ -222,24 +222,23 @@ class RestorationDataModule(LightningDataModule):
 
     def _check_jpeg(self) -> None:
         """Refuse settings that do not apply to the coefficients of a JPEG."""
-        applies = {
-            "noise": self.noise is None,
-            "intensity_range": self.intensity_range == "dtype",
-            "degrade": self.degrade == "operator",
-            "hold_out": not self.hold_out,
+        given = {
+            "noise": self.noise is not None,
+            "intensity_range": self.intensity_range != "dtype",
+            "degrade": self.degrade != "operator",
+            "hold_out": self.hold_out > 0,
         }
-        for name, does in applies.items():
-            if not does:
-                raise ValueError(
-                    "a JPEG's coefficients are known to within their quantization, so that "
-                    f"data.{name} does not apply; leave it out"
-                )
+        if unsuitable := [f"data.{name}" for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                "a JPEG's coefficients are known to within their quantization, so that "
+                f"{', '.join(unsuitable)} cannot be used; leave it out"
+            )
 
     def _compressed(self, stored: ImageFormat) -> InverseProblem:
         """The problem of a JPEG file, with a ground truth only for the metrics."""
         assert self.measurement is not None
         file = self.measurement
-        file = file if isinstance(file, np.ndarray) else find_image(file)
+        file = file if isinstance(file, np.ndarray) else find_image(file)  # or a sample's pixels
         if isinstance(file, np.ndarray):
             raise ValueError(
                 "the coefficients of a JPEG are in its file, got an array: set data.measurement to "

@@ -17,13 +17,12 @@ from deepred_pl.checks import check_choice
 from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import to_array
 from deepred_pl.operators import Operator
-from deepred_pl.pictures import orientation_of
+from deepred_pl.pictures import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, orientation_of
 from deepred_pl.tiles import Region
 
 Subsampling = Literal["4:4:4", "4:2:2", "4:2:0"]
 
 SIDE = 8  # of a block
-FLIPPED_ROWS, FLIPPED_COLUMNS = (3, 4, 7, 8), (2, 3, 6, 7)  # of the upright image, by orientation
 WHITE = 255  # coefficients are those of 8-bit values, here in [0, 1]
 LEVEL = 128 * SIDE / WHITE  # DC coefficient of the grey that JPEG subtracts from luminance
 # ITU-T T.871 (JFIF): Y, Cb, Cr of red, green and blue.
@@ -174,12 +173,12 @@ class JPEG(Operator):
                 f"expected coefficients {tuple(self.half_steps.shape)} of the JPEG file, got "
                 f"{measurement_shape}; use those that read_jpeg returns with this operator"
             )
-        height, width = self.size[::-1] if self.orientation > 4 else self.size
+        height, width = self.size[::-1] if self.orientation in TRANSPOSED else self.size
         return (1, len(self.blocks), height, width)
 
     def reach(self) -> tuple[int, int] | None:
         """0, but None if units that are not full come first, because the image is turned."""
-        height, width = self.size[::-1] if self.orientation > 4 else self.size
+        height, width = self.size[::-1] if self.orientation in TRANSPOSED else self.size
         first = (self.orientation in FLIPPED_ROWS and height % self.factor) or (
             self.orientation in FLIPPED_COLUMNS and width % self.factor
         )
@@ -191,7 +190,7 @@ class JPEG(Operator):
         part = JPEG(self.quality, self.subsampling).to(self.half_steps.device)
         part.blocks, part.orientation, part.factor = self.blocks, self.orientation, self.factor
         sides = region[2:]
-        part.size = sides[::-1] if self.orientation > 4 else sides
+        part.size = sides[::-1] if self.orientation in TRANSPOSED else sides
         measured = region.measured(self.factor)
         part.half_steps, part.flat = measured.of(self.half_steps), measured.of(self.flat)
         return part
@@ -313,12 +312,12 @@ def turned(x: Tensor, orientation: int) -> Tensor:
         x = x.flip(-2)
     if orientation in FLIPPED_COLUMNS:
         x = x.flip(-1)
-    return x.mT if orientation in (5, 6, 7, 8) else x
+    return x.mT if orientation in TRANSPOSED else x
 
 
 def upright(x: Tensor, orientation: int) -> Tensor:
     """Undo `turned`."""
-    x = x.mT if orientation in (5, 6, 7, 8) else x
+    x = x.mT if orientation in TRANSPOSED else x
     if orientation in FLIPPED_COLUMNS:
         x = x.flip(-1)
     return x.flip(-2) if orientation in FLIPPED_ROWS else x

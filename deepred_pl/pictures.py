@@ -11,6 +11,9 @@ from PIL.PngImagePlugin import putchunk
 from deepred_pl.memory import check_memory
 
 ORIENTATION_TAG = 274
+# The orientations of EXIF and TIFF in which the upright image is transposed first, and which of its
+# columns and rows are then flipped.
+TRANSPOSED, FLIPPED_COLUMNS, FLIPPED_ROWS = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 # A PNG file's signature and IHDR chunk end at byte 33; byte 24 is the bit depth.
 PNG_HEADER, PNG_DEPTH_AT = 33, 24
 
@@ -50,11 +53,11 @@ def orientation_of(picture: Image.Image) -> int:
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
     """Rotate and mirror (H, W, ...) by the orientation of EXIF and TIFF, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TRANSPOSED:
         array = array.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
+    if orientation in FLIPPED_COLUMNS:
         array = array[:, ::-1]
-    if orientation in (3, 4, 7, 8):
+    if orientation in FLIPPED_ROWS:
         array = array[::-1]
     return array
 

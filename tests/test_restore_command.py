@@ -354,7 +354,7 @@ def test_restarts_give_an_uncertainty(command):
             ("photo.png", "--blur", "gaussian:1", "--scale", "2"),
             "--scale cannot be combined with --blur",
         ),
-        (("photo.png", "--jpeg", "--sigma", 5), "takes no noise"),
+        (("photo.png", "--jpeg", "--sigma", 5), "does not apply to --jpeg"),
         (("photo.png", "--blur", "gaussian"), "gaussian:WIDTH, uniform:SIZE, motion:"),
         (("photo.png", "--blur", "gaussian:x"), "gaussian:WIDTH, .*got gaussian:x"),
         (("photo.png", "--blur", "no.png"), "expected a file as --blur, found none: no.png"),

@@ -137,7 +137,9 @@ def of_restore(args: Sequence[str], began: float) -> argparse.Namespace:
     parsed.config = [config]
     stated = {name_of_setting(option).partition(".init_args")[0] for option in options}
     if parsed.jpeg and parsed.sigma is not None:
-        raise ValueError("--jpeg knows what its file lost, and takes no noise; leave --sigma out")
+        raise ValueError(
+            "--sigma does not apply to --jpeg, whose errors are those of quantization; leave it out"
+        )
     if parsed.sigma is not None:
         if any(name.startswith("data.noise") for name in stated):
             raise ValueError("--sigma and --data.noise both state the noise; leave one out")

@@ -7,25 +7,25 @@ import torch
 
 from deepred_pl.blind import kernel_between, most_detailed, with_few_edges
 from deepred_pl.callbacks.base import RestorationCallback
-from deepred_pl.checks import as_plain, check_positive
+from deepred_pl.checks import as_plain, check_at_least, check_positive
 from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.model import DeepImagePrior
 from deepred_pl.operators import unknown_blur
 
-FIRST, LAST = 1 / 6, 5 / 6  # of the fit: the image must have begun, and the rest is not blind
+FIRST, LAST = 1 / 6, 5 / 6  # updates, as shares of the fit
 
 
 class KernelUpdate(RestorationCallback):
-    """Improves the kernel of an `UnknownBlur` during a fit, in place: also for other fits of it.
+    """Improves the kernel of an `UnknownBlur` during a fit.
 
-    Between the first and the last sixth of the fit, the kernel becomes `updates` times the one that
-    is between the average of the outputs and the measurement (`blind.kernel_between`). Weak edges
-    of the average are removed before: otherwise a kernel that is too small and an image that is
-    still blurred would explain the measurement together.
+    An update replaces the problem's kernel by the one that best explains the measurement by the
+    average of the outputs (`blind.kernel_between`). Weak edges of the average are removed first;
+    otherwise a kernel that is too small, with an image that is still blurred, would explain the
+    measurement, too. There are no updates in the first and in the last sixth of the fit.
 
     Args:
-        updates: Number of updates, > 0.
-        strength: By which weak edges are removed, > 0 (`blind.with_few_edges`).
+        updates: Number of updates, at least 1, evenly spaced.
+        strength: Weight by which weak edges are removed, > 0 (`blind.with_few_edges`).
         submodule: Dotted name of the restoration inside the trained module; "" is the module.
 
     Raises:
@@ -36,7 +36,7 @@ class KernelUpdate(RestorationCallback):
     def __init__(self, updates: int = 8, strength: float = 0.01, submodule: str = "") -> None:
         super().__init__(submodule)
         self.updates, self.strength = as_plain(updates), as_plain(strength)
-        check_positive("updates", self.updates)
+        check_at_least(1, updates=self.updates)
         check_positive("strength", self.strength)
         self._due: frozenset[int] = frozenset()
 

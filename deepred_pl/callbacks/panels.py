@@ -27,7 +27,8 @@ class Panels(RestorationCallback):
 
     The measurement at the start; every n θ-steps and at the end `out`, `average` and, of a
     `DeepRED`, x and u (grey where u is 0, full range at its largest absolute value); if the ground
-    truth is known also the error of the restored image, |restored − truth| × 5. Of an image with
+    truth is known also the error of the restored image, |restored − truth| × 5, and if the blur is
+    unknown its kernel, with its largest value white. Of an image with
     neither 1 nor 3 channels a part is shown (`images.displayed`). Large images are reduced so that
     the images of a run take less than 15 MB. Without a TensorBoard logger it does nothing.
 

@@ -19,7 +19,7 @@ from deepred_pl.image_format import ImageFormat
 from deepred_pl.images import rounded_up
 from deepred_pl.lightning import rank_zero_warn
 from deepred_pl.noise import NoiseModel, corrected, parameters
-from deepred_pl.operators import POINT, Blur, Mask, Observed, Operator, Radon, unknown_blur
+from deepred_pl.operators import CUT_OFF, POINT, Blur, Mask, Observed, Operator, Radon, unknown_blur
 from deepred_pl.problem import LEAST_VARIANCE, InverseProblem
 
 EMPTY, DARK = 1 / 16, 1 / 4  # largest value in units of white: 12 and 14 bits in a file of 16
@@ -221,7 +221,7 @@ def check_sinogram(problem: InverseProblem) -> None:
 
 
 def check_kernel(problem: InverseProblem) -> None:
-    """Warn if a blur leaves little to fit, or an unknown one was not determined, or is a point."""
+    """Warn if a blur leaves little to fit, or the kernel found of an unknown one is doubtful."""
     blur, operator = unknown_blur(problem.operator), problem.operator
     inner = operator.operator if isinstance(operator, Observed) else operator
     if isinstance(inner, Blur) and inner.boundary == "unknown":
@@ -246,6 +246,12 @@ def check_kernel(problem: InverseProblem) -> None:
         warn(
             f"the blur's kernel is nearly a point, with {largest:.0%} of it in one pixel: the "
             "image is hardly blurred, or too noisy to see how; restore it without a blur"
+        )
+    elif blur.share_at_border > CUT_OFF:
+        warn(
+            f"{blur.share_at_border:.0%} of the blur's kernel is at the border of its "
+            f"{blur.size}×{blur.size} pixels, as if it were larger; set data.operator.size to a "
+            "larger one"
         )
 
 

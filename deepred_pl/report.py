@@ -18,7 +18,7 @@ from deepred_pl.images import displayed, write_image
 from deepred_pl.jpeg import JPEG
 from deepred_pl.metrics import psnr, scored_on, ssim
 from deepred_pl.noise import corrected, parameters
-from deepred_pl.operators import POINT, Observed, unknown_blur
+from deepred_pl.operators import CUT_OFF, POINT, Observed, unknown_blur
 from deepred_pl.problem import InverseProblem
 
 # The squared residual is that of the noise plus that of missing detail. Beyond this ratio to the
@@ -120,7 +120,8 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
         only the noise is left, and far above detail of the measurement is missing.
     residual_to_sigma_of_channels: the same for each channel.
     residual_correlation: that of neighbouring values of the residual; 0 for white noise.
-    kernel_largest: only of an unknown blur, the largest value of its kernel.
+    kernel_largest, kernel_at_border, kernel_agreement: only of an unknown blur, the largest value
+        of its kernel, the share of it in its outermost pixels, and how well it was determined.
     share_in_cells: share of a JPEG's coefficients that the image reproduces, or None.
     beyond_limits: whether the measurement asks for values "above" or "below" what x may have.
     operator, noise: its class, and the noise model's parameters.
@@ -144,6 +145,8 @@ def examine(problem: InverseProblem, restored: Tensor) -> dict[str, Any]:
     }
     if (blur := unknown_blur(operator)) is not None:
         result["kernel_largest"] = float(blur.kernel.max())
+        result["kernel_at_border"] = blur.share_at_border
+        result["kernel_agreement"] = blur.agreement
         result["beyond_limits"] = []  # a kernel that is not exact seems to ask for them
     if isinstance(operator, JPEG):
         result["beyond_limits"] = []  # a quantized image overshoots
@@ -194,6 +197,11 @@ def diagnosis(result: dict[str, Any]) -> str:
         return (
             f"The kernel that was found is nearly a point, with {largest:.0%} of it in one pixel: "
             "the image is hardly blurred, or too noisy to see how."
+        )
+    if (share := result.get("kernel_at_border", 0.0)) > CUT_OFF:
+        return (
+            f"{share:.0%} of the kernel that was found is at its border, as if it were larger: set "
+            "data.operator.size to a larger one."
         )
     white = abs(result.get("residual_correlation") or 0.0) < WHITE
     noise = result.get("noise") or {}

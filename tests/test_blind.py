@@ -254,7 +254,8 @@ def test_simulated_blur_is_not_told():
 def test_kernel_that_cannot_be_determined_is_said_to_be(
     tmp_path, recwarn, monkeypatch, agreement, largest, warned
 ):
-    kernel = np.full((SIZE, SIZE), (1 - largest) / (SIZE**2 - 1))
+    inner = SIZE - 2
+    kernel = np.pad(np.full((inner, inner), (1 - largest) / (inner**2 - 1)), 1)
     kernel[4, 4] = largest
     estimated = kernel, agreement
     monkeypatch.setattr("deepred_pl.operators.estimate_kernel", lambda *image: estimated)
@@ -335,7 +336,20 @@ def test_kernel_that_became_a_point_is_said_to_be():
     assert "nearly a point, with 90% of it" in said
     assert diagnosis({"kernel_largest": 0.1, "residual_to_sigma": 1.0}) == ""
     problem = blind_problem()
-    assert 0 < score(problem, problem.first_guess())["kernel_largest"] < 1
+    result = score(problem, problem.first_guess())
+    blur = unknown_blur(problem.operator)
+    assert 0 < result["kernel_largest"] < 1 and result["kernel_agreement"] == blur.agreement
+    inner = blur.kernel[1:-1, 1:-1].sum()
+    assert result["kernel_at_border"] == pytest.approx(1 - float(inner))
+
+
+def test_kernel_that_is_cut_off_by_its_size_is_noticed(recwarn):
+    y = torch.from_numpy(blurred(oblique(), sigma=0.5)).float()[None, None]
+    plausibility.check_kernel(InverseProblem(y, UnknownBlur(SIZE), GaussianNoise(1)))
+    assert not recwarn
+    plausibility.check_kernel(InverseProblem(y, UnknownBlur(5), GaussianNoise(1)))
+    assert any("data.operator.size to a larger one" in str(w.message) for w in recwarn)
+    assert "larger one" in diagnosis({"kernel_at_border": 0.2, "residual_to_sigma": 1.0})
 
 
 def test_residual_of_a_kernel_that_is_not_exact_is_no_fault():

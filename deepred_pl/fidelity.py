@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deepred_pl.noise import mean_over
+from deepred_pl.operators import unknown_blur
 from deepred_pl.problem import InverseProblem
 
 Fidelity = Literal["likelihood", "backprojection"]
@@ -31,6 +32,10 @@ GROWTH = 0.3
 VARIANCE_OFFSET = 2.0  # squared grey levels: with even less noise, E hardly changes
 RGB = 3  # channels
 DARKEST = 0.1  # of the mean variance: signal-dependent noise counts as at least that
+
+# The error of an unknown blur's kernel, on the [0, 1] scale. Of six images of 128×128 pixels with
+# noise of σ = 1, it made three 0.5 to 1.7 dB better, and changed the others by at most 0.13 dB.
+KERNEL_ERROR = math.sqrt(3) / 255
 
 EPSILON_RANGE = 1e-6, 1e3  # in units of ‖A‖²
 HALVINGS = 12  # of that range, on a logarithmic scale: ε to 0.5 %
@@ -87,6 +92,14 @@ def _standardization(problem: InverseProblem, measured: Tensor) -> Tensor | floa
     return (mean / variance.clamp(min=DARKEST * mean)).sqrt()
 
 
+def _variance(problem: InverseProblem) -> Tensor | None:
+    """σ̄², the mean variance of the noise, as which the errors of an estimated kernel count, too."""
+    variance = problem.noise_variance()
+    if variance is None or unknown_blur(problem.operator) is None:
+        return variance
+    return variance + KERNEL_ERROR**2
+
+
 @torch.no_grad()
 def expected_backprojection(problem: InverseProblem, out: Tensor, weighted: float) -> Tensor:
     """The expectation of D_BP(out) if `out` is the true image, 0-dim.
@@ -112,7 +125,7 @@ def weighted_variance(problem: InverseProblem, epsilon: float) -> Tensor:
         problem: The inverse problem, with a noise model.
         epsilon: ε > 0.
     """
-    variance = problem.noise_variance()
+    variance = _variance(problem)
     assert variance is not None
     probe = _probe(problem)
     weighted = (probe * problem.operator.inverse_gram(probe, epsilon)).sum()
@@ -141,7 +154,7 @@ def automatic_epsilon(problem: InverseProblem) -> tuple[float, float]:
     Raises:
         ValueError: The problem has no noise model.
     """
-    variance = problem.noise_variance()
+    variance = _variance(problem)
     if variance is None:
         raise ValueError(
             "epsilon='auto' needs a noise model, but this problem has none; set noise, or epsilon "

@@ -16,6 +16,7 @@ from deepred_pl.callbacks.guard import _changing
 from deepred_pl.callbacks.panels import panels
 from deepred_pl.data import RestorationDataModule
 from deepred_pl.denoisers import TotalVariation
+from deepred_pl.fidelity import automatic_epsilon
 from deepred_pl.images import write_image
 from deepred_pl.lightning import Trainer
 from deepred_pl.noise import GaussianNoise
@@ -287,6 +288,18 @@ def test_restore_returns_the_kernel_that_it_found():
     assert restored.shape == y.shape and about["kernel"].shape == (SIZE, SIZE)
     assert about["kernel"].sum() == pytest.approx(1) and about["kernel"].min() >= 0
     assert not np.allclose(about["kernel"], estimate_kernel(y.astype(float), SIZE)[0], atol=1e-3)
+
+
+def test_errors_of_a_kernel_that_was_found_count_as_noise_in_the_backprojection():
+    problem = blind_problem()
+    stated = math.sqrt(float(problem.noise_variance())) * 255
+    known = Blur(unknown_blur(problem.operator).kernel, "unknown")
+    noisier = InverseProblem(problem.y, known, GaussianNoise(math.hypot(stated, math.sqrt(3))))
+    assert automatic_epsilon(problem) == pytest.approx(automatic_epsilon(noisier), rel=0.01)
+    assert (
+        automatic_epsilon(problem)[0]
+        > 1.1 * automatic_epsilon(InverseProblem(problem.y, known, problem.noise))[0]
+    )
 
 
 def test_kernel_is_shown_in_the_panels():

@@ -8,9 +8,9 @@ blur can be determined.
 
 `kernel_between` solves for the kernel given a sharp image, with which a fit improves the kernel.
 
-Images are (H, W), in [0, 1]; kernels (size, size), non-negative, of sum 1, with the centre of mass
-in the middle to within half a pixel, so that image and kernel exchange neither brightness nor
-position.
+Images are (H, W); their `gain` scales those of `with_few_edges` and `kernel_between`. Kernels are
+(size, size), non-negative, of sum 1, with the centre of mass in the middle to within half a pixel,
+so that image and kernel exchange neither brightness nor position.
 """
 
 import math
@@ -30,6 +30,10 @@ COARSEST = 3  # side of the kernel at the first scale; it grows by √2
 LEAST_VALUE, LEAST_PART = 0.05, 0.1  # of the largest value, and of the sum, that are kept
 DETAIL = 256  # side of the part of a large image by which the kernel is estimated
 
+# The standard deviation that images are scaled to, to which the weights refer. With 0.14 the mean
+# correlation of 15 estimates with their true kernels was 0.878, and with 0.1 and 0.2 0.87.
+CONTRAST = 0.14
+
 ITERATIONS = 150  # of `kernel_between`
 DAMPING = 1.0
 
@@ -46,7 +50,8 @@ def estimate_kernel(image: Array, size: int) -> tuple[Array, float]:
         The kernel, (size, size), and the mean correlation of the estimates whose mean it is, in
         [0, 1]; a point and 0 if the image is constant.
     """
-    image = image[most_detailed(image)]
+    image = image[most_detailed(image)].astype(float)
+    image = gain(image) * image
     kernel, agreement = _estimate_all(image.tobytes(), image.shape, size)
     return kernel.copy(), agreement
 
@@ -54,7 +59,7 @@ def estimate_kernel(image: Array, size: int) -> tuple[Array, float]:
 @lru_cache(maxsize=4)  # an image is read several times while its settings are chosen
 def _estimate_all(pixels: bytes, shape: tuple[int, int], size: int) -> tuple[Array, float]:
     image = np.frombuffer(pixels).reshape(shape)
-    if np.ptp(image) == 0:
+    if not image.any():
         return np.pad([[1.0]], size // 2), 0.0
     kernels = [_estimate(image, size, s, d) for s in STRENGTHS for d in DAMPINGS]
     alike = np.array([[correlation(a, b) for b in kernels] for a in kernels])
@@ -144,17 +149,22 @@ def correlation(first: Array, second: Array) -> float:
     return float(correlate(first, second, method="fft").max() / norms)
 
 
+def gain(image: Array) -> float:
+    """The factor that gives the image the contrast to which all weights refer; 0 if it has none."""
+    return 0.0 if np.ptp(image) == 0 else float(CONTRAST / image.std())
+
+
 def _estimate(image: Array, size: int, strength: float, damping: float) -> Array:
     """The estimate with one strength of the prior and one damping, from coarse to fine."""
     sides = [size]
     while sides[-1] > COARSEST:
-        smaller = int(sides[-1] / math.sqrt(2)) | 1
-        sides.append(max(COARSEST, smaller if smaller < sides[-1] else smaller - 2))
+        sides.append(int(sides[-1] / math.sqrt(2)) | 1)
     kernel = np.full((COARSEST, COARSEST), 1 / COARSEST**2)
     for side in reversed(sides):
-        blurred = _faded(_reduced(image, side / size), side)
+        reduced = _reduced(image, side / size)
+        blurred = _faded(reduced, side)
         inside = np.zeros(blurred.shape)
-        inside[side:-side, side:-side] = 1
+        inside[side : side + reduced.shape[0], side : side + reduced.shape[1]] = 1
         inside = ndimage.gaussian_filter(inside, side / 6)
         if kernel.shape[0] < side:
             larger = ndimage.zoom(

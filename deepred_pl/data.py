@@ -217,7 +217,7 @@ class RestorationDataModule(LightningDataModule):
         truth = None
         if self.ground_truth is not None:
             truth = self._admissible(self._read_truth(truth_range), operator)
-        limits = _limits(y, operator, stored, self.intensity_range)
+        limits = _limits(y, operator.fitted(y), stored, self.intensity_range)
         return InverseProblem(y, operator, self.noise, truth, self.metric_on, limits)
 
     def _check_jpeg(self) -> None:

@@ -54,7 +54,8 @@ class JPEG(Operator):
     errors have the scale of pixels, but those of chrominance count half (`WEIGHTS`). Each
     coefficient of the file is only known to within half a quantization step, its cell. The data
     term is 0 in the middle of a cell (`FLAT`), and the squared distance to that elsewhere; the
-    result is moved into the cells. There is no other noise: `noise` is None.
+    result is moved into the cells. There is no other noise: `noise` is None. The image has the
+    units and the format of the decoded file (`keeps_units`).
 
     `read_jpeg` gives the measurement and the operator of a file. Otherwise the operator has no
     quantization tables yet, and the datamodule takes those of the measurement, or compresses a
@@ -114,7 +115,7 @@ class JPEG(Operator):
         return upright(torch.cat(values)[None], self.orientation)
 
     def decoded(self, y: Tensor, smooth: bool = False) -> Tensor:
-        """The image with these coefficients, (1, C, H, W): the pseudoinverse of A where it is full.
+        """The image with these coefficients, (1, C, H, W): a right inverse of A where it is full.
 
         Args:
             y: Coefficients, (1, K, rows, columns).
@@ -153,7 +154,7 @@ class JPEG(Operator):
         return float(2 * WHITE * lowest.mean())
 
     def keep_known(self, image: Tensor, y: Tensor) -> Tensor:
-        """Move the coefficients of `image` into the cells of the file, a projection."""
+        """Move the coefficients of `image` into the cells of the file."""
         half = (self.half_steps - ROUNDING).clamp(min=0)
         for _ in range(PROJECTIONS):
             measured = self(image)
@@ -228,7 +229,8 @@ def read_jpeg(path: str | os.PathLike) -> tuple[Tensor, JPEG]:
         import jpeglib
     except ImportError as error:
         raise ValueError(
-            "the coefficients of JPEG files are read by the package jpeglib: pip install jpeglib"
+            "the coefficients of JPEG files are read by the package jpeglib: pip install jpeglib; "
+            "on Windows it must be compiled"
         ) from error
     try:
         with Image.open(path) as picture:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from skimage.transform import iradon
 from torch import Tensor, nn
 
-from deepred_pl.blind import estimate_kernel
+from deepred_pl.blind import DETAIL, estimate_kernel
 from deepred_pl.checks import as_plain, check_at_least, check_choice, check_positive
 from deepred_pl.images import read_image
 from deepred_pl.tiles import Region
@@ -323,8 +323,8 @@ class UnknownBlur(Blur):
     brightness nor position. The boundary is "unknown".
 
     Args:
-        size: Side of the kernel in pixels, odd, at least 3: larger than the blur, by a quarter or
-            so; the image must be larger than twice that.
+        size: Side of the kernel in pixels, odd, from 3 to 127: larger than the blur, by a quarter
+            or so; the image must be larger than twice that.
         simulated: The blur that makes the measurement where one is simulated; nothing else uses it.
 
     Attributes:
@@ -332,13 +332,18 @@ class UnknownBlur(Blur):
         agreement: How much several estimates of it agree, in [0, 1]; 0 before there are any.
 
     Raises:
-        ValueError: size is not odd or below 3, or too large for the image or too small for the
-            simulated blur.
+        ValueError: size is not odd or out of range, or too large for the image or too small for
+            the simulated blur.
     """
 
     def __init__(self, size: int = 21, simulated: Blur | None = None) -> None:
         check_at_least(3, size=size)
         _check_size(size)
+        if 2 * size >= DETAIL:
+            raise ValueError(
+                f"the size of an unknown kernel must be below {DETAIL // 2}, got {size}; if the "
+                "blur is that large, reduce the image first"
+            )
         super().__init__(torch.ones(1, 1), "unknown")
         self.size, self.simulated = size, simulated
         self.agreement, self.estimated = 0.0, False
@@ -358,11 +363,11 @@ class UnknownBlur(Blur):
         if min(rows, columns) < 0:
             raise ValueError(
                 f"the simulated blur has {kernel.shape[0]}×{kernel.shape[1]} pixels, more than the "
-                f"{self.size}×{self.size} in which it is to be found; use a larger size"
+                f"{self.size}×{self.size} of the unknown kernel; use a larger size"
             )
-        known = UnknownBlur(self.size)
-        known.kernel = F.pad(kernel, (columns, columns, rows, rows))
-        return known
+        drawn = UnknownBlur(self.size)
+        drawn.kernel = F.pad(kernel, (columns, columns, rows, rows))
+        return drawn
 
     def fitted(self, y: Tensor) -> Operator:
         if self.estimated:

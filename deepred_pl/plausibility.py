@@ -221,7 +221,7 @@ def check_sinogram(problem: InverseProblem) -> None:
 
 
 def check_kernel(problem: InverseProblem) -> None:
-    """Warn if a blur leaves little to fit, or the kernel found of an unknown one is doubtful."""
+    """Warn if a blur leaves little to fit, or if an estimated kernel is unreliable."""
     blur, operator = unknown_blur(problem.operator), problem.operator
     inner = operator.operator if isinstance(operator, Observed) else operator
     if isinstance(inner, Blur) and inner.boundary == "unknown":
@@ -249,9 +249,8 @@ def check_kernel(problem: InverseProblem) -> None:
         )
     elif blur.share_at_border > CUT_OFF:
         warn(
-            f"{blur.share_at_border:.0%} of the blur's kernel is at the border of its "
-            f"{blur.size}×{blur.size} pixels, as if it were larger; set data.operator.size to a "
-            "larger one"
+            f"the blur's kernel is probably cut off, with {blur.share_at_border:.0%} of it at the "
+            f"border of {blur.size}×{blur.size} pixels; increase data.operator.size"
         )
 
 

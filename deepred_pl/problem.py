@@ -342,6 +342,7 @@ class InverseProblem(nn.Module):
         partial = Observed(self.operator, 1 - held)
         truth = self.ground_truth
         rest = InverseProblem(self.y, partial, self.noise, truth, self.metric_on, self.limits)
+        rest.y.copy_(self.y * (1 - held))  # also next to an unknown boundary
         rest._clip_to(*self.clipped_to)
         rest.held_out, rest._held_out_y = held, self.y * held
         return rest

@@ -47,6 +47,9 @@ SUSPECTS = {
 }
 
 
+Pair = tuple[Tensor, Tensor]  # an image and the true one, of the same shape
+
+
 def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) -> dict[str, Any]:
     """The part of `result.json` that evaluates images, as plain data.
 
@@ -54,29 +57,34 @@ def score(problem: InverseProblem, restored: Tensor, **others: Tensor | None) ->
         problem: The problem; without a ground truth its PSNR and SSIM are None.
         restored: The restored image, (1, C, H, W).
         others: Further images to score, by name, with known pixels put back as in `restored`.
-
-    If the blur was unknown, so is the image's position: it is `registered` first.
     """
-    truth, blur = problem.ground_truth, unknown_blur(problem.operator)
     images = {"measurement": problem.as_image(), "restored": restored, **others}
+    truth, pairs = problem.ground_truth, dict[str, Pair]()
+    for name, image in images.items():
+        if truth is not None and image is not None:
+            pairs[name] = pair(problem, problem.keep_known(image), truth)
 
-    def value(metric: Callable[..., Tensor], image: Tensor | None) -> float | None:
-        if truth is None or image is None:
-            return None
-        image = problem.keep_known(image)
-        pair = (image, truth) if blur is None else registered(image, truth)
-        number = float(metric(*pair, problem.metric_on))
-        return number if math.isfinite(number) else None
+    def values(metric: Callable[..., Tensor]) -> dict[str, float | None]:
+        numbers = {n: float(metric(*p, problem.metric_on)) for n, p in pairs.items()}
+        return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
     return {
-        "psnr": {name: value(psnr, image) for name, image in images.items()},
-        "ssim": {name: value(ssim, image) for name, image in images.items()},
+        "psnr": dict.fromkeys(images) | values(psnr),
+        "ssim": dict.fromkeys(images) | values(ssim),
         "metric_on": scored_on(problem.image_shape[1], problem.metric_on),
         **examine(problem, restored),
     }
 
 
-def registered(image: Tensor, truth: Tensor, reach: int = REACH) -> tuple[Tensor, Tensor]:
+def pair(problem: InverseProblem, image: Tensor, truth: Tensor) -> Pair:
+    """An image and the true one, as they are compared.
+
+    If the blur was unknown, so is the image's position: it is `registered`.
+    """
+    return (image, truth) if unknown_blur(problem.operator) is None else registered(image, truth)
+
+
+def registered(image: Tensor, truth: Tensor, reach: int = REACH) -> Pair:
     """The image shifted by up to `reach` whole pixels onto the true one, and both without a border.
 
     Args:
@@ -198,11 +206,6 @@ def diagnosis(result: dict[str, Any]) -> str:
             f"The kernel that was found is nearly a point, with {largest:.0%} of it in one pixel: "
             "the image is hardly blurred, or too noisy to see how."
         )
-    if (share := result.get("kernel_at_border", 0.0)) > CUT_OFF:
-        return (
-            f"{share:.0%} of the kernel that was found is at its border, as if it were larger: set "
-            "data.operator.size to a larger one."
-        )
     white = abs(result.get("residual_correlation") or 0.0) < WHITE
     noise = result.get("noise") or {}
     causes = [
@@ -211,6 +214,11 @@ def diagnosis(result: dict[str, Any]) -> str:
         for name in limits
         if len(limits) == 1  # beyond both, it rings
     ]
+    if (share := result.get("kernel_at_border", 0.0)) > CUT_OFF:
+        causes.append(
+            f"the kernel that was found is probably cut off, with {share:.0%} of it at its border: "
+            "increase data.operator.size"
+        )
     too_far = TOO_FAR_BLIND if result.get("operator") == "UnknownBlur" else TOO_FAR
     if ratio is None or TOO_CLOSE <= ratio <= too_far:
         return f"{causes[0][0].upper()}{causes[0][1:]}." if causes else ""
@@ -285,8 +293,7 @@ def compare(problem: InverseProblem, restored: Tensor) -> Tensor:
     truth = problem.ground_truth
     panels = {"measurement": problem.as_image(), "restored": restored}
     if truth is not None:
-        on, blur = problem.metric_on, unknown_blur(problem.operator)
-        pairs = {n: (v, truth) if blur is None else registered(v, truth) for n, v in panels.items()}
+        on, pairs = problem.metric_on, {n: pair(problem, v, truth) for n, v in panels.items()}
         panels = {f"{n}, {psnr(*pairs[n], on):.2f} dB": v for n, v in panels.items()}
         panels["ground truth"] = truth
     scale = max(1, 256 // min(problem.image_shape[-2:]))

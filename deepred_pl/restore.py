@@ -120,8 +120,10 @@ def restore(
             except ArgumentError as error:
                 raise ValueError(reason(error)) from error
             data = cli.datamodule
-            if data.axes is not None and not isinstance(image, np.ndarray):
-                raise ValueError("a tensor's axes are known: data.axes is for arrays, leave it out")
+            if data.axes is not None and isinstance(image, Tensor):
+                raise ValueError(
+                    "a tensor's axes are known: data.axes is for arrays and files, leave it out"
+                )
             if data.measurement is not None or data.ground_truth is not None:
                 raise ValueError("restore() gets the measurement itself: leave data's files out")
             data.measurement = _channels_last(image)

@@ -376,6 +376,10 @@ def test_restarts_give_an_uncertainty(command):
         (("photo.png", "--out", "."), "has the images, and gets NAME.png"),
         (("photo.png", "--out", "linked"), "has the images, and gets NAME.png"),
         (("photo.png", "--restarts", "2"), "expected --out DIR"),
+        (
+            ("photo.png", "--blur", "unknown:9", "--restarts", "2", "--out", "out"),
+            "an unknown blur needs a single fit, got 2 restarts",
+        ),
         ((), "required: IMAGE; see `deepred restore --help`"),
         (("nowhere.png",), "found nothing: nowhere.png"),
     ],
@@ -387,6 +391,12 @@ def test_a_mistake_is_one_line_before_anything_is_begun(refused, args, said):
     before = names()
     assert re.search(said, refused(*args))
     assert names() == before
+
+
+def test_a_kernel_that_was_found_is_not_replaced(refused):
+    save("photo.png", picture(3, 48, 64))
+    Path("photo.kernel.npy").touch()
+    assert "photo.kernel.npy exists already" in refused("photo.png", "--blur", "unknown:9")
 
 
 @pytest.mark.parametrize(

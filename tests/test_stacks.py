@@ -287,7 +287,7 @@ def test_sinograms_keep_their_axes_though_not_their_units():
     assert restored.shape[0] == 5 and restored.shape[1] == restored.shape[2]
 
 
-def test_restore_keeps_the_axes_of_an_array():
+def test_restore_keeps_the_axes_of_an_array(tmp_path):
     cube = RNG.random((5, 35, 41), np.float32)
     settings = {"trainer.max_steps": 2, "data.noise.sigma": 20, "data.axes": "CYX"}
     restored = restore(cube, ["denoising", "methods/quick"], settings)
@@ -302,6 +302,11 @@ def test_restore_keeps_the_axes_of_an_array():
         cube[0][..., None], ["denoising", "methods/quick"], {**settings, "data.axes": "YXC"}
     )
     assert one.shape == (35, 41, 1)
+    np.save(tmp_path / "one.npy", cube[0][..., None])
+    of_file = restore(
+        tmp_path / "one.npy", ["denoising", "methods/quick"], {**settings, "data.axes": "YXC"}
+    )
+    np.testing.assert_array_equal(of_file, one[..., 0])  # the image of a file is grey
     floats = {**settings, "data.as_floats": True, "data.intensity_range": [0, 2]}
     assert restore(cube, ["denoising", "methods/quick"], floats).shape == cube.shape
     with pytest.raises(ValueError, match="a tensor's axes are known"):

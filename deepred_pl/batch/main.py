@@ -127,7 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
         left = {source.name for source, job in zip(sources, jobs, strict=True) if not job.result}
         left -= {stack.source.name for stack in stacks if stack.begun}
         of_left = [file for file in files if file.name in left]
-        _refuse_existing(of_left, None if single else out, arguments.overwrite)
+        blind = "deblurring_blind" in arguments.config
+        _refuse_existing(of_left, None if single else out, arguments.overwrite, blind)
     check_writable(out, "--out")
     _refuse_changes(jobs, arguments.overwrite)
     where = Where(arguments.ray, arguments.workers, arguments.threads, arguments.gpus)
@@ -227,17 +228,21 @@ def _single_run(files: Sequence[Source], arguments: argparse.Namespace) -> Path:
     return path.with_name(f"{path.stem}.restored.run")
 
 
-def _refuse_existing(files: Sequence[Source], out: Path | None, overwrite: bool) -> None:
+def _refuse_existing(
+    files: Sequence[Source], out: Path | None, overwrite: bool, blind: bool
+) -> None:
     """Refuse to replace files by results: by those in a folder, or next to a single file.
 
     Args:
         files: Those that have no result yet.
         out: The folder; None is next to the file.
         overwrite: Replace them.
+        blind: Each also gets the kernel of its blur.
     """
     paths = [Path(file.path) for file in files]
     if out is None:
         kinds = [("restored", ".png"), ("restored", ".tif"), ("comparison", ".png")]
+        kinds += [("kernel", ".png"), ("kernel", ".npy")] * blind
         results = [_next_to(path, *kind) for path in paths for kind in kinds]
     else:
         if out in (folder for p in paths for folder in (p.parent.resolve(), p.resolve().parent)):
@@ -257,8 +262,8 @@ def _next_to(path: Path, kind: str, suffix: str) -> Path:
 def _copied_next_to(source: Source, report: Report) -> Report:
     """Copy the restored image and the comparison next to the original."""
     if report.get("kernel"):
-        picture = Path(report["kernel"]).with_suffix(".png")
-        shutil.copyfile(picture, _next_to(Path(source.path), "kernel", ".png"))
+        with replacing(_next_to(Path(source.path), "kernel", ".png")) as copy:
+            copy.write(Path(report["kernel"]).with_suffix(".png").read_bytes())
     for kind in ("restored", "comparison", "kernel"):
         if report.get(kind):
             _copy(report, kind, _next_to(Path(source.path), kind, Path(report[kind]).suffix))

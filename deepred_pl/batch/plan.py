@@ -16,6 +16,7 @@ from deepred_pl.batch.jobs import ON_ANY_MACHINE, Effort, Job
 from deepred_pl.choose import Choice, choose_for_stack, is_denoising, seconds_of, set_up
 from deepred_pl.cli import EXPECTED, RestorationCLI, find_config, settings_of
 from deepred_pl.images import brightest_page, layout_of
+from deepred_pl.operators import Operator, unknown_blur
 from deepred_pl.problem import InverseProblem
 from deepred_pl.sources import SAMPLE, SET, find_image, find_set, name_of
 from deepred_pl.tiles import Tiling
@@ -278,6 +279,13 @@ def _check(batch: Batch, options: Sequence[str], data: dict[str, Any]) -> None:
         if named == list(options):
             raise
         return  # that image's files may be the reason, which its fit reports
+    operator = cli.datamodule.operator
+    if batch.restarts > 1 and isinstance(operator, Operator) and unknown_blur(operator):
+        raise ValueError(
+            f"an unknown blur needs a single fit, got {batch.restarts} restarts: each finds a "
+            "kernel of its own, and their images are shifted; leave restarts out, or use the "
+            "kernel of one"
+        )
     if batch.tile is not None:
         smallest = _smallest_side(cli)
         if batch.tile < smallest:

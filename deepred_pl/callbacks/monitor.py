@@ -15,6 +15,7 @@ from deepred_pl.callbacks.base import (
 from deepred_pl.lightning import LightningModule, Trainer
 from deepred_pl.metrics import GREY_LEVELS, psnr, ssim
 from deepred_pl.model import DeepImagePrior, DeepRED
+from deepred_pl.report import pair
 
 
 class Monitor(RestorationCallback):
@@ -76,8 +77,8 @@ class Monitor(RestorationCallback):
                 "expected a ground truth to score against, got none; set data.ground_truth"
             )
         assert model.problem is not None
-        restored, on = model.restored, model.problem.metric_on
-        scores = {"psnr": psnr(restored, truth, on), "ssim": ssim(restored, truth, on)}
+        on, compared = model.problem.metric_on, pair(model.problem, model.restored, truth)
+        scores = {"psnr": psnr(*compared, on), "ssim": ssim(*compared, on)}
         self._log(pl_module, scores, group=self.submodule)
 
     def _log(self, pl_module: LightningModule, values: dict[str, Tensor], group: str) -> None:

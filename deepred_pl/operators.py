@@ -1,4 +1,4 @@
-"""Known linear forward operators A of y = A x + noise.
+"""Linear forward operators A of y = A x + noise.
 
 Kernels, masks and angles are buffers, which move with the module to its device; pass an
 `nn.Parameter` to let an embedding module learn one.

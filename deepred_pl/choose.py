@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepred_pl.callbacks import CollapseGuard, CudaGraph, Preflight, REDUpdate
+from deepred_pl.callbacks import CollapseGuard, CudaGraph, KernelUpdate, Preflight, REDUpdate
 from deepred_pl.checks import RestorationWarning
 from deepred_pl.cli import RestorationCLI
 from deepred_pl.data import RestorationDataModule
@@ -47,6 +47,7 @@ SIDE, LEAST_SHARE = 256, 0.5
 WARMUP_STEPS = 30
 HOLD_OUT = 0.02  # of the measured values
 FINISHING = 2.0  # seconds to write the results and end the process
+UPDATE_SECONDS = 1.2  # of a kernel, on 256×256 pixels or more
 UNTIMED, TIMED = 10, 20  # steps that measure the time of one; whole rounds of the denoiser
 FASTER = 0.9  # ratio of times, below which bfloat16 is used
 
@@ -193,7 +194,9 @@ def choose(
         choice.settings.update(_network(width))
     each = _choose_precision(assemble, problem, given, choice)
     if seconds is not None:
-        end = began + seconds - FINISHING
+        callbacks = assemble([]).trainer.callbacks
+        updates = sum(c.updates for c in callbacks if isinstance(c, KernelUpdate))
+        end = began + seconds - FINISHING - updates * UPDATE_SECONDS
         steps = _steps_until(end, steps, each, assemble, problem, given, choice)
         if steps < LEAST_STEPS and not _is_given("trainer.max_steps", given):
             needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each

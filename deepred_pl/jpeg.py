@@ -211,7 +211,7 @@ class JPEG(Operator):
     def extra_repr(self) -> str:
         if not self.blocks:
             return f"quality={self.quality}, subsampling={self.subsampling!r}"
-        return f"{_kind(self.blocks)}, quantized in steps of {self.step:.0f} grey levels"
+        return f"{_kind(self.blocks)}, mean quantization step {self.step:.0f} grey levels"
 
 
 def read_jpeg(path: str | os.PathLike) -> tuple[Tensor, JPEG]:

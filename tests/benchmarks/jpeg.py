@@ -29,8 +29,8 @@ from deepred_pl.metrics import psnr, ssim
 LOGS = Path("lightning_logs")
 SAMPLES = [f"sample:{name}" for name in ("astronaut", "camera", "chelsea", "coffee", "rocket")]
 STRENGTHS = {
-    "NLM": (NonLocalMeans, "sigma", (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)),
-    "BM3D": (BM3D, "sigma", (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)),
+    "NLM": (NonLocalMeans, "sigma", (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)),
+    "BM3D": (BM3D, "sigma", (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)),
     "TV": (TotalVariation, "weight", (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25)),
 }
 METHODS = ["decoded", *STRENGTHS, "BM3D in cells", "DIP", "RED", "DeepRED"]

@@ -36,7 +36,7 @@ SMALLEST = 8  # pixels of a side, below which there are too few values to judge
 FEW_KNOWN, CONNECTED = 0.4, 0.55  # shares of known pixels, and of known ones next to them
 FEWEST_ANGLES = 6
 MISFIT = 0.005  # of the detectors
-# Agreement of the estimates of a kernel: at least 0.74 on 15 images of 128×128 pixels with noise of
+# Agreement of the estimates of a kernel: at least 0.71 on 15 images of 128×128 pixels with noise of
 # σ = 1, 0.48 to 0.66 with σ = 5, and at most 0.59 with σ = 10 and 30.
 DETERMINED = 0.68
 LEAST_SEEN = 0.3  # of the measurement, with an unknown boundary

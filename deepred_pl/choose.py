@@ -187,19 +187,20 @@ def choose(
     began = time.monotonic()
     seconds = seconds_of(effort) if seconds is None else seconds
     choice = Choice()
-    _choose_range(assemble([]).datamodule, given, choice)
+    cli = assemble([])
+    updates = sum(c.updates for c in cli.trainer.callbacks if isinstance(c, KernelUpdate))
+    finishing = FINISHING + updates * UPDATE_SECONDS
+    _choose_range(cli.datamodule, given, choice)
     problem = _choose_noise(assemble, given, choice)
     steps, width = steps_and_width(effort, problem.image_shape)
     if not _is_given("model.network", given):
         choice.settings.update(_network(width))
     each = _choose_precision(assemble, problem, given, choice)
     if seconds is not None:
-        callbacks = assemble([]).trainer.callbacks
-        updates = sum(c.updates for c in callbacks if isinstance(c, KernelUpdate))
-        end = began + seconds - FINISHING - updates * UPDATE_SECONDS
+        end = began + seconds - finishing
         steps = _steps_until(end, steps, each, assemble, problem, given, choice)
         if steps < LEAST_STEPS and not _is_given("trainer.max_steps", given):
-            needed = time.monotonic() - began + FINISHING + LEAST_STEPS * each
+            needed = time.monotonic() - began + finishing + LEAST_STEPS * each
             left = max(0.0, seconds)
             raise ValueError(
                 f"an effort of {effort} is too short: it leaves {left:.0f} s for this fit, "
@@ -208,7 +209,7 @@ def choose(
                 f"{LEAST_STEPS} steps; allow more time"
             )
     if _is_given("trainer.max_steps", given):
-        steps = assemble([]).trainer.max_steps
+        steps = cli.trainer.max_steps
     choice.settings["trainer.max_steps"] = steps
     choice.settings["model.lr_scheduler"] = {
         "class_path": "WarmupCosine",

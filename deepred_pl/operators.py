@@ -29,7 +29,7 @@ ResamplingKernel = Literal["lanczos2", "lanczos3", "bicubic", "box"]
 GRAM_ITERATIONS = 30  # enough while the eigenvalues of A Aᵀ + ε I span a factor of some hundreds
 POINT = 0.2  # of the sum of a kernel: if one pixel has more, there is hardly a blur
 # Share of an unknown kernel in its outermost pixels. A motion of 13 pixels on five images was
-# found with 0.07 to 0.25 in 9×9 and 11×11 pixels, and with at most 0.05 in 15×15 and 21×21.
+# found with 0.09 to 0.22 in 9×9 and 11×11 pixels, and with at most 0.04 in 15×15 and 21×21.
 CUT_OFF = 0.06
 TINY = 1e-30  # keeps a division finite once conjugate gradients have converged
 MISMATCH = 0.01  # of ⟨A x, A x⟩; float32 has 1e-5, and an approximate adjoint a few percent
